@@ -1,0 +1,71 @@
+"""What can go wrong in a way that a user can mend: one class per cause.
+
+Each message says what was given, what is allowed and what to do. The command line prints it as one line and exits with
+code 2; no traceback, because the cause lies outside this package's code.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class FedpeftError(Exception):
+    """Base of every error that the command line prints as one line."""
+
+    exit_code = 2
+
+
+class ConfigError(FedpeftError):
+    """A key, value, strategy or preset that does not exist or is out of range."""
+
+
+class DataError(FedpeftError):
+    """Rows that cannot be read, or that do not hold what the configuration names."""
+
+
+class PartitionError(FedpeftError):
+    """Rows that cannot be divided among the clients as asked."""
+
+
+class ModelError(FedpeftError):
+    """A base model that cannot be loaded."""
+
+
+class AdapterError(FedpeftError):
+    """An adapter that does not fit the base model."""
+
+
+class RunDirectoryError(FedpeftError):
+    """A run directory that exists already, is no run, or cannot be written."""
+
+
+class DeploymentError(FedpeftError):
+    """A federation of real nodes that cannot start."""
+
+
+class TooFewClientsError(FedpeftError):
+    """A round to which fewer clients answered than `federation.min_clients`; what was done before it is saved."""
+
+    exit_code = 1
+
+
+def nearest(given: str, allowed: Iterable[str]) -> str:
+    """Say which allowed name is meant most likely, then all of them.
+
+    Parameters
+    ----------
+    given : str
+        What the user wrote.
+    allowed : iterable of str
+        The names that exist.
+
+    Returns
+    -------
+    str
+        ``"did you mean 'x'? Allowed: a, b, x"``, or only the second half where nothing is near.
+    """
+    names = sorted(allowed)
+    close = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
+    listing = f"Allowed: {', '.join(names)}." if names else "Nothing is allowed here."
+    return f"Did you mean '{close[0]}'? {listing}" if close else listing
