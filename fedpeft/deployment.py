@@ -30,6 +30,42 @@ HEADER = """\
 """
 
 
+def init_app(directory: Path, config: RunConfig, out: Path | None) -> str:
+    """Check that a run can work, write its app folder, and say what to type next.
+
+    Parameters
+    ----------
+    directory : Path
+        The folder to write; must not hold anything.
+    config : RunConfig
+        The run, with rows to read the label names from, or with `data.labels`.
+    out : Path, optional
+        The run directory on the SuperLink's machine; ``runs/<name>`` under the current folder if not given.
+
+    Raises
+    ------
+    FedpeftError
+        The folder is not empty, or the configuration, model or rows cannot work.
+    """
+    _check_vacant(directory)
+    # this reaches up to the strategies, and loads torch; clients import this module for `run_config` alone
+    from fedpeft.resident import resident
+    from fedpeft.runs import default_directory
+    from fedpeft.strategies.federation import with_typed_options
+
+    config = with_typed_options(config)
+    named = config.task == "causal-lm" or config.data.label_names is not None
+    home = resident(config)
+    clients = config.federation.clients or len(home.partition.client_ids)
+    path = write_app(directory, config, out or default_directory(config), None if named else tuple(home.data.labels))
+    return (
+        f"wrote {path}\n"
+        f"start a SuperLink and {clients} SuperNodes, then: flwr run {directory} CONNECTION\n"
+        f"CONNECTION is the SuperLink's name in Flower's config.toml; node i of {clients} gets "
+        f"--node-config 'partition-id=i num-partitions={clients}', or 'data=\"/path/to/its/rows\"'"
+    )
+
+
 def write_app(directory: Path, config: RunConfig, out: Path, labels: tuple[str, ...] | None) -> Path:
     """Write a folder that ``flwr run`` takes as it is.
 
@@ -92,9 +128,8 @@ def write_app(directory: Path, config: RunConfig, out: Path, labels: tuple[str, 
     }
     path = directory / APP_FILE
     try:
+        _check_vacant(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        if any(directory.iterdir()):
-            raise DeploymentError(f"'{directory}' is not empty, and nothing is overwritten; name a new folder.")
         path.write_text(HEADER + "\n" + tomli_w.dumps(app), encoding="utf-8")
     except OSError as error:
         raise DeploymentError(f"cannot write '{path}': {error.strerror}; name a folder that can be made.") from None
@@ -120,6 +155,11 @@ def split_run_config(flat: Mapping[str, Scalar]) -> tuple[RunConfig, Path]:
 def run_config(flat: Mapping[str, Scalar]) -> RunConfig:
     """Read the run config that Flower brings to a client, in a deployment or a simulation: the run alone."""
     return RunConfig.from_flat({name: value for name, value in flat.items() if name != OUT})
+
+
+def _check_vacant(directory: Path) -> None:
+    if directory.is_dir() and any(directory.iterdir()):
+        raise DeploymentError(f"'{directory}' is not empty, and nothing is overwritten; name a new folder.")
 
 
 def _update(config: RunConfig, section: str, **values: Any) -> RunConfig:
