@@ -190,6 +190,7 @@ class RunSection(Section):
     evaluate_every: int = Field(1, ge=1, description="rounds between evaluations; the last is always evaluated")
     evaluate_clients: bool = Field(False, description="also score each client's share of the test rows")
     evaluate_batch_size: int = Field(64, ge=1, description="rows a batch in evaluation")
+    aggregation_error: bool = Field(True, description="measure how far the sent adapter is from the mean of updates")
     checkpoint_every: int = Field(5, ge=1, description="rounds between checkpoints; the newest two are kept")
 
 
@@ -325,6 +326,22 @@ def resolve(layers: Iterable[Layer]) -> RunConfig:
         return RunConfig.model_validate(merged)
     except ValidationError as error:
         raise ConfigError(describe(error)) from None
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """Make paths of existing files and folders absolute, so that a saved configuration works from any folder."""
+
+    def absolute(value: str | None) -> str | None:
+        return str(Path(value).expanduser().resolve()) if value and Path(value).expanduser().exists() else value
+
+    return config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"name": absolute(config.model.name)}),
+            "data": config.data.model_copy(
+                update={"source": absolute(config.data.source), "test": absolute(config.data.test)}
+            ),
+        }
+    )
 
 
 def describe(error: ValidationError, prefix: str = "") -> str:

@@ -1,1 +1,40 @@
-"""TODO."""
+"""Server side: one federated LoRA method a file, and the registry that finds them by name."""
+
+from __future__ import annotations
+
+from importlib.metadata import entry_points
+
+from fedpeft.errors import ConfigError, nearest
+from fedpeft.strategies.base import AdapterStrategy, Capabilities, StrategyOptions
+from fedpeft.strategies.fedit import FedIt
+from fedpeft.strategies.lora_fair import LoraFair
+from fedpeft.strategies.lora_lego import LoraLego
+
+__all__ = ["STRATEGIES", "AdapterStrategy", "Capabilities", "FedIt", "LoraFair", "LoraLego", "StrategyOptions", "find"]
+
+STRATEGIES: dict[str, type[AdapterStrategy]] = {method.name: method for method in (FedIt, LoraFair, LoraLego)}
+
+ENTRY_POINTS = "fedpeft.strategies"
+
+
+def available() -> dict[str, type[AdapterStrategy]]:
+    """Return all methods by name: ours, and those that other packages add under the entry point group."""
+    found = dict(STRATEGIES)
+    for entry in entry_points(group=ENTRY_POINTS):
+        if entry.name not in found:
+            found[entry.name] = entry.load()
+    return found
+
+
+def find(name: str) -> type[AdapterStrategy]:
+    """Return a method by its name.
+
+    Raises
+    ------
+    ConfigError
+        There is none of that name.
+    """
+    methods = available()
+    if name not in methods:
+        raise ConfigError(f"unknown strategy '{name}'. {nearest(name, methods)}")
+    return methods[name]

@@ -1,13 +1,47 @@
-"""What all methods share: their options, their capability record, and the one Flower strategy they extend."""
+"""What all methods share: options, the capability record, and the one Flower strategy that they extend.
+
+A method says how a cohort's updates become the next adapter (`AdapterStrategy.aggregate`); who is asked, in what order
+replies count, which replies are refused and what a round reports is said here once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import ClassVar
+import logging
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
-from fedpeft.config import Section
-from fedpeft.state import AdapterState, ClientUpdate
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+from pydantic import ValidationError
+from torch import Tensor
+
+from fedpeft.config import Section, describe
+from fedpeft.errors import ConfigError, DeploymentError, TooFewClientsError, nearest
+from fedpeft.seeds import generator
+from fedpeft.state import A_SUFFIX, AdapterState, ClientUpdate, fingerprint
+from fedpeft.strategies.factors import aggregation_error
+from fedpeft.strategies.updates import RefusedUpdateError, read_update
+from fedpeft.wire import (
+    ARRAYS,
+    CLIENT_ID,
+    CONFIG,
+    FROZEN,
+    FROZEN_HASH,
+    NEEDS_FROZEN,
+    NUM_ROUNDS,
+    ROUND,
+    SCALING,
+    TRAIN_LOSS,
+    payload_bytes,
+    to_record,
+    to_tensors,
+)
+
+log = logging.getLogger(__name__)
 
 
 class StrategyOptions(Section):
@@ -36,17 +70,389 @@ class Capabilities:
     needs_single_factors: bool
 
 
-class AdapterStrategy:
-    """Base of all methods."""
+@dataclass(frozen=True)
+class Fault:
+    """A client whose answer does not count in a round, and why."""
+
+    client_id: str
+    reason: str
+
+
+@dataclass
+class RoundReport:
+    """What happened in one round.
+
+    Parameters
+    ----------
+    server_round : int
+        From 1.
+    updates : list of ClientUpdate
+        The good ones without their tensors, in the order in which they were averaged.
+    faults : list of Fault
+        The others.
+    bytes_up, bytes_down : int
+        Array values sent by clients and to them.
+    seconds : float
+        From the first message to the new adapter.
+    aggregation_error : float or None
+        ``|DW - sent| / |DW|`` over all layers, where DW is the weighted mean of the clients' updates.
+    """
+
+    server_round: int
+    updates: list[ClientUpdate] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
+    bytes_up: int = 0
+    bytes_down: int = 0
+    seconds: float = 0.0
+    aggregation_error: float | None = None
+
+    @property
+    def train_loss(self) -> float | None:
+        """Mean of the clients' losses, weighted by their rows; None if a client reported none."""
+        total = sum(update.num_examples for update in self.updates)
+        if not self.updates or any(TRAIN_LOSS not in update.metrics for update in self.updates):
+            return None
+        return sum(update.metrics[TRAIN_LOSS] * update.num_examples for update in self.updates) / total
+
+
+Observer = Callable[[RoundReport, AdapterState], None]
+
+
+def client_order(client_id: str) -> tuple[bool, int, str]:
+    """Sort key of client ids: numbers by value, then names."""
+    return (False, int(client_id), "") if client_id.isdecimal() else (True, 0, client_id)
+
+
+class AdapterStrategy(Strategy):
+    """Base of all methods; a Flower strategy whose ``start`` runs a whole federation.
+
+    Sampling, seeds and the order of sums follow the CLIENT's id, never a node's, so that a simulation and a deployment
+    give the same bytes.
+
+    Parameters
+    ----------
+    fraction_train : float
+        Share of the clients drawn each round, without replacement.
+    min_clients : int
+        Fewest good updates that make a round.
+    seed : int
+        The run's seed.
+    scaling : float
+        alpha / r of the clients' adapters.
+    frozen : collection of str
+        Names in the initial arrays that nobody trains, such as FFA-LoRA's A: only their hash travels, unless a client
+        turns out to hold others.
+    client_ids : mapping of int to str, optional
+        Client id of each node; where it is not given, each node is asked once by a ``query`` message.
+    measure_error : bool
+        Whether to compute the aggregation error, which keeps all the cohort's factors until the end of the round.
+    **options
+        The method's own, see its ``Options``.
+    """
 
     name: ClassVar[str]
     capabilities: ClassVar[Capabilities]
     Options: ClassVar[type[StrategyOptions]] = StrategyOptions
 
-    options: StrategyOptions
-    seed: int
-    trains_a: bool
+    def __init__(
+        self,
+        *,
+        fraction_train: float = 1.0,
+        min_clients: int = 1,
+        seed: int = 0,
+        scaling: float = 1.0,
+        frozen: Collection[str] = (),
+        client_ids: Mapping[int, str] | None = None,
+        measure_error: bool = True,
+        **options: Any,
+    ) -> None:
+        self.fraction_train = fraction_train
+        self.min_clients = min_clients
+        self.seed = seed
+        self.scaling = scaling
+        self.frozen_names = frozenset(frozen)
+        self.client_ids = None if client_ids is None else dict(client_ids)
+        self.measure_error = measure_error
+        self.options = self.parse_options(options)
+        self.trains_a = not any(name.endswith(A_SUFFIX) for name in self.frozen_names)
+        self.report: RoundReport | None = None
+        self._frozen: dict[str, Tensor] = {}
+        self._frozen_hash = ""
+        self._needs_frozen: set[str] = set()
+        self._state: AdapterState | None = None
+        self._timeout = 3600.0
+        self._grid: Grid | None = None
+        self._sent: list[Message] = []
+
+    @classmethod
+    def parse_options(cls, options: Mapping[str, Any]) -> Any:
+        """Check the method's options.
+
+        Raises
+        ------
+        ConfigError
+            An option that the method does not have, or a value out of range.
+        """
+        for key in options:
+            if key not in cls.Options.model_fields:
+                known = nearest(key, cls.Options.model_fields)
+                raise ConfigError(f"strategy '{cls.name}' has no option '{key}'. {known}")
+        try:
+            return cls.Options.model_validate(dict(options))
+        except ValidationError as error:
+            raise ConfigError(describe(error, "strategy")) from None
+
+    # --- what a method defines -----------------------------------------------------------------------------------
 
     def aggregate(self, updates: Iterable[ClientUpdate], current: AdapterState) -> AdapterState:
-        """Merge the cohort's updates, in order, into the adapter that the next round starts from."""
-        raise TypeError(f"{type(self).__name__} must define aggregate")
+        """Merge the cohort's updates, in their order, into the adapter that the next round starts from.
+
+        Parameters
+        ----------
+        updates : iterable of ClientUpdate
+            A stream: a method that needs sums only should not keep them.
+        current : AdapterState
+            What the round started from.
+        """
+        raise TypeError(f"{type(self).__name__} does not define aggregate")
+
+    # --- Flower's strategy ---------------------------------------------------------------------------------------
+
+    def summary(self) -> None:
+        """Log what the method is and how it was configured."""
+        log.info("%s (%s) with %s", self.name, self.capabilities.paper, self.options)
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Draw the round's cohort and address one message to each member, in the order of client ids."""
+        nodes = {client: node for node, client in self._clients(grid).items()}
+        everyone = sorted(nodes, key=client_order)
+        if self.min_clients > len(everyone):
+            raise ConfigError(
+                f"federation.min_clients = {self.min_clients}, but there are {len(everyone)} clients; at most that is allowed"
+            )
+        size = min(len(everyone), max(1, self.min_clients, round(self.fraction_train * len(everyone))))
+        drawn = generator(self.seed, "cohort", server_round).choice(len(everyone), size, replace=False)
+        settings = ConfigRecord(
+            {**config, ROUND: server_round, SCALING: self.scaling, FROZEN_HASH: self._frozen_hash}
+        )
+        messages = []
+        for index in sorted(drawn):
+            client = everyone[index]
+            content = RecordDict({ARRAYS: arrays, CONFIG: settings})
+            if client in self._needs_frozen:
+                content[FROZEN] = to_record(self._frozen)
+            messages.append(Message(content, nodes[client], MessageType.TRAIN, group_id=str(server_round)))
+        return messages
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Validate each reply as it arrives, fold the good ones in, and finish the round."""
+        assert self._state is not None, "start() sets the adapter that replies are compared with"
+        report = self.report = RoundReport(server_round)
+        started = time.perf_counter()
+        kept: list[ClientUpdate] = []
+        expected = {
+            name: tensor for name, tensor in self._state.to_tensors().items() if name not in self.frozen_names
+        }
+
+        def good() -> Iterator[ClientUpdate]:
+            for client, reply in self._answers(replies, report):
+                try:
+                    update = read_update(reply, client, expected, self._frozen, self.scaling)
+                except RefusedUpdateError as error:
+                    report.faults.append(Fault(client, f"update refused: {error}"))
+                    continue
+                report.updates.append(ClientUpdate(client, update.num_examples, {}, {}, update.metrics))
+                if self.measure_error:
+                    kept.append(ClientUpdate(client, update.num_examples, update.factors))
+                yield update
+
+        stream = good()
+        first = next(stream, None)
+        if first is not None:
+            merged = self.aggregate(_chain(first, stream), self._state)
+        report.seconds = time.perf_counter() - started
+        if len(report.updates) < self.min_clients or first is None:
+            reasons = "; ".join(f"client {fault.client_id}: {fault.reason}" for fault in report.faults[:3])
+            raise TooFewClientsError(
+                f"round {server_round}: {len(report.updates)} good updates, federation.min_clients = {self.min_clients} "
+                f"are needed ({reasons or 'nobody answered'}). What was done before this round is saved."
+            )
+        tensors = merged.to_tensors()
+        if bad := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
+            raise TooFewClientsError(
+                f"round {server_round}: the merged adapter holds NaN or infinity in {bad[0]}; lower train.learning_rate. "
+                "What was done before this round is saved."
+            )
+        if self.measure_error:
+            report.aggregation_error = aggregation_error(kept, merged)
+        report.seconds = time.perf_counter() - started
+        self._state = merged
+        metrics = MetricRecord({} if report.train_loss is None else {TRAIN_LOSS: report.train_loss})
+        return self._wire(), metrics
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Ask nobody: the server evaluates, on rows of its own."""
+        return []
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Report nothing: nobody was asked."""
+        return None
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+        *,
+        observer: Observer | None = None,
+    ) -> Result:
+        """Run the federation.
+
+        Parameters
+        ----------
+        grid : flwr.serverapp.Grid
+            A SuperLink's, or one of `fedpeft.simulations`.
+        initial_arrays : flwr.app.ArrayRecord
+            The whole adapter by PEFT's names, frozen tensors included.
+        num_rounds : int
+            Rounds of training.
+        timeout : float
+            Seconds to wait for a round's replies.
+        train_config : flwr.app.ConfigRecord, optional
+            Passed on to clients.
+        evaluate_config : flwr.app.ConfigRecord, optional
+            Must be empty: clients are not asked to evaluate.
+        evaluate_fn : callable, optional
+            Called before the first round and after each with the whole adapter.
+        observer : callable, optional
+            Called after each round with its report and the new adapter, before ``evaluate_fn``.
+
+        Raises
+        ------
+        TooFewClientsError
+            A round with fewer good updates than ``min_clients``.
+        """
+        if evaluate_config:
+            raise ConfigError("evaluate_config: clients are not asked to evaluate; pass evaluate_fn instead.")
+        self.summary()
+        tensors = to_tensors(initial_arrays)
+        if strangers := self.frozen_names - tensors.keys():
+            raise ConfigError(f"frozen names '{min(strangers)}', which the initial arrays lack. {nearest(min(strangers), tensors)}")
+        self._frozen = {name: tensors[name] for name in sorted(self.frozen_names)}
+        self._frozen_hash = fingerprint(self._frozen) if self._frozen else ""
+        self._state = AdapterState.from_tensors(tensors, self.scaling)
+        self._grid, self._timeout = grid, timeout
+        config = ConfigRecord({**(train_config or {}), NUM_ROUNDS: num_rounds})
+        result = Result()
+        if evaluate_fn is not None and (scores := evaluate_fn(0, initial_arrays)) is not None:
+            result.evaluate_metrics_serverapp[0] = scores
+        arrays = self._wire()
+        for server_round in range(1, num_rounds + 1):
+            self._sent = list(self.configure_train(server_round, arrays, config, grid))
+            replies = grid.send_and_receive(self._sent, timeout=timeout)
+            merged, metrics = self.aggregate_train(server_round, replies)
+            assert merged is not None and metrics is not None and self.report is not None
+            arrays = merged
+            whole = to_record(self._state.to_tensors())
+            result.arrays = whole
+            result.train_metrics_clientapp[server_round] = metrics
+            if observer is not None:
+                observer(self.report, self._state)
+            if evaluate_fn is not None and (scores := evaluate_fn(server_round, whole)) is not None:
+                result.evaluate_metrics_serverapp[server_round] = scores
+        return result
+
+    # --- clients and their answers -------------------------------------------------------------------------------
+
+    def _wire(self) -> ArrayRecord:
+        """Pack what clients train; frozen tensors travel as a hash."""
+        assert self._state is not None
+        return to_record({n: t for n, t in self._state.to_tensors().items() if n not in self.frozen_names})
+
+    def _clients(self, grid: Grid) -> dict[int, str]:
+        """Return the client id of each node, asking those that are new."""
+        if self.client_ids is None:
+            self.client_ids = {}
+        nodes = list(grid.get_node_ids())
+        asked = [node for node in nodes if node not in self.client_ids]
+        if asked:
+            messages = [Message(RecordDict(), node, MessageType.QUERY) for node in asked]
+            for reply in grid.send_and_receive(messages, timeout=self._timeout):
+                if reply.has_content() and CLIENT_ID in reply.content.config_records.get(CONFIG, {}):
+                    self.client_ids[reply.metadata.src_node_id] = str(reply.content.config_records[CONFIG][CLIENT_ID])
+                else:
+                    reason = reply.error.reason if reply.has_error() else "no client id in its answer"
+                    raise DeploymentError(f"node {reply.metadata.src_node_id} could not say which client it is: {reason}")
+        known = {node: self.client_ids[node] for node in nodes if node in self.client_ids}
+        if len(set(known.values())) < len(known):
+            twice = next(client for client in known.values() if list(known.values()).count(client) > 1)
+            raise DeploymentError(f"two nodes call themselves client '{twice}'; give each its own client-id in --node-config.")
+        return known
+
+    def _answers(self, replies: Iterable[Message], report: RoundReport) -> Iterator[tuple[str, Message]]:
+        """Yield good replies in message order, whatever order they came in, repeating a client that raised once."""
+        assert self._grid is not None
+        for message, first in in_order(self._sent, replies):
+            client = (self.client_ids or {})[message.metadata.dst_node_id]
+            report.bytes_down += payload_bytes(message)
+            reply = first
+            if reply is not None and self._wants_frozen(reply):
+                self._needs_frozen.add(client)
+                message = self._again(message, RecordDict({**message.content, FROZEN: to_record(self._frozen)}), report)
+                reply = self._ask(message)
+            if reply is not None and reply.has_error():
+                message = self._again(message, message.content, report)
+                reply = self._ask(message)
+            if reply is None:
+                report.faults.append(Fault(client, "no reply"))
+            elif reply.has_error():
+                report.faults.append(Fault(client, f"raised twice: {reply.error.reason}"))
+            elif self._wants_frozen(reply):
+                report.faults.append(Fault(client, "does not take the frozen tensors it was sent"))
+            else:
+                report.bytes_up += payload_bytes(reply)
+                yield client, reply
+
+    def _again(self, message: Message, content: RecordDict, report: RoundReport) -> Message:
+        repeated = Message(content, message.metadata.dst_node_id, MessageType.TRAIN, group_id=message.metadata.group_id)
+        report.bytes_down += payload_bytes(repeated)
+        return repeated
+
+    def _ask(self, message: Message) -> Message | None:
+        assert self._grid is not None
+        return next(iter(self._grid.send_and_receive([message], timeout=self._timeout)), None)
+
+    @staticmethod
+    def _wants_frozen(reply: Message) -> bool:
+        return reply.has_content() and bool(reply.content.config_records.get(CONFIG, {}).get(NEEDS_FROZEN, False))
+
+
+def in_order(messages: Iterable[Message], replies: Iterable[Message]) -> Iterator[tuple[Message, Message | None]]:
+    """Pair messages with their replies in the order of the messages; None where there is no reply.
+
+    An ordered stream passes straight through; of an unordered one, early replies are held back.
+    """
+    early: dict[str, Message] = {}
+    arriving = iter(replies)
+    for message in messages:
+        while message.metadata.message_id not in early or not message.metadata.message_id:
+            reply = next(arriving, None)
+            if reply is None:
+                break
+            early[reply.metadata.reply_to_message_id] = reply
+        yield message, early.pop(message.metadata.message_id, None)
+
+
+def _chain(first: ClientUpdate, rest: Iterator[ClientUpdate]) -> Iterator[ClientUpdate]:
+    yield first
+    yield from rest

@@ -1,0 +1,85 @@
+"""Whose rows a node trains on: its share of a common data set, or a file of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedpeft.config import Scalar
+from fedpeft.data.encoding import EncodedSplit, encode_rows
+from fedpeft.errors import DeploymentError
+from fedpeft.resident import Resident
+
+PARTITION_ID, NUM_PARTITIONS, DATA, NODE_CLIENT_ID = "partition-id", "num-partitions", "data", "client-id"
+
+
+@dataclass(frozen=True)
+class ClientRows:
+    """One client's rows.
+
+    Parameters
+    ----------
+    client_id : str
+        Stable name of the client.
+    split : EncodedSplit
+        The encoded rows.
+    indices : array of int64, shape (n,)
+        Which of them are the client's.
+    """
+
+    client_id: str
+    split: EncodedSplit
+    indices: NDArray[np.int64]
+
+
+def client_rows(home: Resident, node_config: Mapping[str, Scalar]) -> ClientRows:
+    """Find a node's rows by what its ``--node-config`` says.
+
+    Parameters
+    ----------
+    home : Resident
+        The process's model and rows.
+    node_config : mapping
+        ``data`` (a file of this site; ``client-id`` names the client, the file's stem if unset), or ``partition-id`` and
+        ``num-partitions``.
+
+    Raises
+    ------
+    DeploymentError
+        Neither is given, or the number of partitions is not that of the configuration.
+    """
+    if DATA in node_config:
+        path = Path(str(node_config[DATA])).expanduser()
+        split = _own_rows(home, path)
+        return ClientRows(str(node_config.get(NODE_CLIENT_ID, path.stem)), split, np.arange(len(split), dtype=np.int64))
+    if PARTITION_ID not in node_config or NUM_PARTITIONS not in node_config:
+        raise DeploymentError(
+            "this node does not know its rows: start it with --node-config 'data=\"/path/rows.csv\"', "
+            "or 'partition-id=0 num-partitions=3'."
+        )
+    index, count = int(node_config[PARTITION_ID]), int(node_config[NUM_PARTITIONS])
+    held = home.partition
+    if count != len(held.client_ids):
+        raise DeploymentError(
+            f"num-partitions = {count}, but the run divides its rows among {len(held.client_ids)} clients; "
+            "start every node with that number."
+        )
+    if not 0 <= index < count:
+        raise DeploymentError(f"partition-id = {index} is not in 0 .. {count - 1}")
+    return ClientRows(held.client_ids[index], home.data.train, held.indices[index])
+
+
+@lru_cache(maxsize=1)
+def _own_rows(home: Resident, path: Path) -> EncodedSplit:
+    labels = home.config.data.label_names
+    if labels is None and home.config.task != "causal-lm":
+        raise DeploymentError(
+            "a site with rows of its own needs data.labels, the comma-separated names of all labels: "
+            "its own rows may not hold every one."
+        )
+    return encode_rows(home.config, home.folder, path, labels or ())

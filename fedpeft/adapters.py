@@ -1,0 +1,229 @@
+"""The adapter in a resident model: made once by PEFT, then only its tensors are swapped."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fedpeft.config import RunConfig, Task
+from fedpeft.errors import AdapterError, nearest
+from fedpeft.models import BaseModel, seeded
+from fedpeft.state import A_SUFFIX, AdapterState, fingerprint
+
+# the query and value projections by the names that transformers gives them, in order of preference
+QUERY_VALUE = (
+    ("query", "value"),
+    ("q_proj", "v_proj"),
+    ("q_lin", "v_lin"),
+    ("query_proj", "value_proj"),
+    ("q", "v"),
+    ("query_key_value",),
+    ("qkv_proj",),
+    ("qkv",),
+    ("Wqkv",),
+    ("c_attn",),
+    ("in_proj",),
+)
+ALL_LINEAR = "all-linear"
+PEFT_TASKS: dict[Task, TaskType | None] = {
+    "sequence-classification": TaskType.SEQ_CLS,
+    "image-classification": None,
+    "causal-lm": TaskType.CAUSAL_LM,
+}
+
+
+def adaptable_modules(base: BaseModel) -> dict[str, tuple[int, int]]:
+    """Return the linear modules outside the head by full name, with ``(d_out, d_in)``."""
+    from transformers.pytorch_utils import Conv1D
+
+    found: dict[str, tuple[int, int]] = {}
+    output = base.model.get_output_embeddings() if hasattr(base.model, "get_output_embeddings") else None
+    for name, module in base.model.named_modules():
+        if module is output or any(name == head or name.startswith(f"{head}.") for head in base.head):
+            continue
+        if isinstance(module, nn.Linear):
+            found[name] = (module.out_features, module.in_features)
+        elif isinstance(module, Conv1D):
+            found[name] = (module.weight.shape[1], module.weight.shape[0])
+    return found
+
+
+def choose_targets(base: BaseModel, targets: Sequence[str] | None, rank: int) -> list[str]:
+    """Return the full names of the modules to adapt.
+
+    Parameters
+    ----------
+    base : BaseModel
+        The model whose real module names count.
+    targets : sequence of str or None
+        Module names, or their last parts, or ``all-linear``; None takes the attention's query and value projections.
+    rank : int
+        Must not exceed the smaller side of any target.
+
+    Raises
+    ------
+    AdapterError
+        A target that matches nothing, or a rank larger than a layer.
+    """
+    modules = adaptable_modules(base)
+    leaves = Counter(name.rpartition(".")[2] for name in modules)
+    if targets is None:
+        known = [names for names in QUERY_VALUE if all(name in leaves for name in names)]
+        if not known:
+            raise AdapterError(
+                f"'{base.folder}' has no query and value projections by a known name. Give adapter.targets, such as "
+                f"{ALL_LINEAR}. {nearest('query', leaves)}"
+            )
+        targets = known[0]
+    if tuple(targets) == (ALL_LINEAR,):
+        chosen = list(modules)
+    else:
+        for target in targets:
+            if not any(name == target or name.endswith(f".{target}") for name in modules):
+                raise AdapterError(
+                    f"adapter.targets: '{target}' matches no linear module of '{base.folder}'. {nearest(target, leaves)}"
+                )
+        chosen = [n for n in modules if any(n == target or n.endswith(f".{target}") for target in targets)]
+    for name in chosen:
+        if rank > min(modules[name]):
+            raise AdapterError(
+                f"adapter.rank = {rank} is larger than layer '{name}' of shape {modules[name]}; "
+                f"at most {min(modules[name])} is allowed here."
+            )
+    return chosen
+
+
+class AdaptedModel:
+    """A frozen base with one adapter whose tensors can be read and replaced by name.
+
+    Parameters
+    ----------
+    base : BaseModel
+        The frozen base; it is changed in place.
+    config : RunConfig
+        Names kind, rank, targets, head and seed.
+
+    Attributes
+    ----------
+    model : peft.PeftModel
+        The model to run.
+    trained : tuple of str
+        Names of the tensors that clients train, in sorted order.
+    frozen : tuple of str
+        Names of the adapter's tensors that nobody trains: A0 under FFA-LoRA, a frozen head.
+    personal : tuple of str
+        Those of `trained` that never leave their client: a local head.
+    """
+
+    def __init__(self, base: BaseModel, config: RunConfig) -> None:
+        adapter = config.adapter
+        self.base = base
+        self.scaling = adapter.scaling
+        self.peft_config = LoraConfig(
+            task_type=PEFT_TASKS[config.task],
+            r=adapter.rank,
+            lora_alpha=adapter.alpha,
+            lora_dropout=adapter.dropout,
+            init_lora_weights=True if adapter.init == "default" else "gaussian",
+            target_modules=choose_targets(base, adapter.targets, adapter.rank),
+            modules_to_save=list(base.head) or None,
+            base_model_name_or_path=str(base.folder),
+        )
+        with seeded(config.run.seed, "adapter"):
+            self.model: PeftModel = get_peft_model(base.model, self.peft_config)
+        self._parameters: dict[str, nn.Parameter] = {}
+        for name, parameter in self.model.named_parameters():
+            if ".lora_A." in name or ".lora_B." in name or ".modules_to_save." in name:
+                wire = name.replace(".modules_to_save.default.", ".").replace(".default.weight", ".weight")
+                self._parameters[wire] = parameter
+                if parameter.dtype != torch.float32:
+                    parameter.data = parameter.data.float()
+        self._layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
+        self._split(config)
+        self.initial = self.tensors(self._parameters)
+        self.frozen_hash = fingerprint({name: self.initial[name] for name in self.frozen}) if self.frozen else ""
+
+    def _split(self, config: RunConfig) -> None:
+        head = {name for name in self._parameters if ".lora_A." not in name and ".lora_B." not in name}
+        frozen = set(head) if config.adapter.head == "frozen" else set()
+        if config.adapter.kind == "ffa-lora":
+            frozen |= {name for name in self._parameters if name.endswith(A_SUFFIX)}
+        for name, parameter in self._parameters.items():
+            parameter.requires_grad_(name not in frozen)
+        self.frozen = tuple(sorted(frozen))
+        self.trained = tuple(sorted(self._parameters.keys() - frozen))
+        self.personal = tuple(sorted(head - frozen)) if config.adapter.head == "local" else ()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives."""
+        return next(self.model.parameters()).device
+
+    def parameters(self, names: Sequence[str]) -> list[nn.Parameter]:
+        """Return the live parameters of these names."""
+        return [self._parameters[name] for name in names]
+
+    def tensors(self, names: Sequence[str] | Mapping[str, object]) -> dict[str, Tensor]:
+        """Return copies of these tensors, on the CPU."""
+        return {name: self._parameters[name].detach().to("cpu", copy=True) for name in sorted(names)}
+
+    def load(self, tensors: Mapping[str, Tensor], scaling: float) -> None:
+        """Write these tensors into the resident adapter; ranks may differ from those before.
+
+        Parameters
+        ----------
+        tensors : mapping of str to Tensor
+            By PEFT's names.
+        scaling : float
+            Of every layer's update from now on.
+
+        Raises
+        ------
+        AdapterError
+            A name that this adapter does not have.
+        """
+        for name, tensor in tensors.items():
+            if name not in self._parameters:
+                raise AdapterError(f"tensor '{name}' does not belong to this adapter. {nearest(name, self._parameters)}")
+            parameter = self._parameters[name]
+            if parameter.shape == tensor.shape:
+                parameter.data.copy_(tensor)
+            else:
+                parameter.data = tensor.detach().to(parameter.device, parameter.dtype, copy=True)
+        for layer in self._layers:
+            layer.r["default"] = layer.lora_A["default"].weight.shape[0]
+            layer.scaling["default"] = scaling
+
+    def save(self, directory: Path, state: AdapterState, labels: Sequence[str]) -> None:
+        """Write an adapter that ``PeftModel.from_pretrained`` loads.
+
+        Parameters
+        ----------
+        directory : Path
+            Made if it does not exist.
+        state : AdapterState
+            Every tensor of the adapter, the head included; all layers of one rank and scaling.
+        labels : sequence of str
+            Label names in the order of their ids, written to labels.json.
+        """
+        ranks = {f.rank for f in state.factors.values()}
+        scalings = {f.scaling for f in state.factors.values()}
+        if len(ranks) != 1 or len(scalings) != 1:
+            raise AdapterError(f"layers differ in rank {sorted(ranks)} or scaling {sorted(scalings)}; one adapter has one of each")
+        rank, scaling = ranks.pop(), scalings.pop()
+        directory.mkdir(parents=True, exist_ok=True)
+        written: dict[str, Any] = self.peft_config.to_dict() | {"r": rank, "lora_alpha": scaling * rank, "inference_mode": True}
+        written["target_modules"] = sorted(written["target_modules"])  # a set otherwise, whose order is no order
+        (directory / "adapter_config.json").write_text(json.dumps(written, indent=2, sort_keys=True, default=str) + "\n")
+        tensors = {name: tensor.contiguous() for name, tensor in sorted(state.to_tensors().items())}
+        save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+        (directory / "labels.json").write_text(json.dumps(list(labels), ensure_ascii=False) + "\n")

@@ -1,0 +1,65 @@
+"""Scoring a run's adapter again, from what lies in its run directory, the way any user of PEFT would load it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from peft import PeftModel
+
+from fedpeft.config import Layer, RunConfig, resolve
+from fedpeft.data.encoding import EncodedSplit, encode_rows
+from fedpeft.errors import ConfigError, RunDirectoryError
+from fedpeft.evaluation import mean_metrics, score
+from fedpeft.models import load_base
+from fedpeft.resident import Resident
+from fedpeft.runs import ADAPTER, Event, read_config
+from fedpeft.state import AdapterState
+
+ALLOWED = {"data": {"test", "text", "text_pair", "image", "label", "prompt", "completion", "domain"}, "run": {"evaluate_batch_size"}}
+
+
+def rescore(run: Path, overrides: Layer) -> Event:
+    """Score a run's adapter on its own test split or, with ``data.test``, on other rows.
+
+    Parameters
+    ----------
+    run : Path
+        A run directory.
+    overrides : Layer
+        Which rows, and how large the batches are.
+
+    Returns
+    -------
+    dict
+        ``loss``, ``accuracy`` and ``macro_f1`` or ``perplexity``, ``examples``, and ``domains`` where rows name theirs.
+
+    Raises
+    ------
+    RunDirectoryError
+        No run, or one without an adapter yet.
+    ConfigError
+        An override that would change the model rather than the rows.
+    """
+    config = read_config(run)
+    for section, table in overrides.items():
+        for key in table:
+            if key not in ALLOWED.get(section, ()):
+                allowed = ", ".join(f"{name}.{key}" for name in ALLOWED for key in sorted(ALLOWED[name]))
+                raise ConfigError(f"'{section}.{key}' cannot be changed for a finished run. Allowed: {allowed}.")
+    config = resolve([config.model_dump(exclude_none=True), overrides])
+    folders = sorted(run.glob(f"clients/*/{ADAPTER}")) or [run / ADAPTER]
+    if not (folders[0] / "adapter_config.json").is_file():
+        raise RunDirectoryError(f"'{run}' holds no adapter: the run is still going on, or was killed.")
+    home = Resident(config)
+    split, pad_token_id, labels = _rows(config, home, "test" in overrides.get("data", {}))
+    base = load_base(home.config, home.folder, labels, pad_token_id)
+    every = []
+    for folder in folders:
+        model = PeftModel.from_pretrained(base.model, str(folder))
+        every.append(score(model, split, config))
+        model.unload()
+    result: Event = {"run": str(run), "examples": len(split), **mean_metrics([scores.metrics() for scores in every])}
+    if split.domains is not None:
+        groups = [scores.by_group(split.domains) for scores in every]
+        result["domains"] = {name: mean_metrics([each[name] for each in groups]) for name in groups[0]}
+    return result

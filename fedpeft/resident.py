@@ -1,0 +1,77 @@
+"""What a process holds for as long as it lives: the frozen base with its adapter, and the encoded rows.
+
+Everything is made when it is first asked for and then kept, so that no message reloads a model or tokenises a row.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+from fedpeft.adapters import AdaptedModel
+from fedpeft.config import FederationConfig, RunConfig, RunSection, SimulationConfig, StrategyConfig
+from fedpeft.data.encoding import EncodedData, encode
+from fedpeft.data.partition import Partition, partition
+from fedpeft.models import PRESET_PREFIX, load_base, locate
+from fedpeft.presets import materialize
+
+
+class Resident:
+    """Model and rows of one configuration.
+
+    Parameters
+    ----------
+    config : RunConfig
+        Names them.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = with_preset_paths(config)
+
+    @cached_property
+    def folder(self) -> Path:
+        """Folder of the base model."""
+        return locate(self.config.model)
+
+    @cached_property
+    def data(self) -> EncodedData:
+        """Encoded training and test rows of the configured source."""
+        return encode(self.config, self.folder)
+
+    @cached_property
+    def partition(self) -> Partition:
+        """Who holds which training rows."""
+        return partition(self.config, self.data.train)
+
+    @cached_property
+    def adapted(self) -> AdaptedModel:
+        """The base and its adapter, as drawn from the run's seed."""
+        labels = self.config.data.label_names or self.data.labels
+        return AdaptedModel(load_base(self.config, self.folder, labels), self.config)
+
+
+def with_preset_paths(config: RunConfig) -> RunConfig:
+    """Replace ``preset:NAME`` as a source of rows by the folder that the preset was written to."""
+    source = config.data.source
+    if source is None or not source.startswith(PRESET_PREFIX):
+        return config
+    folder = materialize(source.removeprefix(PRESET_PREFIX)).data
+    return config.model_copy(update={"data": config.data.model_copy(update={"source": str(folder)})})
+
+
+def resident(config: RunConfig) -> Resident:
+    """Return this process's resident model and rows, the same object for every run that they serve."""
+    relevant = config.model_copy(
+        update={
+            "strategy": StrategyConfig(),
+            "federation": FederationConfig(clients=config.federation.clients),
+            "simulation": SimulationConfig(),
+            "run": RunSection(seed=config.run.seed),
+        }
+    )
+    return _resident(relevant)
+
+
+@lru_cache(maxsize=1)  # one: a second base might not fit in memory
+def _resident(config: RunConfig) -> Resident:
+    return Resident(config)

@@ -1,0 +1,62 @@
+"""The Flower ServerApp: a whole run on real SuperNodes, as `fedpeft simulate` does it in one place.
+
+The run config that ``flwr run`` brings is the resolved configuration (``section.key`` each) and ``deployment.out``, the
+run directory on this machine; `fedpeft deploy init` writes both.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedpeft.chatter import silence
+from fedpeft.deployment import split_run_config
+from fedpeft.errors import DeploymentError
+from fedpeft.resident import resident
+from fedpeft.runs import Event, RunDirectory, check_vacant
+from fedpeft.state import num_bytes
+from fedpeft.strategies.federation import federate, with_typed_options
+
+log = logging.getLogger("flwr")
+
+app = ServerApp()
+
+POLL_SECONDS = 1.0
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Wait for the nodes, run all rounds, and write the run directory."""
+    silence()
+    config, out = split_run_config(context.run_config)
+    config = with_typed_options(config)
+    check_vacant(out)
+    home = resident(config)
+    expected = len(home.partition.client_ids) if config.federation.clients is None else config.federation.clients
+    directory = RunDirectory(out, config, num_bytes(home.adapted.initial.values()))
+    _wait_for_nodes(grid, expected, config.federation.round_timeout)
+    outcome = federate(config, grid, directory, listener=_log_event)
+    if outcome.error is not None:
+        raise outcome.error
+    print(f"run directory: {Path(out).resolve()}", flush=True)
+
+
+def _wait_for_nodes(grid: Grid, expected: int, timeout: float) -> None:
+    deadline = time.monotonic() + timeout
+    while (online := len(list(grid.get_node_ids()))) < expected:
+        if time.monotonic() > deadline:
+            raise DeploymentError(
+                f"{online} of {expected} nodes are online after {timeout:.0f} s; start the others, or lower federation.clients."
+            )
+        time.sleep(POLL_SECONDS)
+
+
+def _log_event(event: Event) -> None:
+    """Print what a person watching ``flwr log`` wants to see."""
+    if event["event"] in ("round", "evaluate", "fault", "warning", "end"):
+        shown = {key: value for key, value in event.items() if key not in ("domains", "clients")}
+        print(" ".join(f"{key}={value:.4f}" if isinstance(value, float) else f"{key}={value}" for key, value in shown.items()), flush=True)

@@ -1,0 +1,41 @@
+"""What travels between server and clients, and under which names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, Message
+from torch import Tensor
+
+# records of a message
+ARRAYS, FROZEN, CONFIG, METRICS = "arrays", "frozen", "config", "metrics"
+# keys of the server's config record
+ROUND, NUM_ROUNDS, SCALING, FROZEN_HASH = "server-round", "num-rounds", "scaling", "frozen-hash"
+# keys of a client's config record
+CLIENT_ID, NEEDS_FROZEN = "client-id", "needs-frozen"
+# keys of a client's metric record
+NUM_EXAMPLES, TRAIN_LOSS, STEPS, SECONDS = "num-examples", "train_loss", "steps", "seconds"
+
+
+def to_record(tensors: Mapping[str, Tensor]) -> ArrayRecord:
+    """Pack tensors for the wire."""
+    return ArrayRecord({name: Array(tensor.detach().cpu().numpy()) for name, tensor in tensors.items()})
+
+
+def to_tensors(record: ArrayRecord) -> dict[str, Tensor]:
+    """Unpack tensors; NumPy's own format, never pickle."""
+    return {name: torch.from_numpy(array.numpy()) for name, array in record.items()}
+
+
+def payload_bytes(message: Message) -> int:
+    """Return the bytes of all array values in a message, without headers."""
+    if not message.has_content():
+        return 0
+    return sum(
+        math.prod(array.shape) * np.dtype(array.dtype).itemsize
+        for record in message.content.array_records.values()
+        for array in record.values()
+    )

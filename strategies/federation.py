@@ -1,0 +1,237 @@
+"""One federated run from the server's side: a strategy, with evaluation, records and checkpoints around it.
+
+Simulation and deployment both come through `federate`; they differ in the grid alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flwr.app import ArrayRecord, MetricRecord
+from flwr.serverapp import Grid
+from torch import Tensor
+
+from fedpeft.config import RunConfig, StrategyConfig
+from fedpeft.errors import FedpeftError, TooFewClientsError
+from fedpeft.evaluation import Scores, client_metrics, mean_metrics, score, spread
+from fedpeft.resident import Resident, resident
+from fedpeft.runs import Event, Listener, RunDirectory
+from fedpeft.state import AdapterState
+from fedpeft.strategies import find
+from fedpeft.strategies.base import AdapterStrategy, RoundReport
+from fedpeft.wire import SECONDS, TRAIN_LOSS, to_record, to_tensors
+
+# the clients' personal tensors by client id; empty before a client has trained
+Personal = Callable[[], Mapping[str, Mapping[str, Tensor]]]
+
+
+@dataclass
+class Outcome:
+    """How a run ended.
+
+    Parameters
+    ----------
+    path : Path
+        The run directory.
+    rounds : int
+        Rounds done.
+    scores : dict
+        The last evaluation's event.
+    reason : str
+        ``completed``, ``interrupted``, or what stopped it.
+    error : FedpeftError or None
+        What stopped it, where that was an error.
+    """
+
+    path: Path
+    rounds: int = 0
+    scores: Event = field(default_factory=dict)
+    reason: str = "completed"
+    error: FedpeftError | None = None
+
+
+def with_typed_options(config: RunConfig) -> RunConfig:
+    """Check strategy name and options, and return the configuration with every option spelled out."""
+    method = find(config.strategy.name)
+    options = method.parse_options(config.strategy.options).model_dump(mode="json", exclude_none=True)
+    return config.model_copy(update={"strategy": StrategyConfig(name=config.strategy.name, **options)})
+
+
+def build_strategy(config: RunConfig, home: Resident, client_ids: Mapping[int, str] | None) -> AdapterStrategy:
+    """Make the configured method for this adapter."""
+    return find(config.strategy.name)(
+        fraction_train=config.federation.fraction,
+        min_clients=config.federation.min_clients,
+        seed=config.run.seed,
+        scaling=config.adapter.scaling,
+        frozen=home.adapted.frozen,
+        client_ids=client_ids,
+        measure_error=config.run.aggregation_error,
+        **config.strategy.options,
+    )
+
+
+def federate(
+    config: RunConfig,
+    grid: Grid,
+    directory: RunDirectory,
+    *,
+    listener: Listener,
+    client_ids: Mapping[int, str] | None = None,
+    personal: Personal | None = None,
+) -> Outcome:
+    """Run all rounds on a grid, and leave a complete run directory whatever happens.
+
+    Parameters
+    ----------
+    config : RunConfig
+        Resolved, see `with_typed_options`.
+    grid : flwr.serverapp.Grid
+        Where the clients are.
+    directory : RunDirectory
+        Receives events, checkpoints and the adapter.
+    listener : callable
+        Called with each event after it is recorded.
+    client_ids : mapping of int to str, optional
+        Client id of each node, where the grid is a simulation's.
+    personal : callable, optional
+        Gives the clients' personal tensors, where the server may see them: in a simulation.
+    """
+    return _Run(config, grid, directory, listener, client_ids, personal).go()
+
+
+class _Run:
+    def __init__(
+        self,
+        config: RunConfig,
+        grid: Grid,
+        directory: RunDirectory,
+        listener: Listener,
+        client_ids: Mapping[int, str] | None,
+        personal: Personal | None,
+    ) -> None:
+        self.config, self.grid, self.directory, self.listener, self.personal = config, grid, directory, listener, personal
+        self.home = resident(config)
+        self.strategy = build_strategy(config, self.home, client_ids)
+        adapted = self.home.adapted
+        self.shared_names = [name for name in adapted.initial if name not in adapted.personal]
+        self.initial = {name: adapted.initial[name] for name in self.shared_names}
+        self.state = AdapterState.from_tensors(self.initial, adapted.scaling)
+        self.outcome = Outcome(directory.path)
+
+    def go(self) -> Outcome:
+        config, outcome = self.config, self.outcome
+        try:
+            self.strategy.start(
+                self.grid,
+                to_record(self.initial),
+                config.federation.rounds,
+                config.federation.round_timeout,
+                evaluate_fn=self.evaluate,
+                observer=self.observe,
+            )
+        except KeyboardInterrupt:
+            outcome.reason = "interrupted"
+        except TooFewClientsError as error:
+            outcome.reason, outcome.error = str(error), error
+            if self.strategy.report is not None:
+                self.emit_faults(self.strategy.report)
+        except BaseException as error:
+            outcome.reason = type(error).__name__
+            self.finish()
+            raise
+        self.finish()
+        return outcome
+
+    def emit(self, event: Event) -> None:
+        self.directory.append(event)
+        self.listener(event)
+        for problem in self.directory.take_problems():
+            self.listener({"event": "warning", "round": event["round"], "message": problem})
+
+    def emit_faults(self, report: RoundReport) -> None:
+        for fault in report.faults:
+            self.emit({"event": "fault", "round": report.server_round, "client": fault.client_id, "reason": fault.reason})
+
+    def observe(self, report: RoundReport, state: AdapterState) -> None:
+        """Record a round that is done."""
+        self.state, self.outcome.rounds = state, report.server_round
+        for update in report.updates:
+            facts: Event = {"id": update.client_id, "num_examples": update.num_examples}
+            facts |= {"loss": update.metrics.get(TRAIN_LOSS), "seconds": update.metrics.get(SECONDS)}
+            self.emit({"event": "client", "round": report.server_round, **facts})
+        self.emit_faults(report)
+        event: Event = {
+            "event": "round",
+            "round": report.server_round,
+            "train_loss": report.train_loss,
+            "clients": len(report.updates),
+            "failed": len(report.faults),
+            "bytes_up": report.bytes_up,
+            "bytes_down": report.bytes_down,
+            "seconds": round(report.seconds, 3),
+        }
+        if report.aggregation_error is not None:
+            event["aggregation_error"] = report.aggregation_error
+        self.emit(event)
+        done, last = report.server_round, self.config.federation.rounds
+        if done % self.config.run.checkpoint_every == 0 or done == last:
+            facts = {"scaling": self.home.adapted.scaling, "strategy": self.strategy.name}
+            self.directory.checkpoint(done, state.to_tensors(), facts)
+
+    def evaluate(self, server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+        """Score the adapter on the test split where this round is due."""
+        every, last = self.config.run.evaluate_every, self.config.federation.rounds
+        if server_round % every and server_round != last:
+            return None
+        metrics, details = self.score(to_tensors(arrays))
+        self.outcome.scores = {"event": "evaluate", "round": server_round, "split": "test", **metrics, **details}
+        self.emit(self.outcome.scores)
+        return MetricRecord(dict(metrics))
+
+    def score(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, float], dict[str, Any]]:
+        """Return the test metrics, and those by domain and client."""
+        adapted, test = self.home.adapted, self.home.data.test
+        if not adapted.personal:
+            adapted.load(tensors, adapted.scaling)
+            scores = score(adapted.model, test, self.config)
+            return scores.metrics(), self.details([scores])
+        # a personal head: the score is the mean over the clients' own models
+        held = self.personal() if self.personal is not None else {}
+        drawn = {name: adapted.initial[name] for name in adapted.personal}
+        every: list[Scores] = []
+        for own in list(held.values()) or [drawn]:
+            adapted.load({**tensors, **own}, adapted.scaling)
+            every.append(score(adapted.model, test, self.config))
+        return mean_metrics([scores.metrics() for scores in every]), self.details(every)
+
+    def details(self, every: Iterable[Scores]) -> dict[str, Any]:
+        """Break test scores down by domain, and by client if asked."""
+        models, test = list(every), self.home.data.test
+        found: dict[str, Any] = {}
+        if test.domains is not None:
+            by_domain = [scores.by_group(test.domains) for scores in models]
+            found["domains"] = {name: mean_metrics([groups[name] for groups in by_domain]) for name in by_domain[0]}
+        if self.config.run.evaluate_clients:
+            by_client = [client_metrics(scores, test, self.home.data.train, self.home.partition) for scores in models]
+            clients = {name: mean_metrics([groups[name] for groups in by_client]) for name in by_client[0]}
+            key = "perplexity" if self.config.task == "causal-lm" else "accuracy"
+            found["clients"] = {key: spread(clients, key), "scores": clients}
+        return found
+
+    def finish(self) -> None:
+        """Write the adapter of the last round that was completed, and the end's event."""
+        adapted, outcome = self.home.adapted, self.outcome
+        drawn = {name: adapted.initial[name] for name in adapted.personal}
+        labels = self.home.data.labels
+        whole = AdapterState(self.state.factors, {**self.state.dense, **drawn})
+        self.directory.write_adapter(lambda path: adapted.save(path, whole, labels))
+        for client, own in sorted((self.personal() if self.personal is not None else {}).items()):
+            personal = AdapterState(self.state.factors, {**self.state.dense, **own})
+            self.directory.write_adapter(
+                lambda path, state=personal: adapted.save(path, state, labels), f"clients/{client}/adapter"
+            )
+        self.emit({"event": "end", "round": outcome.rounds, "reason": outcome.reason})

@@ -1,0 +1,155 @@
+"""Tiny base models and data that every test may share."""
+
+from __future__ import annotations
+
+import csv
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from fedpeft.chatter import silence
+from fedpeft.config import RunConfig, nest, resolve
+
+silence()
+
+WORDS = [f"w{i}" for i in range(60)]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep the user's cache out of the tests, and the tests out of the user's cache."""
+    os.environ["FEDPEFT_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+
+
+def _tokenizer(folder: Path, **special: str) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: index for index, word in enumerate(["[PAD]", "[UNK]", "[EOS]", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", eos_token="[EOS]", **special
+    ).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import torch
+    from transformers import BertConfig, BertModel
+
+    folder = tmp_path_factory.mktemp("tiny-bert")
+    torch.manual_seed(1)
+    BertModel(
+        BertConfig(
+            vocab_size=63, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+            max_position_embeddings=64, hidden_dropout_prob=0.1,
+        )
+    ).save_pretrained(folder)
+    _tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    torch.manual_seed(2)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=63, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            intermediate_size=24, max_position_embeddings=64, pad_token_id=0, eos_token_id=2, bos_token_id=2,
+        )
+    ).save_pretrained(folder)
+    _tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import torch
+    from transformers import ViTConfig, ViTForImageClassification
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    folder = tmp_path_factory.mktemp("tiny-vit")
+    torch.manual_seed(3)
+    ViTForImageClassification(
+        ViTConfig(
+            hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, image_size=8, patch_size=4,
+            num_labels=2,
+        )
+    ).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """120 rows of text that a column `label` follows from, held by three clients."""
+    path = tmp_path_factory.mktemp("text") / "rows.csv"
+    draw = random.Random(0)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label", "client"])
+        for index in range(120):
+            label = index % 2
+            words = draw.choices(WORDS[:30] if label else WORDS[30:], k=draw.randint(3, 9))
+            writer.writerow([" ".join(words), "yes" if label else "no", f"site-{index % 3}"])
+    return path
+
+
+@pytest.fixture(scope="session")
+def pairs_jsonl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 prompt and completion pairs."""
+    import json
+
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    draw = random.Random(1)
+    with path.open("w") as file:
+        for _ in range(60):
+            start = draw.randrange(40)
+            row = {"prompt": " ".join(WORDS[start : start + 4]), "completion": " ".join(WORDS[start + 4 : start + 8])}
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """80 images of two kinds, one folder a label."""
+    import numpy as np
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("images")
+    draw = np.random.default_rng(0)
+    for label, bright in (("dark", 60), ("light", 180)):
+        (folder / label).mkdir()
+        for index in range(40):
+            pixels = np.clip(draw.normal(bright, 30, (8, 8, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / label / f"{index}.png")
+    return folder
+
+
+RunConfigMaker = Callable[..., RunConfig]
+
+
+@pytest.fixture(scope="session")
+def text_config(tiny_bert: Path, text_csv: Path) -> RunConfigMaker:
+    """Make a small configuration of text classification; keyword arguments are section__key."""
+
+    def make(**settings: object) -> RunConfig:
+        base = {
+            "model.name": str(tiny_bert), "data.source": str(text_csv), "partition.by": "client",
+            "adapter.rank": 2, "adapter.alpha": 4.0, "train.local_steps": 3, "train.batch_size": 8,
+            "train.learning_rate": 0.01, "federation.rounds": 2, "simulation.workers": 0,
+        }
+        own = {name.replace("__", "."): value for name, value in settings.items()}
+        return resolve([nest(base), nest(own)])
+
+    return make
