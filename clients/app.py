@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+from fedpeft.clients.rows import client_rows
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable
 from torch import Tensor
 
-from fedpeft.clients.rows import client_rows
 from fedpeft.config import RunConfig, Scalar
+from fedpeft.deployment import run_config
 from fedpeft.errors import AdapterError
 from fedpeft.models import num_threads
 from fedpeft.resident import Resident, resident
@@ -101,7 +102,7 @@ def train(message: Message, context: Context) -> Message:
 
 @lru_cache(maxsize=4)
 def _parsed(flat: tuple[tuple[str, Scalar], ...]) -> RunConfig:
-    return RunConfig.from_flat(dict(flat))
+    return run_config(dict(flat))
 
 
 def _run_config(context: Context) -> RunConfig:
@@ -113,7 +114,7 @@ def _home(context: Context) -> Resident:
 
 
 def _frozen(home: Resident, message: Message) -> dict[str, Tensor] | None:
-    """Return the frozen tensors to train with: this client's own draw if its hash is the server's, else what was sent."""
+    """Return the frozen tensors to train with: its own draw if that has the server's hash, else those sent."""
     wanted = str(message.content.config_records[CONFIG].get(FROZEN_HASH, ""))
     own = {name: home.adapted.initial[name] for name in home.adapted.frozen}
     if wanted == home.adapted.frozen_hash:

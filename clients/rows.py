@@ -45,8 +45,8 @@ def client_rows(home: Resident, node_config: Mapping[str, Scalar]) -> ClientRows
     home : Resident
         The process's model and rows.
     node_config : mapping
-        ``data`` (a file of this site; ``client-id`` names the client, the file's stem if unset), or ``partition-id`` and
-        ``num-partitions``.
+        ``data`` (a file of this site; ``client-id`` names the client, the file's stem if unset), or ``partition-id``
+        and ``num-partitions``.
 
     Raises
     ------

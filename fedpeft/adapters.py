@@ -34,6 +34,7 @@ QUERY_VALUE = (
     ("in_proj",),
 )
 ALL_LINEAR = "all-linear"
+LABELS = "labels.json"
 PEFT_TASKS: dict[Task, TaskType | None] = {
     "sequence-classification": TaskType.SEQ_CLS,
     "image-classification": None,
@@ -90,7 +91,8 @@ def choose_targets(base: BaseModel, targets: Sequence[str] | None, rank: int) ->
         for target in targets:
             if not any(name == target or name.endswith(f".{target}") for name in modules):
                 raise AdapterError(
-                    f"adapter.targets: '{target}' matches no linear module of '{base.folder}'. {nearest(target, leaves)}"
+                    f"adapter.targets: '{target}' matches no linear module of '{base.folder}'. "
+                    f"{nearest(target, leaves)}"
                 )
         chosen = [n for n in modules if any(n == target or n.endswith(f".{target}") for target in targets)]
     for name in chosen:
@@ -193,7 +195,9 @@ class AdaptedModel:
         """
         for name, tensor in tensors.items():
             if name not in self._parameters:
-                raise AdapterError(f"tensor '{name}' does not belong to this adapter. {nearest(name, self._parameters)}")
+                raise AdapterError(
+                    f"tensor '{name}' does not belong to this adapter. {nearest(name, self._parameters)}"
+                )
             parameter = self._parameters[name]
             if parameter.shape == tensor.shape:
                 parameter.data.copy_(tensor)
@@ -218,12 +222,20 @@ class AdaptedModel:
         ranks = {f.rank for f in state.factors.values()}
         scalings = {f.scaling for f in state.factors.values()}
         if len(ranks) != 1 or len(scalings) != 1:
-            raise AdapterError(f"layers differ in rank {sorted(ranks)} or scaling {sorted(scalings)}; one adapter has one of each")
+            raise AdapterError(
+                f"layers differ in rank {sorted(ranks)} or scaling {sorted(scalings)}; one adapter has one of each"
+            )
         rank, scaling = ranks.pop(), scalings.pop()
         directory.mkdir(parents=True, exist_ok=True)
-        written: dict[str, Any] = self.peft_config.to_dict() | {"r": rank, "lora_alpha": scaling * rank, "inference_mode": True}
+        written: dict[str, Any] = self.peft_config.to_dict() | {
+            "r": rank,
+            "lora_alpha": scaling * rank,
+            "inference_mode": True,
+        }
         written["target_modules"] = sorted(written["target_modules"])  # a set otherwise, whose order is no order
-        (directory / "adapter_config.json").write_text(json.dumps(written, indent=2, sort_keys=True, default=str) + "\n")
+        (directory / "adapter_config.json").write_text(
+            json.dumps(written, indent=2, sort_keys=True, default=str) + "\n"
+        )
         tensors = {name: tensor.contiguous() for name, tensor in sorted(state.to_tensors().items())}
         save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-        (directory / "labels.json").write_text(json.dumps(list(labels), ensure_ascii=False) + "\n")
+        (directory / LABELS).write_text(json.dumps(list(labels), ensure_ascii=False) + "\n")

@@ -62,7 +62,7 @@ def configure(
     workers: int | None = None,
     seed: int | None = None,
 ) -> RunConfig:
-    """Lay command line over file over preset over defaults; the default preset where neither model nor data is given."""
+    """Lay command line over file over preset over defaults; without model and data, the default preset."""
     from fedpeft.config import merge, parse_overrides, read_toml, resolve, with_absolute_paths
     from fedpeft.presets import layer
 
@@ -106,7 +106,14 @@ def simulate(
     Without model and data it runs the embedded `digits` preset.
     """
     config = configure(
-        words, strategy=strategy, adapter=adapter, preset=preset, clients=clients, rounds=rounds, workers=workers, seed=seed
+        words,
+        strategy=strategy,
+        adapter=adapter,
+        preset=preset,
+        clients=clients,
+        rounds=rounds,
+        workers=workers,
+        seed=seed,
     )
     _quiet(verbose)
     if dry_run:
@@ -147,8 +154,9 @@ def _quiet(verbose: bool) -> None:
 
 
 def _dry_run(config: RunConfig, json_lines: bool) -> None:
-    from fedpeft.report.tables import dry_run_table
     from fedpeft.strategies.plan import plan
+
+    from fedpeft.report.tables import dry_run_table
 
     planned = plan(config)
     if json_lines:
@@ -200,6 +208,7 @@ def partition(
     config = configure(words, preset=preset, clients=clients, seed=seed)
     _quiet(verbose)
     from fedpeft.data.partition import partition_table, plot_partition
+
     from fedpeft.report.tables import partition_view
     from fedpeft.resident import resident
 
@@ -292,7 +301,9 @@ def init(
     verbose: Verbose = False,
 ) -> None:
     """Write a Flower app folder that `flwr run` runs on a SuperLink, with the arguments of simulate."""
-    config = configure(words, strategy=strategy, adapter=adapter, preset=preset, clients=clients, rounds=rounds, seed=seed)
+    config = configure(
+        words, strategy=strategy, adapter=adapter, preset=preset, clients=clients, rounds=rounds, seed=seed
+    )
     _quiet(verbose)
     from fedpeft.deployment import init_app
 

@@ -1,7 +1,7 @@
 """The configuration of a run: one typed, frozen model, and the layers that it is made of.
 
-Defaults < preset < TOML file < command line. Every key has a name of the form ``section.key``; what does not exist is an
-error that names the nearest key that does.
+Defaults < preset < TOML file < command line. Every key has a name of the form ``section.key``; what does not exist is
+an error that names the nearest key that does.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """The rows, and which columns hold what."""
 
-    source: str | None = Field(None, description="CSV, JSON lines, Parquet, image folder, saved dataset, hub id, preset:NAME")
+    source: str | None = Field(
+        None, description="CSV, JSON lines, Parquet, image folder, saved dataset, hub id, preset:NAME"
+    )
     test: str | None = Field(None, description="test rows, same kinds; else the source's test split, else held out")
     test_fraction: float = Field(0.2, gt=0, lt=1, description="share of rows held out where no test rows are given")
     text: str | None = Field(None, description="column of the text to classify")
@@ -56,7 +58,9 @@ class DataConfig(Section):
     prompt: str | None = Field(None, description="column of prompts, for causal language modelling")
     completion: str | None = Field(None, description="column of completions: the loss counts these tokens only")
     label: str | None = Field(None, description="column of the label; 'label' if unset")
-    labels: str | None = Field(None, description="all label names, comma-separated, where a site sees only some of them")
+    labels: str | None = Field(
+        None, description="all label names, comma-separated, where a site sees only some of them"
+    )
     domain: str | None = Field(None, description="column by which test scores are also reported")
     max_length: int = Field(128, ge=1, description="tokens kept of each row")
 
@@ -96,7 +100,8 @@ class PartitionConfig(Section):
             scheme = values.get("scheme", "natural")
             if scheme != "natural":
                 raise ValueError(
-                    f"partition.by = '{values['by']}' implies partition.scheme = 'natural', but '{scheme}' was given; drop one"
+                    f"partition.by = '{values['by']}' implies partition.scheme = 'natural', but '{scheme}' was given; "
+                    "drop one"
                 )
             return {**values, "scheme": "natural"}
         return values
@@ -111,7 +116,9 @@ class PartitionConfig(Section):
 class AdapterConfig(Section):
     """What is trained."""
 
-    kind: Literal["lora", "ffa-lora"] = Field("lora", description="lora trains A and B; ffa-lora B only, A frozen and shared")
+    kind: Literal["lora", "ffa-lora"] = Field(
+        "lora", description="lora trains A and B; ffa-lora B only, A frozen and shared"
+    )
     init: Literal["default", "gaussian"] = Field("default", description="how A is drawn (B starts at zero)")
     rank: int = Field(8, ge=1, description="rank r of the update")
     alpha: float = Field(16.0, gt=0, description="the update is scaled by alpha / rank")
@@ -123,7 +130,7 @@ class AdapterConfig(Section):
 
     @property
     def scaling(self) -> float:
-        """alpha / rank."""
+        """Alpha / rank."""
         return self.alpha / self.rank
 
 
@@ -131,7 +138,9 @@ class TrainConfig(Section):
     """What a client does in a round."""
 
     local_steps: int | None = Field(None, ge=1, description="optimiser steps a round")
-    local_epochs: int | None = Field(None, ge=1, description="passes over the client's rows a round; 1 if neither is set")
+    local_epochs: int | None = Field(
+        None, ge=1, description="passes over the client's rows a round; 1 if neither is set"
+    )
     batch_size: int = Field(16, ge=1, description="rows a step")
     learning_rate: float = Field(1e-3, gt=0, description="step size")
     optimizer: Literal["sgd", "adamw"] = Field("adamw", description="begins afresh each round")
@@ -147,7 +156,9 @@ class TrainConfig(Section):
         if self.local_steps is not None and self.local_epochs is not None:
             raise ValueError("train.local_steps and train.local_epochs exclude each other; give one")
         if self.momentum and self.optimizer != "sgd":
-            raise ValueError(f"train.momentum = {self.momentum} belongs to train.optimizer = 'sgd', not '{self.optimizer}'")
+            raise ValueError(
+                f"train.momentum = {self.momentum} belongs to train.optimizer = 'sgd', not '{self.optimizer}'"
+            )
         return self
 
 
@@ -265,7 +276,9 @@ def parse_overrides(words: Iterable[str]) -> Layer:
     for word in words:
         name, equals, value = word.partition("=")
         if not equals:
-            raise ConfigError(f"'{word}' is neither a .toml file nor section.key=value, such as train.learning_rate=1e-3.")
+            raise ConfigError(
+                f"'{word}' is neither a .toml file nor section.key=value, such as train.learning_rate=1e-3."
+            )
         flat[name.strip()] = value.strip()
     return nest(flat)
 
@@ -283,7 +296,9 @@ def read_toml(path: Path) -> Layer:
         raise ConfigError(f"'{path}' is not valid TOML: {error}") from None
     for section, table in layer.items():
         if not isinstance(table, dict):
-            raise ConfigError(f"'{section}' stands outside a section in '{path}'. Write it as section.key, or under [section].")
+            raise ConfigError(
+                f"'{section}' stands outside a section in '{path}'. Write it as section.key, or under [section]."
+            )
     return layer
 
 
@@ -316,7 +331,8 @@ def resolve(layers: Iterable[Layer]) -> RunConfig:
         if section not in RunConfig.model_fields:
             raise ConfigError(f"unknown section '{section}'. {nearest(section, RunConfig.model_fields)}")
         kind = RunConfig.model_fields[section].annotation
-        assert isinstance(kind, type) and issubclass(kind, BaseModel)
+        assert isinstance(kind, type)
+        assert issubclass(kind, BaseModel)
         if kind.model_config.get("extra") == "allow":
             continue
         for key in table:

@@ -40,6 +40,10 @@ class RunDirectoryError(FedpeftError):
     """A run directory that exists already, is no run, or cannot be written."""
 
 
+class SimulationError(FedpeftError):
+    """Workers that cannot be started."""
+
+
 class DeploymentError(FedpeftError):
     """A federation of real nodes that cannot start."""
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from fedpeft.data.partition import Partition
 from numpy.typing import NDArray
 from torch import nn
 
 from fedpeft.config import RunConfig
 from fedpeft.data.encoding import EncodedSplit
-from fedpeft.data.partition import Partition
 from fedpeft.errors import ConfigError
 
 
@@ -42,7 +42,7 @@ class Scores:
         Returns
         -------
         dict of str to float
-            ``loss``, and ``accuracy`` and ``macro_f1`` (over the labels that occur or are predicted), or ``perplexity``.
+            ``loss``, and ``accuracy`` and ``macro_f1`` (over labels that occur or are predicted), or ``perplexity``.
         """
         from sklearn.metrics import f1_score
 
@@ -93,7 +93,9 @@ def score(model: nn.Module, split: EncodedSplit, config: RunConfig) -> Scores:
             logits = model(**inputs).logits.float()
         if causal:
             logits, targets = logits[:, :-1], targets[:, 1:]  # position t predicts token t + 1
-            nll = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none")
+            nll = nn.functional.cross_entropy(
+                logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none"
+            )
             loss[rows] = nll.view(targets.shape).double().sum(1).cpu().numpy()
             tokens[rows] = (targets != -100).sum(1).double().cpu().numpy()
         else:

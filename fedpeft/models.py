@@ -88,7 +88,9 @@ def locate(model: ModelConfig) -> Path:
 def _fetch(model: ModelConfig) -> Path:
     assert model.name is not None
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model.name) or model.name.startswith("."):
-        raise ModelError(f"no model folder '{model.name}'. model.name takes a transformers folder or a hub id (owner/name).")
+        raise ModelError(
+            f"no model folder '{model.name}'. model.name takes a transformers folder or a hub id (owner/name)."
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -98,8 +100,8 @@ def _fetch(model: ModelConfig) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         what = str(error).strip().splitlines()[0][:200]
         raise ModelError(
-            f"'{model.name}' is neither a folder here nor a model that could be fetched from the hub ({type(error).__name__}: "
-            f"{what}). Give the path of a transformers folder, or check the id and the network."
+            f"'{model.name}' is neither a folder here nor a model that could be fetched from the hub "
+            f"({type(error).__name__}: {what}). Give a transformers folder's path, or check the id and the network."
         ) from None
 
 
@@ -116,9 +118,7 @@ def _checked(folder: Path) -> Path:
     return folder
 
 
-def load_base(
-    config: RunConfig, folder: Path, labels: Sequence[str], pad_token_id: int | None = None
-) -> BaseModel:
+def load_base(config: RunConfig, folder: Path, labels: Sequence[str], pad_token_id: int | None = None) -> BaseModel:
     """Load a base for the run's task and freeze it.
 
     Parameters
@@ -178,16 +178,20 @@ def load_base(
 
 
 def _head_modules(model: nn.Module, info: dict[str, Any], task: Task) -> tuple[str, ...]:
-    """Name the scoring modules, and any other that the checkpoint lacks: a random frozen layer would be lost on export."""
+    """Name the scoring modules, and any that the checkpoint lacks: a random frozen layer would be lost on export."""
     head: list[str] = []
     if task != "causal-lm":
         trunk = getattr(model, "base_model_prefix", "")
-        head = [name for name, child in model.named_children() if name != trunk and any(True for _ in child.parameters())]
+        head = [
+            name for name, child in model.named_children() if name != trunk and any(True for _ in child.parameters())
+        ]
     mismatched = [entry[0] if isinstance(entry, tuple) else entry for entry in info.get("mismatched_keys", ())]
     for key in [*info.get("missing_keys", ()), *mismatched]:
         module = key.rpartition(".")[0]
         if not any(module == known or module.startswith(f"{known}.") for known in head):
             head.append(module)
     if task == "causal-lm" and head:
-        raise ModelError(f"'{model.name_or_path}' lacks weights for {', '.join(head)}; it is no complete causal language model.")
+        raise ModelError(
+            f"'{model.name_or_path}' lacks weights for {', '.join(head)}; it is no complete causal language model."
+        )
     return tuple(head)

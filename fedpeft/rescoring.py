@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from peft import PeftModel
 
-from fedpeft.config import Layer, RunConfig, resolve
-from fedpeft.data.encoding import EncodedSplit, encode_rows
+from fedpeft.adapters import LABELS
+from fedpeft.config import Layer, resolve
+from fedpeft.data.encoding import encode_rows, padding_token
 from fedpeft.errors import ConfigError, RunDirectoryError
 from fedpeft.evaluation import mean_metrics, score
 from fedpeft.models import load_base
 from fedpeft.resident import Resident
 from fedpeft.runs import ADAPTER, Event, read_config
-from fedpeft.state import AdapterState
 
-ALLOWED = {"data": {"test", "text", "text_pair", "image", "label", "prompt", "completion", "domain"}, "run": {"evaluate_batch_size"}}
+ALLOWED = {
+    "data": {"test", "text", "text_pair", "image", "label", "prompt", "completion", "domain"},
+    "run": {"evaluate_batch_size"},
+}
 
 
 def rescore(run: Path, overrides: Layer) -> Event:
@@ -50,9 +54,13 @@ def rescore(run: Path, overrides: Layer) -> Event:
     folders = sorted(run.glob(f"clients/*/{ADAPTER}")) or [run / ADAPTER]
     if not (folders[0] / "adapter_config.json").is_file():
         raise RunDirectoryError(f"'{run}' holds no adapter: the run is still going on, or was killed.")
+    labels = json.loads((folders[0] / LABELS).read_text())
+    chosen = overrides.get("data", {})
+    if "test" in chosen and "domain" not in chosen:  # other rows need not name their domain
+        config = config.model_copy(update={"data": config.data.model_copy(update={"domain": None})})
     home = Resident(config)
-    split, pad_token_id, labels = _rows(config, home, "test" in overrides.get("data", {}))
-    base = load_base(home.config, home.folder, labels, pad_token_id)
+    split = encode_rows(home.config, home.folder, chosen["test"], labels, test=True) if "test" in chosen else home.test
+    base = load_base(home.config, home.folder, labels, padding_token(home.config, home.folder))
     every = []
     for folder in folders:
         model = PeftModel.from_pretrained(base.model, str(folder))

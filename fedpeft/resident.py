@@ -8,10 +8,11 @@ from __future__ import annotations
 from functools import cached_property, lru_cache
 from pathlib import Path
 
+from fedpeft.data.partition import Partition, partition
+
 from fedpeft.adapters import AdaptedModel
 from fedpeft.config import FederationConfig, RunConfig, RunSection, SimulationConfig, StrategyConfig
-from fedpeft.data.encoding import EncodedData, encode
-from fedpeft.data.partition import Partition, partition
+from fedpeft.data.encoding import EncodedData, EncodedSplit, encode, encode_rows, padding_token
 from fedpeft.models import PRESET_PREFIX, load_base, locate
 from fedpeft.presets import materialize
 
@@ -39,6 +40,21 @@ class Resident:
         return encode(self.config, self.folder)
 
     @cached_property
+    def test(self) -> EncodedSplit:
+        """Encoded test rows; a server may hold these alone, and no training rows."""
+        data = self.config.data
+        if data.source is None and data.test is not None:
+            return encode_rows(self.config, self.folder, data.test, data.label_names or (), test=True)
+        return self.data.test
+
+    @cached_property
+    def labels(self) -> tuple[str, ...]:
+        """Label names in the order of their ids; empty for causal language modelling."""
+        if self.config.task == "causal-lm":
+            return ()
+        return self.config.data.label_names or self.data.labels
+
+    @cached_property
     def partition(self) -> Partition:
         """Who holds which training rows."""
         return partition(self.config, self.data.train)
@@ -46,8 +62,8 @@ class Resident:
     @cached_property
     def adapted(self) -> AdaptedModel:
         """The base and its adapter, as drawn from the run's seed."""
-        labels = self.config.data.label_names or self.data.labels
-        return AdaptedModel(load_base(self.config, self.folder, labels), self.config)
+        pad_token_id = padding_token(self.config, self.folder)
+        return AdaptedModel(load_base(self.config, self.folder, self.labels, pad_token_id), self.config)
 
 
 def with_preset_paths(config: RunConfig) -> RunConfig:

@@ -27,7 +27,18 @@ CONFIG, ENVIRONMENT, METRICS, ADAPTER, CHECKPOINTS = (
     "checkpoints",
 )
 KEPT_CHECKPOINTS = 2
-PACKAGES = ("fedpeft", "torch", "transformers", "peft", "flwr", "ray", "datasets", "flwr-datasets", "numpy", "safetensors")
+PACKAGES = (
+    "fedpeft",
+    "torch",
+    "transformers",
+    "peft",
+    "flwr",
+    "ray",
+    "datasets",
+    "flwr-datasets",
+    "numpy",
+    "safetensors",
+)
 
 Event = dict[str, Any]
 Listener = Callable[[Event], None]
@@ -52,14 +63,18 @@ def versions() -> dict[str, str]:
 
 
 def source_revision() -> str | None:
-    """Return the git commit that this package is run from, with ``+`` if files differ from it; None outside a checkout."""
+    """Return the git commit that this package is run from, with ``+`` if files differ; None outside a checkout."""
     folder = Path(__file__).resolve().parents[1]
     if not (folder / ".git").exists():
         return None
     ask = ["git", "-C", str(folder)]
     try:
-        commit = subprocess.run([*ask, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-        dirty = subprocess.run([*ask, "status", "--porcelain"], capture_output=True, text=True, check=True, timeout=10).stdout
+        commit = subprocess.run(
+            [*ask, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+        dirty = subprocess.run(
+            [*ask, "status", "--porcelain"], capture_output=True, text=True, check=True, timeout=10
+        ).stdout
     except (OSError, subprocess.SubprocessError):
         return None
     return commit + ("+" if dirty else "")
@@ -94,7 +109,9 @@ def default_directory(config: RunConfig) -> Path:
 def check_vacant(path: Path) -> None:
     """Refuse a folder that holds something already."""
     if (path / CONFIG).exists():
-        raise RunDirectoryError(f"'{path}' already holds a run, which is not overwritten; give another --out, or remove it.")
+        raise RunDirectoryError(
+            f"'{path}' already holds a run, which is not overwritten; give another --out, or remove it."
+        )
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise RunDirectoryError(f"'{path}' exists and is not an empty folder; give another --out.")
 
@@ -102,8 +119,8 @@ def check_vacant(path: Path) -> None:
 class RunDirectory:
     """One run's folder.
 
-    A disk that fills up while the run goes on loses no result: events that cannot be written are kept and written later,
-    a checkpoint that does not fit is skipped, and the space of the final adapter is reserved from the start.
+    A disk that fills up while the run goes on loses no result: events that cannot be written are kept and written
+    later, a checkpoint that does not fit is skipped, and the space of the final adapter is reserved from the start.
 
     Parameters
     ----------
@@ -117,7 +134,9 @@ class RunDirectory:
         Further facts for environment.json, such as a preset's provenance.
     """
 
-    def __init__(self, path: Path, config: RunConfig, adapter_bytes: int, details: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, path: Path, config: RunConfig, adapter_bytes: int, details: Mapping[str, Any] | None = None
+    ) -> None:
         check_vacant(path)
         self.path = path
         self._pending: list[str] = []
@@ -168,7 +187,9 @@ class RunDirectory:
             self._pending.clear()
         except OSError as error:
             if len(self._pending) == 1:
-                self._problems.append(f"cannot write {METRICS} ({error.strerror}); the events are kept and written later")
+                self._problems.append(
+                    f"cannot write {METRICS} ({error.strerror}); the events are kept and written later"
+                )
 
     def checkpoint(self, server_round: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Save the server's state after a round, atomically; the newest few are kept."""

@@ -10,6 +10,7 @@ import logging
 import time
 from pathlib import Path
 
+from fedpeft.strategies.federation import federate, with_typed_options
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
@@ -19,7 +20,6 @@ from fedpeft.errors import DeploymentError
 from fedpeft.resident import resident
 from fedpeft.runs import Event, RunDirectory, check_vacant
 from fedpeft.state import num_bytes
-from fedpeft.strategies.federation import federate, with_typed_options
 
 log = logging.getLogger("flwr")
 
@@ -50,7 +50,8 @@ def _wait_for_nodes(grid: Grid, expected: int, timeout: float) -> None:
     while (online := len(list(grid.get_node_ids()))) < expected:
         if time.monotonic() > deadline:
             raise DeploymentError(
-                f"{online} of {expected} nodes are online after {timeout:.0f} s; start the others, or lower federation.clients."
+                f"{online} of {expected} nodes are online after {timeout:.0f} s; start the others, "
+                "or lower federation.clients."
             )
         time.sleep(POLL_SECONDS)
 
@@ -59,4 +60,9 @@ def _log_event(event: Event) -> None:
     """Print what a person watching ``flwr log`` wants to see."""
     if event["event"] in ("round", "evaluate", "fault", "warning", "end"):
         shown = {key: value for key, value in event.items() if key not in ("domains", "clients")}
-        print(" ".join(f"{key}={value:.4f}" if isinstance(value, float) else f"{key}={value}" for key, value in shown.items()), flush=True)
+        print(
+            " ".join(
+                f"{key}={value:.4f}" if isinstance(value, float) else f"{key}={value}" for key, value in shown.items()
+            ),
+            flush=True,
+        )

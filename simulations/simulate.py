@@ -6,20 +6,20 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from fedpeft.clients.app import PERSONAL
+from fedpeft.clients.app import app as client_app
+from fedpeft.simulations.inline_grid import InlineGrid
+from fedpeft.simulations.ray_grid import RayGrid
+from fedpeft.strategies.federation import Outcome, federate, with_typed_options
 from flwr.app import Context, RecordDict
 from torch import Tensor
 
 from fedpeft.chatter import silence
-from fedpeft.clients.app import PERSONAL
-from fedpeft.clients.app import app as client_app
 from fedpeft.config import RunConfig
 from fedpeft.presets import provenance
 from fedpeft.resident import Resident, resident
 from fedpeft.runs import Event, Listener, RunDirectory, check_vacant, default_directory
-from fedpeft.simulations.inline_grid import InlineGrid
-from fedpeft.simulations.ray_grid import RayGrid
 from fedpeft.state import num_bytes
-from fedpeft.strategies.federation import Outcome, federate, with_typed_options
 from fedpeft.wire import to_tensors
 
 CLIENT_APP = "fedpeft.clients.app:app"

@@ -9,10 +9,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from fedpeft.strategies.factors import aggregation_error
+from fedpeft.strategies.rounds import Fault, Observer, RoundReport, client_order, in_order
+from fedpeft.strategies.updates import RefusedUpdateError, read_update
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
@@ -23,8 +26,6 @@ from fedpeft.config import Section, describe
 from fedpeft.errors import ConfigError, DeploymentError, TooFewClientsError, nearest
 from fedpeft.seeds import generator
 from fedpeft.state import A_SUFFIX, AdapterState, ClientUpdate, fingerprint
-from fedpeft.strategies.factors import aggregation_error
-from fedpeft.strategies.updates import RefusedUpdateError, read_update
 from fedpeft.wire import (
     ARRAYS,
     CLIENT_ID,
@@ -68,59 +69,6 @@ class Capabilities:
     sends: str
     exact: str
     needs_single_factors: bool
-
-
-@dataclass(frozen=True)
-class Fault:
-    """A client whose answer does not count in a round, and why."""
-
-    client_id: str
-    reason: str
-
-
-@dataclass
-class RoundReport:
-    """What happened in one round.
-
-    Parameters
-    ----------
-    server_round : int
-        From 1.
-    updates : list of ClientUpdate
-        The good ones without their tensors, in the order in which they were averaged.
-    faults : list of Fault
-        The others.
-    bytes_up, bytes_down : int
-        Array values sent by clients and to them.
-    seconds : float
-        From the first message to the new adapter.
-    aggregation_error : float or None
-        ``|DW - sent| / |DW|`` over all layers, where DW is the weighted mean of the clients' updates.
-    """
-
-    server_round: int
-    updates: list[ClientUpdate] = field(default_factory=list)
-    faults: list[Fault] = field(default_factory=list)
-    bytes_up: int = 0
-    bytes_down: int = 0
-    seconds: float = 0.0
-    aggregation_error: float | None = None
-
-    @property
-    def train_loss(self) -> float | None:
-        """Mean of the clients' losses, weighted by their rows; None if a client reported none."""
-        total = sum(update.num_examples for update in self.updates)
-        if not self.updates or any(TRAIN_LOSS not in update.metrics for update in self.updates):
-            return None
-        return sum(update.metrics[TRAIN_LOSS] * update.num_examples for update in self.updates) / total
-
-
-Observer = Callable[[RoundReport, AdapterState], None]
-
-
-def client_order(client_id: str) -> tuple[bool, int, str]:
-    """Sort key of client ids: numbers by value, then names."""
-    return (False, int(client_id), "") if client_id.isdecimal() else (True, 0, client_id)
 
 
 class AdapterStrategy(Strategy):
@@ -230,13 +178,12 @@ class AdapterStrategy(Strategy):
         everyone = sorted(nodes, key=client_order)
         if self.min_clients > len(everyone):
             raise ConfigError(
-                f"federation.min_clients = {self.min_clients}, but there are {len(everyone)} clients; at most that is allowed"
+                f"federation.min_clients = {self.min_clients}, but there are {len(everyone)} clients; "
+                "at most that many are allowed."
             )
         size = min(len(everyone), max(1, self.min_clients, round(self.fraction_train * len(everyone))))
         drawn = generator(self.seed, "cohort", server_round).choice(len(everyone), size, replace=False)
-        settings = ConfigRecord(
-            {**config, ROUND: server_round, SCALING: self.scaling, FROZEN_HASH: self._frozen_hash}
-        )
+        settings = ConfigRecord({**config, ROUND: server_round, SCALING: self.scaling, FROZEN_HASH: self._frozen_hash})
         messages = []
         for index in sorted(drawn):
             client = everyone[index]
@@ -254,9 +201,7 @@ class AdapterStrategy(Strategy):
         report = self.report = RoundReport(server_round)
         started = time.perf_counter()
         kept: list[ClientUpdate] = []
-        expected = {
-            name: tensor for name, tensor in self._state.to_tensors().items() if name not in self.frozen_names
-        }
+        expected = {name: tensor for name, tensor in self._state.to_tensors().items() if name not in self.frozen_names}
 
         def good() -> Iterator[ClientUpdate]:
             for client, reply in self._answers(replies, report):
@@ -278,14 +223,14 @@ class AdapterStrategy(Strategy):
         if len(report.updates) < self.min_clients or first is None:
             reasons = "; ".join(f"client {fault.client_id}: {fault.reason}" for fault in report.faults[:3])
             raise TooFewClientsError(
-                f"round {server_round}: {len(report.updates)} good updates, federation.min_clients = {self.min_clients} "
-                f"are needed ({reasons or 'nobody answered'}). What was done before this round is saved."
+                f"round {server_round}: {len(report.updates)} good updates, but federation.min_clients = "
+                f"{self.min_clients} are needed ({reasons or 'nobody answered'}). What was done before this round is saved."
             )
         tensors = merged.to_tensors()
         if bad := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
             raise TooFewClientsError(
-                f"round {server_round}: the merged adapter holds NaN or infinity in {bad[0]}; lower train.learning_rate. "
-                "What was done before this round is saved."
+                f"round {server_round}: the merged adapter holds NaN or infinity in {bad[0]}; "
+                "lower train.learning_rate. What was done before this round is saved."
             )
         if self.measure_error:
             report.aggregation_error = aggregation_error(kept, merged)
@@ -347,7 +292,9 @@ class AdapterStrategy(Strategy):
         self.summary()
         tensors = to_tensors(initial_arrays)
         if strangers := self.frozen_names - tensors.keys():
-            raise ConfigError(f"frozen names '{min(strangers)}', which the initial arrays lack. {nearest(min(strangers), tensors)}")
+            raise ConfigError(
+                f"frozen names '{min(strangers)}', which the initial arrays lack. {nearest(min(strangers), tensors)}"
+            )
         self._frozen = {name: tensors[name] for name in sorted(self.frozen_names)}
         self._frozen_hash = fingerprint(self._frozen) if self._frozen else ""
         self._state = AdapterState.from_tensors(tensors, self.scaling)
@@ -361,7 +308,9 @@ class AdapterStrategy(Strategy):
             self._sent = list(self.configure_train(server_round, arrays, config, grid))
             replies = grid.send_and_receive(self._sent, timeout=timeout)
             merged, metrics = self.aggregate_train(server_round, replies)
-            assert merged is not None and metrics is not None and self.report is not None
+            assert merged is not None
+            assert metrics is not None
+            assert self.report is not None
             arrays = merged
             whole = to_record(self._state.to_tensors())
             result.arrays = whole
@@ -392,11 +341,15 @@ class AdapterStrategy(Strategy):
                     self.client_ids[reply.metadata.src_node_id] = str(reply.content.config_records[CONFIG][CLIENT_ID])
                 else:
                     reason = reply.error.reason if reply.has_error() else "no client id in its answer"
-                    raise DeploymentError(f"node {reply.metadata.src_node_id} could not say which client it is: {reason}")
+                    raise DeploymentError(
+                        f"node {reply.metadata.src_node_id} could not say which client it is: {reason}"
+                    )
         known = {node: self.client_ids[node] for node in nodes if node in self.client_ids}
         if len(set(known.values())) < len(known):
             twice = next(client for client in known.values() if list(known.values()).count(client) > 1)
-            raise DeploymentError(f"two nodes call themselves client '{twice}'; give each its own client-id in --node-config.")
+            raise DeploymentError(
+                f"two nodes call themselves client '{twice}'; give each its own client-id in --node-config."
+            )
         return known
 
     def _answers(self, replies: Iterable[Message], report: RoundReport) -> Iterator[tuple[str, Message]]:
@@ -435,22 +388,6 @@ class AdapterStrategy(Strategy):
     @staticmethod
     def _wants_frozen(reply: Message) -> bool:
         return reply.has_content() and bool(reply.content.config_records.get(CONFIG, {}).get(NEEDS_FROZEN, False))
-
-
-def in_order(messages: Iterable[Message], replies: Iterable[Message]) -> Iterator[tuple[Message, Message | None]]:
-    """Pair messages with their replies in the order of the messages; None where there is no reply.
-
-    An ordered stream passes straight through; of an unordered one, early replies are held back.
-    """
-    early: dict[str, Message] = {}
-    arriving = iter(replies)
-    for message in messages:
-        while message.metadata.message_id not in early or not message.metadata.message_id:
-            reply = next(arriving, None)
-            if reply is None:
-                break
-            early[reply.metadata.reply_to_message_id] = reply
-        yield message, early.pop(message.metadata.message_id, None)
 
 
 def _chain(first: ClientUpdate, rest: Iterator[ClientUpdate]) -> Iterator[ClientUpdate]:

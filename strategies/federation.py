@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fedpeft.strategies import find
+from fedpeft.strategies.base import AdapterStrategy
+from fedpeft.strategies.rounds import RoundReport
 from flwr.app import ArrayRecord, MetricRecord
 from flwr.serverapp import Grid
 from torch import Tensor
@@ -20,8 +23,6 @@ from fedpeft.evaluation import Scores, client_metrics, mean_metrics, score, spre
 from fedpeft.resident import Resident, resident
 from fedpeft.runs import Event, Listener, RunDirectory
 from fedpeft.state import AdapterState
-from fedpeft.strategies import find
-from fedpeft.strategies.base import AdapterStrategy, RoundReport
 from fedpeft.wire import SECONDS, TRAIN_LOSS, to_record, to_tensors
 
 # the clients' personal tensors by client id; empty before a client has trained
@@ -113,7 +114,13 @@ class _Run:
         client_ids: Mapping[int, str] | None,
         personal: Personal | None,
     ) -> None:
-        self.config, self.grid, self.directory, self.listener, self.personal = config, grid, directory, listener, personal
+        self.config, self.grid, self.directory, self.listener, self.personal = (
+            config,
+            grid,
+            directory,
+            listener,
+            personal,
+        )
         self.home = resident(config)
         self.strategy = build_strategy(config, self.home, client_ids)
         adapted = self.home.adapted
@@ -154,7 +161,9 @@ class _Run:
 
     def emit_faults(self, report: RoundReport) -> None:
         for fault in report.faults:
-            self.emit({"event": "fault", "round": report.server_round, "client": fault.client_id, "reason": fault.reason})
+            self.emit(
+                {"event": "fault", "round": report.server_round, "client": fault.client_id, "reason": fault.reason}
+            )
 
     def observe(self, report: RoundReport, state: AdapterState) -> None:
         """Record a round that is done."""
@@ -194,7 +203,7 @@ class _Run:
 
     def score(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, float], dict[str, Any]]:
         """Return the test metrics, and those by domain and client."""
-        adapted, test = self.home.adapted, self.home.data.test
+        adapted, test = self.home.adapted, self.home.test
         if not adapted.personal:
             adapted.load(tensors, adapted.scaling)
             scores = score(adapted.model, test, self.config)
@@ -210,7 +219,7 @@ class _Run:
 
     def details(self, every: Iterable[Scores]) -> dict[str, Any]:
         """Break test scores down by domain, and by client if asked."""
-        models, test = list(every), self.home.data.test
+        models, test = list(every), self.home.test
         found: dict[str, Any] = {}
         if test.domains is not None:
             by_domain = [scores.by_group(test.domains) for scores in models]
@@ -226,7 +235,7 @@ class _Run:
         """Write the adapter of the last round that was completed, and the end's event."""
         adapted, outcome = self.home.adapted, self.outcome
         drawn = {name: adapted.initial[name] for name in adapted.personal}
-        labels = self.home.data.labels
+        labels = self.home.labels
         whole = AdapterState(self.state.factors, {**self.state.dense, **drawn})
         self.directory.write_adapter(lambda path: adapted.save(path, whole, labels))
         for client, own in sorted((self.personal() if self.personal is not None else {}).items()):

@@ -47,8 +47,13 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(1)
     BertModel(
         BertConfig(
-            vocab_size=63, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
-            max_position_embeddings=64, hidden_dropout_prob=0.1,
+            vocab_size=63,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=24,
+            max_position_embeddings=64,
+            hidden_dropout_prob=0.1,
         )
     ).save_pretrained(folder)
     _tokenizer(folder)
@@ -64,8 +69,16 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(2)
     LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=63, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-            intermediate_size=24, max_position_embeddings=64, pad_token_id=0, eos_token_id=2, bos_token_id=2,
+            vocab_size=63,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=24,
+            max_position_embeddings=64,
+            pad_token_id=0,
+            eos_token_id=2,
+            bos_token_id=2,
         )
     ).save_pretrained(folder)
     _tokenizer(folder)
@@ -82,7 +95,12 @@ def tiny_vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(3)
     ViTForImageClassification(
         ViTConfig(
-            hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, image_size=8, patch_size=4,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=24,
+            image_size=8,
+            patch_size=4,
             num_labels=2,
         )
     ).save_pretrained(folder)
@@ -145,9 +163,16 @@ def text_config(tiny_bert: Path, text_csv: Path) -> RunConfigMaker:
 
     def make(**settings: object) -> RunConfig:
         base = {
-            "model.name": str(tiny_bert), "data.source": str(text_csv), "partition.by": "client",
-            "adapter.rank": 2, "adapter.alpha": 4.0, "train.local_steps": 3, "train.batch_size": 8,
-            "train.learning_rate": 0.01, "federation.rounds": 2, "simulation.workers": 0,
+            "model.name": str(tiny_bert),
+            "data.source": str(text_csv),
+            "partition.by": "client",
+            "adapter.rank": 2,
+            "adapter.alpha": 4.0,
+            "train.local_steps": 3,
+            "train.batch_size": 8,
+            "train.learning_rate": 0.01,
+            "federation.rounds": 2,
+            "simulation.workers": 0,
         }
         own = {name.replace("__", "."): value for name, value in settings.items()}
         return resolve([nest(base), nest(own)])

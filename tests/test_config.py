@@ -41,7 +41,9 @@ def test_a_bad_word_is_one_line_that_names_it(word: str, says: str) -> None:
 
 
 def test_later_layers_win_key_by_key() -> None:
-    config = resolve([nest({"train.batch_size": 4, "train.learning_rate": 0.5}), parse_overrides(["train.batch_size=9"])])
+    config = resolve(
+        [nest({"train.batch_size": 4, "train.learning_rate": 0.5}), parse_overrides(["train.batch_size=9"])]
+    )
     assert (config.train.batch_size, config.train.learning_rate) == (9, 0.5)
 
 

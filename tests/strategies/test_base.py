@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable
 
 import pytest
 import torch
+from fedpeft.strategies import FedIt, find
+from fedpeft.strategies.rounds import RoundReport, client_order, in_order
 from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
@@ -14,10 +16,19 @@ from torch import Tensor
 
 from fedpeft.errors import ConfigError, DeploymentError, TooFewClientsError
 from fedpeft.state import AdapterState, fingerprint
-from fedpeft.strategies import FedIt, find
-from fedpeft.strategies.base import RoundReport, client_order, in_order
-from fedpeft.wire import ARRAYS, CLIENT_ID, CONFIG, FROZEN, FROZEN_HASH, METRICS, NEEDS_FROZEN, NUM_EXAMPLES, TRAIN_LOSS
-from fedpeft.wire import to_record, to_tensors
+from fedpeft.wire import (
+    ARRAYS,
+    CLIENT_ID,
+    CONFIG,
+    FROZEN,
+    FROZEN_HASH,
+    METRICS,
+    NEEDS_FROZEN,
+    NUM_EXAMPLES,
+    TRAIN_LOSS,
+    to_record,
+    to_tensors,
+)
 
 A, B, HEAD = "layer.lora_A.weight", "layer.lora_B.weight", "head.weight"
 Client = Callable[[Message], Message]
@@ -125,7 +136,9 @@ def test_node_ids_do_not_matter_but_client_ids_do() -> None:
     clients = {node: adding(0.1 * node, node) for node in range(1, 8)}
     straight, _, _ = run(clients, 3, fraction_train=0.5)
     names = {100 - node: str(node - 1) for node in clients}
-    turned, _, _ = run({100 - node: client for node, client in clients.items()}, 3, fraction_train=0.5, client_ids=names)
+    turned, _, _ = run(
+        {100 - node: client for node, client in clients.items()}, 3, fraction_train=0.5, client_ids=names
+    )
     assert fingerprint(straight) == fingerprint(turned)
 
 
@@ -163,7 +176,9 @@ def broken(kind: str) -> Client:
     return client
 
 
-@pytest.mark.parametrize("kind", ["nan", "infinity", "shape", "type", "missing", "unknown", "count", "fraction of a row"])
+@pytest.mark.parametrize(
+    "kind", ["nan", "infinity", "shape", "type", "missing", "unknown", "count", "fraction of a row"]
+)
 def test_a_bad_update_is_refused_by_name_and_never_averaged(kind: str) -> None:
     final, reports, _ = run({1: adding(1.0, 3), 2: broken(kind), 3: adding(5.0, 1)})
     torch.testing.assert_close(final[A], initial()[A] + 2.0)
@@ -283,7 +298,9 @@ def test_a_stream_is_not_read_ahead_of_the_message_it_is_for() -> None:
 def test_unknown_strategies_and_options_name_the_nearest() -> None:
     with pytest.raises(ConfigError, match="Did you mean 'lora-fair'"):
         find("lora-fare")
-    with pytest.raises(ConfigError, match="strategy 'lora-fair' has no option 'regularisation'. Did you mean 'regularization'"):
+    with pytest.raises(
+        ConfigError, match=r"strategy 'lora-fair' has no option 'regularisation'\. Did you mean 'regularization'"
+    ):
         find("lora-fair").parse_options({"regularisation": 1})
     with pytest.raises(ConfigError, match=r"strategy.solver = 'magic'"):
         find("lora-fair").parse_options({"solver": "magic"})
@@ -295,5 +312,5 @@ def test_a_merged_adapter_that_overflows_ends_the_run() -> None:
             merged = super().aggregate(updates, current)
             return AdapterState(merged.factors, {HEAD: torch.full((2, 3), float("inf"))})
 
-    with pytest.raises(TooFewClientsError, match="merged adapter holds NaN or infinity in head.weight"):
+    with pytest.raises(TooFewClientsError, match=r"merged adapter holds NaN or infinity in head.weight"):
         Overflowing(client_ids=ids(1)).start(FunctionGrid({1: adding(1.0)}), to_record(initial()), 1)

@@ -1,0 +1,80 @@
+"""A round as the server sees it: whose answers count, in which order, and what is reported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+from flwr.app import Message
+
+from fedpeft.state import AdapterState, ClientUpdate
+from fedpeft.wire import TRAIN_LOSS
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A client whose answer does not count in a round, and why."""
+
+    client_id: str
+    reason: str
+
+
+@dataclass
+class RoundReport:
+    """What happened in one round.
+
+    Parameters
+    ----------
+    server_round : int
+        From 1.
+    updates : list of ClientUpdate
+        The good ones without their tensors, in the order in which they were averaged.
+    faults : list of Fault
+        The others.
+    bytes_up, bytes_down : int
+        Array values sent by clients and to them.
+    seconds : float
+        From the first message to the new adapter.
+    aggregation_error : float or None
+        ``|DW - sent| / |DW|`` over all layers, where DW is the weighted mean of the clients' updates.
+    """
+
+    server_round: int
+    updates: list[ClientUpdate] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
+    bytes_up: int = 0
+    bytes_down: int = 0
+    seconds: float = 0.0
+    aggregation_error: float | None = None
+
+    @property
+    def train_loss(self) -> float | None:
+        """Mean of the clients' losses, weighted by their rows; None if a client reported none."""
+        total = sum(update.num_examples for update in self.updates)
+        if not self.updates or any(TRAIN_LOSS not in update.metrics for update in self.updates):
+            return None
+        return sum(update.metrics[TRAIN_LOSS] * update.num_examples for update in self.updates) / total
+
+
+Observer = Callable[[RoundReport, AdapterState], None]
+
+
+def client_order(client_id: str) -> tuple[bool, int, str]:
+    """Sort key of client ids: numbers by value, then names."""
+    return (False, int(client_id), "") if client_id.isdecimal() else (True, 0, client_id)
+
+
+def in_order(messages: Iterable[Message], replies: Iterable[Message]) -> Iterator[tuple[Message, Message | None]]:
+    """Pair messages with their replies in the order of the messages; None where there is no reply.
+
+    An ordered stream passes straight through; of an unordered one, early replies are held back.
+    """
+    early: dict[str, Message] = {}
+    arriving = iter(replies)
+    for message in messages:
+        while message.metadata.message_id not in early or not message.metadata.message_id:
+            reply = next(arriving, None)
+            if reply is None:
+                break
+            early[reply.metadata.reply_to_message_id] = reply
+        yield message, early.pop(message.metadata.message_id, None)

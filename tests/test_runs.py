@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedpeft.config import nest, resolve
+from fedpeft.errors import RunDirectoryError
+from fedpeft.runs import RunDirectory, default_directory, read_config, read_events
+
+CONFIG = resolve([nest({"run.seed": 3, "strategy.name": "fedit"})])
+Usage = namedtuple("Usage", "total used free")
+
+
+def full(*args: Any, **kwargs: Any) -> Any:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_the_folder_exists_at_once_and_reads_back(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "run", CONFIG, 1000, {"preset": "x"})
+    directory.append({"event": "evaluate", "round": 0})
+    assert read_config(directory.path) == CONFIG
+    assert read_events(directory.path) == [{"event": "evaluate", "round": 0}]
+    facts = json.loads((directory.path / "environment.json").read_text())
+    assert facts["seed"] == 3
+    assert facts["preset"] == "x"
+    assert facts["packages"]["torch"] == torch.__version__
+
+
+def test_a_folder_that_holds_a_run_or_anything_else_is_refused_untouched(tmp_path: Path) -> None:
+    RunDirectory(tmp_path / "run", CONFIG, 1000)
+    before = (tmp_path / "run" / "environment.json").read_bytes()
+    with pytest.raises(RunDirectoryError, match="already holds a run"):
+        RunDirectory(tmp_path / "run", CONFIG, 1000)
+    assert (tmp_path / "run" / "environment.json").read_bytes() == before
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("mine")
+    with pytest.raises(RunDirectoryError, match="not an empty folder"):
+        RunDirectory(tmp_path / "other", CONFIG, 1000)
+    with pytest.raises(RunDirectoryError, match="not an empty folder"):
+        RunDirectory(tmp_path / "other" / "thesis.txt", CONFIG, 1000)
+    with pytest.raises(RunDirectoryError, match="is no run directory"):
+        read_config(tmp_path / "other")
+
+
+def test_too_little_space_is_said_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 10**9, 10**6))
+    with pytest.raises(RunDirectoryError, match="1 MB free, and the run may write 517 MB"):
+        RunDirectory(tmp_path / "run", CONFIG, 100_000_000)
+
+
+def test_events_survive_a_disk_that_is_full_for_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = RunDirectory(tmp_path / "run", CONFIG, 1000)
+    directory.append({"event": "round", "round": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", full)
+        directory.append({"event": "round", "round": 2})
+        directory.append({"event": "round", "round": 3})
+    assert [problem.startswith("cannot write metrics.jsonl") for problem in directory.take_problems()] == [True]
+    directory.append({"event": "round", "round": 4})
+    assert [event["round"] for event in read_events(directory.path)] == [1, 2, 3, 4]
+
+
+def test_a_checkpoint_that_does_not_fit_is_skipped_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = RunDirectory(tmp_path / "run", CONFIG, 1000)
+    directory.checkpoint(5, {"x": torch.ones(3)}, {"strategy": "fedit"})
+    with monkeypatch.context() as patch:
+        patch.setattr("safetensors.torch.save_file", full)
+        directory.checkpoint(10, {"x": torch.ones(3)}, {})
+    assert "no checkpoint of round 10" in directory.take_problems()[0]
+    assert [path.name for path in (directory.path / "checkpoints").iterdir()] == ["round-0005"]
+
+
+def test_the_newest_two_checkpoints_are_kept(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "run", CONFIG, 1000)
+    for server_round in (5, 10, 15):
+        directory.checkpoint(server_round, {"x": torch.full((2,), float(server_round))}, {"strategy": "fedit"})
+    kept = sorted(path.name for path in (directory.path / "checkpoints").iterdir())
+    assert kept == ["round-0010", "round-0015"]
+    assert json.loads((directory.path / "checkpoints/round-0015/state.json").read_text())["round"] == 15
+
+
+def test_the_final_adapter_takes_the_reserved_space_then_that_of_checkpoints(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "run", CONFIG, 5000)
+    reserved = directory.path / ".reserved"
+    assert reserved.stat().st_blocks * 512 >= 10_000
+    directory.checkpoint(5, {"x": torch.ones(3)}, {})
+    tries = []
+
+    def save(path: Path) -> None:
+        tries.append(path)
+        assert not reserved.exists()
+        if len(tries) == 1:
+            full()
+        path.mkdir()
+
+    directory.write_adapter(save)
+    assert len(tries) == 2
+    assert not (directory.path / "checkpoints").exists()
+
+
+def test_a_line_still_being_written_is_left_out(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "run", CONFIG, 1000)
+    directory.append({"event": "round", "round": 1})
+    with (directory.path / "metrics.jsonl").open("a") as file:
+        file.write('{"event": "rou')
+    assert read_events(directory.path) == [{"event": "round", "round": 1}]
+
+
+def test_runs_are_named_by_run_name_else_by_strategy_and_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert default_directory(resolve([nest({"run.name": "mine"})])) == Path("runs/mine")
+    first = default_directory(CONFIG)
+    assert first.name.startswith("fedit-")
+    monkeypatch.setattr("time.strftime", lambda form: first.name.removeprefix("fedit-"))
+    first.mkdir(parents=True)
+    assert default_directory(CONFIG).name == f"{first.name}-2"
