@@ -1,0 +1,231 @@
+"""Rows as tensors: made once, kept in the cache by content, memory-mapped by every process after that.
+
+One entry of the cache is one whole table of rows (a file, or a split): which of its rows are held out is decided
+afterwards, so that runs with other seeds share it. An entry is named by the hash of all that its tensors depend on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow.compute as pc
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fedpeft.cache import cache_dir, locked, publishing
+from fedpeft.config import RunConfig, Task
+from fedpeft.data.pixels import ImageEncoder
+from fedpeft.data.readers import Place
+from fedpeft.data.sources import CLIENT, DOMAIN, digest, hold_out, locate, places, read_rows, test_place, wanted_columns
+from fedpeft.data.splits import EncodedData, EncodedSplit, Normalisation
+from fedpeft.data.tokens import encode_texts
+from fedpeft.errors import DataError, ModelError
+
+__all__ = ["EncodedData", "EncodedSplit", "encode", "encode_rows", "model_digest"]
+
+FORMAT_VERSION = 1
+# what the tensors depend on in a model's folder
+MODEL_FILES = (
+    *("tokenizer*", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json", "*.model", "*.tiktoken"),
+    *("chat_template*", "additional_chat_templates/*", "preprocessor_config.json", "processor_config.json", "*.py"),
+)
+MODEL_FIELDS = ("model_type", "num_channels", "max_position_embeddings", "n_positions")
+LIBRARIES = ("transformers", "tokenizers", "pillow")
+_META, _TENSORS, _PIXELS = "meta.json", "rows.safetensors", "pixels.safetensors"
+
+
+def encode(config: RunConfig, model_dir: Path) -> EncodedData:
+    """Encode the configured rows, or open the cache's copy.
+
+    Parameters
+    ----------
+    config : RunConfig
+        Names the rows and how they are cut.
+    model_dir : Path
+        Folder of the base model, with its tokenizer or image processor.
+
+    Raises
+    ------
+    DataError
+        The rows cannot be read or encoded, or the cache cannot be written.
+    ModelError
+        The folder has no tokenizer or image processor that can be loaded.
+    """
+    place, test_rows = places(config.data)
+    by = config.partition.by
+    train, labels = _entry(config, model_dir, place, config.data.label_names, by)
+    if test_rows is not None:
+        test, _ = _entry(config, model_dir, test_rows, labels or None, by, CLIENT)
+    else:
+        ids = None if train.labels is None else train.labels.numpy()
+        kept, held = hold_out(ids, len(train), config.data.test_fraction, config.run.seed)
+        train, test = train.take(kept), train.take(held)
+    total = hashlib.sha256("\x1f".join([train.fingerprint, test.fingerprint, *labels]).encode())
+    for split in (train, test):
+        total.update(b"" if split.rows is None else split.rows.astype("<i8").tobytes())
+    return EncodedData(train, test, labels, total.hexdigest(), config.task, train.pad_token_id)
+
+
+def encode_rows(
+    config: RunConfig, model_dir: Path, source: str | Path, labels: Sequence[str] = (), *, test: bool = False
+) -> EncodedSplit:
+    """Encode rows of another source than the configured one: a site's own file, or other test rows.
+
+    Parameters
+    ----------
+    config : RunConfig
+        Names the columns and how rows are cut.
+    model_dir : Path
+        Folder of the base model.
+    source : str or Path
+        Where the rows are.
+    labels : sequence of str
+        Label names in the order of their ids; if empty, those of `data.labels`, else the rows' own.
+    test : bool
+        Take the source's test split if it has one, and insist on `data.domain`; else its training split, in which
+        domains may be missing.
+
+    Raises
+    ------
+    DataError, ModelError
+        As `encode`.
+    """
+    place = test_place(source) if test else locate(source).train
+    names = tuple(labels) or config.data.label_names
+    return _entry(config, model_dir, place, names, None, frozenset() if test else DOMAIN)[0]
+
+
+def _entry(
+    config: RunConfig,
+    model_dir: Path,
+    place: Place,
+    labels: tuple[str, ...] | None,
+    client_column: str | None,
+    optional: frozenset[str] = frozenset(),
+) -> tuple[EncodedSplit, tuple[str, ...]]:
+    """Open the entry of one table of rows, making it where there is none; also return its label names."""
+    wanted = wanted_columns(config.data, config.task, client_column, optional)
+    key = _key(
+        task=config.task,
+        rows=digest(place, config.data, config.task),
+        columns=dict(wanted.columns),
+        labels=labels,
+        max_length=None if config.task == "image-classification" else config.data.max_length,
+        model=model_digest(model_dir),
+        versions=[importlib.metadata.version(name) for name in LIBRARIES],
+    )
+    folder = cache_dir() / "encoded" / key
+    if (found := _open(folder, config.task)) is not None:
+        return found
+    with locked(folder):
+        if (found := _open(folder, config.task)) is None:  # another process may have been first
+            table = read_rows(
+                place, config.data, config.task, labels=labels, client_column=client_column, optional=optional
+            )
+            _make(config, model_dir, place, table.rows, table.labels, folder)
+            found = _open(folder, config.task)
+    if found is None:
+        raise DataError(f"the cache entry '{folder}' was written but cannot be read. Remove the folder and run again.")
+    return found
+
+
+def _key(**parts: Any) -> str:
+    text = json.dumps({"format": FORMAT_VERSION, **parts}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:40]
+
+
+def model_digest(model_dir: Path) -> str:
+    """Return the SHA-256 of what in a model's folder turns rows into tensors: tokenizer, processor, sizes."""
+    files = {path for pattern in MODEL_FILES for path in model_dir.glob(pattern) if path.is_file()}
+    total = hashlib.sha256(json.dumps(_model_fields(model_dir), sort_keys=True).encode())
+    for path in sorted(files):
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        total.update(f"{path.relative_to(model_dir)}\x1f{digest}\n".encode())
+    return total.hexdigest()
+
+
+def _model_fields(model_dir: Path) -> dict[str, Any]:
+    try:
+        held = json.loads((model_dir / "config.json").read_text())
+        return {name: held[name] for name in MODEL_FIELDS if name in held}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelError(f"'{model_dir / 'config.json'}' cannot be read: {error}. Save the model again.") from None
+
+
+def _open(folder: Path, task: Task) -> tuple[EncodedSplit, tuple[str, ...]] | None:
+    """Map an entry into memory; None where there is none, or a damaged one."""
+    try:
+        meta = json.loads((folder / _META).read_text())
+        tensors = load_file(folder / _TENSORS)
+        if meta["pixels"]:
+            tensors |= load_file(folder / _PIXELS)
+        scaling = meta["normalisation"]
+        split = EncodedSplit(
+            task,
+            tensors,
+            {column: tuple(names) for column, names in meta["names"].items()},
+            meta["pad_token_id"],
+            scaling and Normalisation(scaling["scale"], tuple(scaling["mean"]), tuple(scaling["std"])),
+            meta["fingerprint"],
+        )
+        return split, tuple(meta["labels"])
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        return None
+
+
+def _make(
+    config: RunConfig, model_dir: Path, place: Place, rows: datasets.Dataset, labels: Sequence[str], folder: Path
+) -> None:
+    tensors, names = _columns(rows)
+    fields = _model_fields(model_dir)
+    pad_token_id: int | None = None
+    scaling: Normalisation | None = None
+    write_pixels: Callable[[Path], None] | None = None
+    if config.task == "image-classification":
+        images = ImageEncoder(config, model_dir, fields, place, rows)
+        scaling, write_pixels = images.normalisation, images.write
+    else:
+        texts, pad_token_id = encode_texts(config, model_dir, fields, place, rows)
+        tensors |= texts
+    meta = {
+        "labels": list(labels),
+        "names": names,
+        "pad_token_id": pad_token_id,
+        "pixels": write_pixels is not None,
+        "normalisation": scaling and {"scale": scaling.scale, "mean": scaling.mean, "std": scaling.std},
+    }
+    with publishing(folder) as draft:
+        if write_pixels is not None:
+            write_pixels(draft / _PIXELS)
+        save_file(tensors, draft / _TENSORS)
+        contents = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
+        for path in sorted(draft.iterdir()):
+            with path.open("rb") as file:
+                contents.update(hashlib.file_digest(file, "sha256").digest())
+        (draft / _META).write_text(json.dumps(meta | {"fingerprint": contents.hexdigest()}))
+
+
+def _columns(rows: datasets.Dataset) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
+    """Return labels and coded domains and clients, and the names that the codes stand for."""
+    tensors: dict[str, Tensor] = {}
+    names: dict[str, list[str]] = {}
+    table = rows.select_columns([name for name in rows.column_names if name in ("label", "domain", "client")])
+    for column, cells in zip(table.column_names, table.with_format("arrow")[:].columns, strict=True):
+        if column == "label":
+            tensors["labels"] = torch.tensor(cells.to_numpy())
+            continue
+        values = pc.unique(cells)
+        tensors[f"{column}s"] = torch.tensor(pc.index_in(cells, value_set=values).to_numpy())
+        names[f"{column}s"] = values.to_pylist()
+    return tensors, names

@@ -1,0 +1,198 @@
+"""Images as pixels: opened, brought to the model's size, kept in 8 bits where the model's processor allows it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedpeft.config import RunConfig
+from fedpeft.data.readers import Place, plain_batches
+from fedpeft.data.splits import EncodedSplit, Normalisation
+from fedpeft.errors import DataError, ModelError
+
+BATCH_ROWS = 64
+
+
+class ImageEncoder:
+    """What brings the images of one place to a model's size.
+
+    Parameters
+    ----------
+    config : RunConfig
+        Says whether code of the model's folder may run.
+    model_dir : Path
+        Folder of the image processor.
+    fields : mapping
+        What the model's configuration says of its channels.
+    place : Place
+        Where the rows lie, for messages.
+    rows : datasets.Dataset
+        Normalised rows.
+
+    Raises
+    ------
+    ModelError
+        There is no image processor, or it fails.
+    DataError
+        An image cannot be read.
+    """
+
+    normalisation: Normalisation | None
+
+    def __init__(
+        self, config: RunConfig, model_dir: Path, fields: Mapping[str, Any], place: Place, rows: datasets.Dataset
+    ) -> None:
+        self._place, self._rows = place, rows
+        self._mode = "L" if fields.get("num_channels") == 1 else "RGB"
+        self._processor = _load_processor(config, model_dir)
+        first = next(plain_batches(rows, BATCH_ROWS))
+        self.normalisation = _find_normalisation(self._processor, decode(place, first, self._mode))
+
+    def write(self, path: Path) -> None:
+        """Write all images as the tensor ``pixels``, a few at a time, since all of them may not fit in memory.
+
+        Raises
+        ------
+        DataError
+            An image cannot be read, or the processor gives images of different sizes.
+        """
+        raw = self.normalisation is not None
+        chunks = (
+            preprocess(self._processor, decode(self._place, batch, self._mode), raw=raw)
+            for batch in plain_batches(self._rows, BATCH_ROWS)
+        )
+        try:
+            write_pixels(path, chunks, len(self._rows))
+        except ValueError as error:
+            raise DataError(
+                f"the images of {self._place}: {error}. Give the model's processor one size or a crop."
+            ) from None
+
+
+def _load_processor(config: RunConfig, model_dir: Path) -> Any:
+    import transformers
+
+    try:
+        # one backend everywhere: torchvision's, where that is installed, resizes to other values
+        return transformers.AutoImageProcessor.from_pretrained(
+            model_dir, local_files_only=True, backend="pil", trust_remote_code=config.model.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        what = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"'{model_dir}' has no image processor that can be loaded ({what}). Save one there with save_pretrained."
+        ) from None
+
+
+def decode(place: Place, batch: Mapping[str, list[Any]], mode: str) -> list[Any]:
+    """Open a few images, upright and in the model's colours (``RGB`` or ``L``).
+
+    Raises
+    ------
+    DataError
+        One cannot be read, or has more than 8 bits a channel.
+    """
+    import PIL.Image
+
+    feature, images = datasets.Image(), []
+    for row, stored in zip(batch["row"], batch["image"], strict=True):
+        try:
+            image = feature.decode_example(stored)
+        except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+            raise DataError(
+                f"row {row} of {place} holds no image that can be read: {error}. Replace it or remove the row."
+            ) from None
+        if image.mode[0] in "IF":  # would be cut off at 255, not scaled
+            raise DataError(f"row {row} of {place} holds an image of more than 8 bits a channel. Convert it to 8 bits.")
+        images.append(image.convert(mode))
+    return images
+
+
+def preprocess(processor: Any, images: list[Any], *, raw: bool) -> Tensor:
+    """Bring images to the model's size; the one place where images become tensors.
+
+    Parameters
+    ----------
+    processor : transformers.BaseImageProcessor
+        The base model's.
+    images : list of PIL.Image.Image
+        Of any sizes.
+    raw : bool
+        Leave out scaling and normalisation.
+
+    Returns
+    -------
+    Tensor
+        Shape ``(len(images), C, H, W)``.
+
+    Raises
+    ------
+    ModelError
+        The processor fails.
+    """
+    options = {"do_rescale": False, "do_normalize": False} if raw else {}
+    try:
+        pixels: Tensor = processor(images, return_tensors="pt", **options)["pixel_values"]
+    except (ValueError, TypeError) as error:
+        what = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"the model's image processor fails: {what}. It needs one size for all images and one mean per channel."
+        ) from None
+    return pixels
+
+
+def _find_normalisation(processor: Any, images: list[Any]) -> Normalisation | None:
+    """Find what makes the processor's output from 8-bit pixels; None where nothing does, as tried on a few images."""
+    whole, raw = preprocess(processor, images, raw=False), preprocess(processor, images, raw=True)
+    if raw.dtype != torch.uint8:
+        return None
+    normalised = bool(getattr(processor, "do_normalize", False))
+    found = Normalisation(
+        float(processor.rescale_factor) if getattr(processor, "do_rescale", False) else 1.0,
+        tuple(np.atleast_1d(processor.image_mean).tolist()) if normalised else (0.0,),
+        tuple(np.atleast_1d(processor.image_std).tolist()) if normalised else (1.0,),
+    )
+    split = EncodedSplit("image-classification", {"pixels": raw}, normalisation=found)
+    remade = split.batch(range(len(images)))["pixel_values"]
+    return found if remade.shape == whole.shape and torch.allclose(remade, whole.float(), atol=1e-5) else None
+
+
+def write_pixels(path: Path, chunks: Iterable[Tensor], count: int) -> None:
+    """Write chunks of one tensor ``pixels`` as a safetensors file.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    chunks : iterable of Tensor
+        Each ``(b, C, H, W)``, in uint8; anything else is kept in float32.
+    count : int
+        Number of images in all chunks together.
+
+    Raises
+    ------
+    ValueError
+        Chunks differ in shape.
+    """
+    shape: list[int] = []
+    with path.open("wb") as file:
+        for chunk in chunks:
+            data = chunk if chunk.dtype == torch.uint8 else chunk.float()
+            if not shape:
+                shape = [*data.shape[1:]]
+                kind = "U8" if data.dtype == torch.uint8 else "F32"
+                size = count * data[0].numel() * data.element_size()
+                entry = {"dtype": kind, "shape": [count, *shape], "data_offsets": [0, size]}
+                head = json.dumps({"pixels": entry}).encode()
+                head += b" " * (-len(head) % 8)  # keeps what follows aligned, as the format asks
+                file.write(len(head).to_bytes(8, "little") + head)
+            if [*data.shape[1:]] != shape:
+                raise ValueError(f"sizes differ, {tuple(data.shape[1:])} and {tuple(shape)}")
+            file.write(data.contiguous().numpy().tobytes())

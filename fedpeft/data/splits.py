@@ -1,0 +1,173 @@
+"""Encoded rows, and the batches that are made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedpeft.config import Task
+
+IGNORED = -100  # label of a token that the loss leaves out
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """How stored 8-bit pixels become the model's input: ``(pixel * scale - mean) / std``, by channel."""
+
+    scale: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedSplit:
+    """Encoded rows, of which batches are made.
+
+    Parameters
+    ----------
+    task : Task
+        What they are for.
+    tensors : mapping of str to Tensor
+        As stored: ``tokens`` (all rows' ids in one row, int32) with ``offsets`` (n + 1,) and ``types``; or ``pixels``
+        (n, C, H, W), uint8 or ready float32; ``labels`` (n,), or ``prompts`` (n,), the tokens that the loss leaves out;
+        ``domains`` and ``clients`` (n,), indices into `names`.
+    names : mapping of str to tuple of str
+        Names of domains and clients.
+    pad_token_id : int, optional
+        What pads texts.
+    normalisation : Normalisation, optional
+        How pixels of 8 bits are scaled.
+    fingerprint : str
+        SHA-256 of the stored contents.
+    rows : array of int64, optional
+        Which of the stored rows these are; all if None.
+    """
+
+    task: Task
+    tensors: Mapping[str, Tensor]
+    names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    pad_token_id: int | None = None
+    normalisation: Normalisation | None = None
+    fingerprint: str = ""
+    rows: NDArray[np.int64] | None = None
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    @cached_property
+    def _index(self) -> NDArray[np.int64]:
+        if self.rows is not None:
+            return self.rows
+        stored = len(self.tensors["pixels"]) if "pixels" in self.tensors else len(self.tensors["offsets"]) - 1
+        return np.arange(stored, dtype=np.int64)
+
+    @cached_property
+    def labels(self) -> Tensor | None:
+        """Label ids, shape ``(n,)``, int64; None for causal language modelling."""
+        return self.tensors["labels"][torch.from_numpy(self._index)] if "labels" in self.tensors else None
+
+    @cached_property
+    def domains(self) -> tuple[str, ...] | None:
+        """Each row's domain, where `data.domain` is configured."""
+        return self._named("domains")
+
+    @cached_property
+    def clients(self) -> tuple[str, ...] | None:
+        """Each row's client, where `partition.by` is configured."""
+        return self._named("clients")
+
+    def _named(self, column: str) -> tuple[str, ...] | None:
+        if column not in self.tensors:
+            return None
+        names = self.names[column]
+        return tuple(names[code] for code in self.tensors[column].numpy()[self._index])
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each row, shape ``(n,)``; ones for images."""
+        if "offsets" not in self.tensors:
+            return np.ones(len(self), dtype=np.int64)
+        lengths: NDArray[np.int64] = np.diff(self.tensors["offsets"].numpy())[self._index]
+        return lengths
+
+    def take(self, indices: Sequence[int] | NDArray[np.integer[Any]]) -> EncodedSplit:
+        """Return some of the rows, without copying what is stored."""
+        return replace(self, rows=self._index[np.asarray(indices, dtype=np.int64)])
+
+    def batch(self, indices: Sequence[int] | NDArray[np.integer[Any]]) -> dict[str, Tensor]:
+        """Return a model's inputs for some rows.
+
+        Parameters
+        ----------
+        indices : sequence of int
+            The b rows, in the order wanted.
+
+        Returns
+        -------
+        dict of str to Tensor
+            Texts, padded on the right to the longest row of the batch: ``input_ids``, ``attention_mask`` and, where
+            the tokenizer makes them, ``token_type_ids``, each ``(b, t)`` and int64. Images: ``pixel_values``
+            ``(b, C, H, W)``, float32. ``labels``: ``(b,)``, or for causal language modelling ``(b, t)`` with -100 on
+            prompt and padding.
+        """
+        index = torch.from_numpy(self._index[np.asarray(indices, dtype=np.int64)])  # (b,)
+        inputs = self._pixels(index) if "pixels" in self.tensors else self._texts(index)
+        if "labels" in self.tensors:
+            inputs["labels"] = self.tensors["labels"][index]
+        return inputs
+
+    def _pixels(self, index: Tensor) -> dict[str, Tensor]:
+        pixels = self.tensors["pixels"][index].float()  # (b, C, H, W)
+        if self.normalisation is not None:
+            mean, std = (torch.tensor(x).view(-1, 1, 1) for x in (self.normalisation.mean, self.normalisation.std))
+            pixels = pixels.mul_(self.normalisation.scale).sub_(mean).div_(std)
+        return {"pixel_values": pixels}
+
+    def _texts(self, index: Tensor) -> dict[str, Tensor]:
+        assert self.pad_token_id is not None
+        offsets, tokens = self.tensors["offsets"], self.tensors["tokens"]
+        start, length = offsets[index], offsets[index + 1] - offsets[index]  # (b,)
+        position = torch.arange(int(length.max()) if len(index) else 0)  # (t,)
+        held = position < length[:, None]  # (b, t)
+        at = (start[:, None] + position).clamp_(max=len(tokens) - 1)
+        ids = tokens[at].long().masked_fill_(~held, self.pad_token_id)
+        inputs = {"input_ids": ids, "attention_mask": held.long()}
+        if "types" in self.tensors:
+            inputs["token_type_ids"] = self.tensors["types"][at].long().masked_fill_(~held, 0)
+        if "prompts" in self.tensors:
+            counted = held & (position >= self.tensors["prompts"][index][:, None])
+            inputs["labels"] = ids.masked_fill(~counted, IGNORED)
+        return inputs
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedData:
+    """Everything that a run reads.
+
+    Parameters
+    ----------
+    train, test : EncodedSplit
+        Its rows.
+    labels : tuple of str
+        Label names in the order of their ids; empty for causal language modelling.
+    fingerprint : str
+        SHA-256 of the contents of both splits.
+    task : Task
+        What they are for.
+    pad_token_id : int, optional
+        What pads texts; a model's configuration must name it.
+    """
+
+    train: EncodedSplit
+    test: EncodedSplit
+    labels: tuple[str, ...]
+    fingerprint: str
+    task: Task
+    pad_token_id: int | None = None

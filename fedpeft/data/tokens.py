@@ -1,0 +1,209 @@
+"""Texts as tokens: what is tokenised together, where rows are cut, which tokens the loss counts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedpeft.config import RunConfig
+from fedpeft.data.readers import Place, plain_batches
+from fedpeft.errors import DataError, ModelError
+
+BATCH_ROWS = 1000
+
+Tokens = dict[str, list[list[int]]]
+
+
+def encode_texts(
+    config: RunConfig, model_dir: Path, fields: Mapping[str, Any], place: Place, rows: datasets.Dataset
+) -> tuple[dict[str, Tensor], int]:
+    """Tokenise all rows of a place.
+
+    Parameters
+    ----------
+    config : RunConfig
+        Names task and length.
+    model_dir : Path
+        Folder of the tokenizer.
+    fields : mapping
+        What the model's configuration says of its size.
+    place : Place
+        Where the rows lie, for messages.
+    rows : datasets.Dataset
+        Normalised rows.
+
+    Returns
+    -------
+    dict of str to Tensor
+        ``tokens``, ``offsets`` and perhaps ``types`` and ``prompts``, as `EncodedSplit` holds them.
+    int
+        What pads.
+
+    Raises
+    ------
+    DataError
+        The length fits neither model nor tokenizer, or a row becomes no tokens.
+    ModelError
+        There is no tokenizer, or one without a token that can pad, or its chat template refuses plain turns.
+    """
+    tokenizer, pad_token_id = load_tokenizer(config, model_dir)
+    max_length = _checked_length(config, fields, tokenizer)
+    tokens: list[NDArray[np.int32]] = []
+    types: list[NDArray[np.uint8]] = []
+    lengths: list[int] = []
+    prompts: list[int] = []
+    for batch in plain_batches(rows, BATCH_ROWS):
+        encoded = tokenise(tokenizer, batch, max_length)
+        ids = encoded["input_ids"]
+        heads = [length for (length,) in encoded.get("prompt_lengths", [[0]] * len(ids))]
+        for row, whole, head in zip(batch["row"], ids, heads, strict=True):
+            if len(whole) == head:
+                raise DataError(f"row {row} of {place} becomes no tokens. Remove it, or write it in other characters.")
+        lengths += [len(whole) for whole in ids]
+        tokens += [np.array(whole, dtype=np.int32) for whole in ids]
+        types += [np.array(kinds, dtype=np.uint8) for kinds in encoded.get("token_type_ids", ())]
+        if "prompt_lengths" in encoded:
+            prompts += heads
+    tensors = {
+        "tokens": torch.from_numpy(np.concatenate(tokens)),
+        "offsets": torch.from_numpy(np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])),
+    }
+    if types:
+        tensors["types"] = torch.from_numpy(np.concatenate(types))
+    if prompts:
+        tensors["prompts"] = torch.tensor(prompts, dtype=torch.int32)
+    return tensors, pad_token_id
+
+
+def load_tokenizer(config: RunConfig, model_dir: Path) -> tuple[Any, int]:
+    """Load the tokenizer and say what pads: its padding token, else its end token, which the attention mask hides.
+
+    Raises
+    ------
+    ModelError
+        There is no tokenizer, or it has neither.
+    """
+    import transformers
+
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            model_dir, local_files_only=True, trust_remote_code=config.model.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        what = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"'{model_dir}' has no tokenizer that can be loaded ({what}). Save one there with save_pretrained."
+        ) from None
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if pad is None:
+        raise ModelError(f"the tokenizer in '{model_dir}' has neither a padding nor an end token. Set its pad_token.")
+    return tokenizer, int(pad)
+
+
+def _checked_length(config: RunConfig, fields: Mapping[str, Any], tokenizer: Any) -> int:
+    """Return data.max_length if the model can read as many tokens, and some of them are the row's own."""
+    given = config.data.max_length
+    limit = fields.get("max_position_embeddings") or fields.get("n_positions")
+    # RoBERTa counts positions from 2, and only its tokenizer says how many tokens that leaves
+    if limit is not None and 0 < limit - tokenizer.model_max_length <= 2:
+        limit = tokenizer.model_max_length
+    if limit is not None and given > limit:
+        raise DataError(f"data.max_length = {given}, but the model reads {limit} tokens. Set it to {limit} or less.")
+    if config.task == "sequence-classification":
+        added = tokenizer.num_special_tokens_to_add(pair=config.data.text_pair is not None)
+        if given <= added:
+            raise DataError(f"data.max_length = {given}, but the tokenizer alone adds {added} tokens. Set it to more.")
+    return given
+
+
+def tokenise(tokenizer: Any, batch: Mapping[str, list[Any]], max_length: int) -> Tokens:
+    """Tokenise a few rows; the one place where texts become tokens.
+
+    Parameters
+    ----------
+    tokenizer : transformers.PreTrainedTokenizerBase
+        The base model's.
+    batch : mapping of str to list
+        Columns ``text`` and perhaps ``text_pair``, or ``prompt`` and ``completion``.
+    max_length : int
+        Tokens kept of each row. Texts are cut at their end, of a pair the longer one first. A prompt is cut at its
+        BEGINNING to make room for the completion, which is cut at its end only where it is too long alone.
+
+    Returns
+    -------
+    dict of str to list of list of int
+        ``input_ids``, ``token_type_ids`` where the tokenizer makes them, and ``prompt_lengths``, one number a row.
+    """
+    if "prompt" in batch:
+        return _tokenise_completions(tokenizer, batch["prompt"], batch["completion"], max_length)
+    tokenizer.truncation_side = "right"
+    encoded = tokenizer(
+        batch["text"],
+        batch.get("text_pair"),
+        truncation="longest_first",
+        max_length=max_length,
+        return_attention_mask=False,
+    )
+    return {name: encoded[name] for name in ("input_ids", "token_type_ids") if name in encoded}
+
+
+def _tokenise_completions(tokenizer: Any, prompts: list[str], completions: list[str], max_length: int) -> Tokens:
+    """Tokenise prompts and completions.
+
+    With a chat template, the prompt is the user's turn and the completion the assistant's. Without one, a row is
+    prompt, line break, completion, after the tokenizer's own start token and before its end token. What counts as
+    completion ends with the end token: line breaks that a template writes after it are dropped.
+    """
+    pairs = list(zip(prompts, completions, strict=True))
+    start: list[int] = []
+    if tokenizer.chat_template is not None:
+        texts = [_render(tokenizer, prompt, completion) for prompt, completion in pairs]
+    else:
+        texts = [(f"{prompt}\n", completion) for prompt, completion in pairs]
+        if tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
+            start = [tokenizer.bos_token_id]
+    heads, wholes, tails = (
+        tokenizer(part, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        for part in ([head for head, _ in texts], [head + tail for head, tail in texts], [tail for _, tail in texts])
+    )
+    eos = tokenizer.eos_token_id
+    encoded: Tokens = {"input_ids": [], "prompt_lengths": []}
+    for head, whole, tail in zip(heads, wholes, tails, strict=True):
+        # a model that answers sees the prompt alone: where a token would span the border, both are tokenised apart
+        rest = whole[len(head) :] if whole[: len(head)] == head and len(whole) > len(head) else tail
+        if eos is not None and tokenizer.chat_template is None:
+            rest = [*rest, eos]
+        elif eos in rest:
+            rest = rest[: len(rest) - rest[::-1].index(eos)]
+        rest = rest[:max_length]
+        room = max_length - len(rest)
+        kept = [*start, *head][-room:] if room else []
+        encoded["input_ids"].append([*kept, *rest])
+        encoded["prompt_lengths"].append([len(kept)])
+    return encoded
+
+
+def _render(tokenizer: Any, prompt: str, completion: str) -> tuple[str, str]:
+    """Write one exchange by the chat template, divided where the assistant's words begin."""
+    from jinja2 import TemplateError
+
+    turns = [{"role": "user", "content": prompt}]
+    try:
+        head = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        turns.append({"role": "assistant", "content": completion})
+        whole = tokenizer.apply_chat_template(turns, tokenize=False)
+    except TemplateError as error:
+        raise ModelError(
+            f"the tokenizer's chat template refuses a user's and an assistant's turn: {error}. Save another one."
+        ) from None
+    border = next(
+        (at for at, (a, b) in enumerate(zip(head, whole, strict=False)) if a != b), min(len(head), len(whole))
+    )
+    return whole[:border], whole[border:]
