@@ -185,6 +185,11 @@ class FederationConfig(Section):
     round_timeout: float = Field(3600.0, gt=0, description="seconds a deployment waits for a round's replies")
 
 
+def cohort_size(clients: int, fraction: float, min_clients: int) -> int:
+    """Return how many of the clients are drawn each round."""
+    return min(clients, max(1, min_clients, round(fraction * clients)))
+
+
 class SimulationConfig(Section):
     """The machine; results do not depend on it."""
 

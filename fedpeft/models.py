@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fedpeft.config import ModelConfig, RunConfig, Task
+from fedpeft.data.tokens import load_tokenizer
 from fedpeft.errors import ConfigError, ModelError
 from fedpeft.presets import materialize
 from fedpeft.seeds import derive_seed
@@ -118,7 +119,7 @@ def _checked(folder: Path) -> Path:
     return folder
 
 
-def load_base(config: RunConfig, folder: Path, labels: Sequence[str], pad_token_id: int | None = None) -> BaseModel:
+def load_base(config: RunConfig, folder: Path, labels: Sequence[str]) -> BaseModel:
     """Load a base for the run's task and freeze it.
 
     Parameters
@@ -129,8 +130,6 @@ def load_base(config: RunConfig, folder: Path, labels: Sequence[str], pad_token_
         What `locate` returned.
     labels : sequence of str
         Label names in the order of their ids; empty for causal language modelling.
-    pad_token_id : int, optional
-        Padding token of the tokenizer: Llama-like classifiers read the last token that is not padding.
 
     Raises
     ------
@@ -169,8 +168,9 @@ def load_base(config: RunConfig, folder: Path, labels: Sequence[str], pad_token_
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         what = str(error).strip().splitlines()[0][:300]
         raise ModelError(f"cannot load '{folder}' for {config.task}: {what}") from None
-    if pad_token_id is not None and getattr(model.config.get_text_config(), "pad_token_id", None) is None:
-        model.config.pad_token_id = pad_token_id
+    if config.task == "sequence-classification" and model.config.get_text_config().pad_token_id is None:
+        # Llama-like classifiers read the last token that is not padding
+        model.config.pad_token_id = load_tokenizer(config, folder)[1]
     head = _head_modules(model, info, config.task)
     model.requires_grad_(False)
     model.eval()

@@ -9,7 +9,7 @@ from peft import PeftModel
 
 from fedpeft.adapters import LABELS
 from fedpeft.config import Layer, resolve
-from fedpeft.data.encoding import encode_rows, padding_token
+from fedpeft.data.encoding import encode_rows
 from fedpeft.errors import ConfigError, RunDirectoryError
 from fedpeft.evaluation import mean_metrics, score
 from fedpeft.models import load_base
@@ -60,7 +60,7 @@ def rescore(run: Path, overrides: Layer) -> Event:
         config = config.model_copy(update={"data": config.data.model_copy(update={"domain": None})})
     home = Resident(config)
     split = encode_rows(home.config, home.folder, chosen["test"], labels, test=True) if "test" in chosen else home.test
-    base = load_base(home.config, home.folder, labels, padding_token(home.config, home.folder))
+    base = load_base(home.config, home.folder, labels)
     every = []
     for folder in folders:
         model = PeftModel.from_pretrained(base.model, str(folder))

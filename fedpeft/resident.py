@@ -12,7 +12,7 @@ from fedpeft.data.partition import Partition, partition
 
 from fedpeft.adapters import AdaptedModel
 from fedpeft.config import FederationConfig, RunConfig, RunSection, SimulationConfig, StrategyConfig
-from fedpeft.data.encoding import EncodedData, EncodedSplit, encode, encode_rows, padding_token
+from fedpeft.data.encoding import EncodedData, EncodedSplit, encode, encode_rows
 from fedpeft.models import PRESET_PREFIX, load_base, locate
 from fedpeft.presets import materialize
 
@@ -62,8 +62,7 @@ class Resident:
     @cached_property
     def adapted(self) -> AdaptedModel:
         """The base and its adapter, as drawn from the run's seed."""
-        pad_token_id = padding_token(self.config, self.folder)
-        return AdaptedModel(load_base(self.config, self.folder, self.labels, pad_token_id), self.config)
+        return AdaptedModel(load_base(self.config, self.folder, self.labels), self.config)
 
 
 def with_preset_paths(config: RunConfig) -> RunConfig:

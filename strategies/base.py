@@ -22,7 +22,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from pydantic import ValidationError
 from torch import Tensor
 
-from fedpeft.config import Section, describe
+from fedpeft.config import Section, cohort_size, describe
 from fedpeft.errors import ConfigError, DeploymentError, TooFewClientsError, nearest
 from fedpeft.seeds import generator
 from fedpeft.state import A_SUFFIX, AdapterState, ClientUpdate, fingerprint
@@ -181,7 +181,7 @@ class AdapterStrategy(Strategy):
                 f"federation.min_clients = {self.min_clients}, but there are {len(everyone)} clients; "
                 "at most that many are allowed."
             )
-        size = min(len(everyone), max(1, self.min_clients, round(self.fraction_train * len(everyone))))
+        size = cohort_size(len(everyone), self.fraction_train, self.min_clients)
         drawn = generator(self.seed, "cohort", server_round).choice(len(everyone), size, replace=False)
         settings = ConfigRecord({**config, ROUND: server_round, SCALING: self.scaling, FROZEN_HASH: self._frozen_hash})
         messages = []
@@ -224,7 +224,8 @@ class AdapterStrategy(Strategy):
             reasons = "; ".join(f"client {fault.client_id}: {fault.reason}" for fault in report.faults[:3])
             raise TooFewClientsError(
                 f"round {server_round}: {len(report.updates)} good updates, but federation.min_clients = "
-                f"{self.min_clients} are needed ({reasons or 'nobody answered'}). What was done before this round is saved."
+                f"{self.min_clients} are needed ({reasons or 'nobody answered'}). "
+                "What was done before this round is saved."
             )
         tensors = merged.to_tensors()
         if bad := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:

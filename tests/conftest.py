@@ -52,7 +52,7 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
             num_hidden_layers=2,
             num_attention_heads=2,
             intermediate_size=24,
-            max_position_embeddings=64,
+            max_position_embeddings=128,
             hidden_dropout_prob=0.1,
         )
     ).save_pretrained(folder)
@@ -75,7 +75,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
             num_attention_heads=4,
             num_key_value_heads=2,
             intermediate_size=24,
-            max_position_embeddings=64,
+            max_position_embeddings=128,
             pad_token_id=0,
             eos_token_id=2,
             bos_token_id=2,

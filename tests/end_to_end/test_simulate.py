@@ -1,0 +1,316 @@
+"""Whole runs on tiny models: same bytes everywhere, whatever happens to the workers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fedpeft.clients.app
+import psutil
+import pytest
+import torch
+from fedpeft.simulations.simulate import simulate
+from safetensors.torch import load_file
+
+import fedpeft.data.tokens
+from fedpeft.config import RunConfig, TrainConfig, nest, resolve
+from fedpeft.errors import ConfigError, RunDirectoryError, TooFewClientsError
+from fedpeft.rescoring import rescore
+from fedpeft.resident import _resident
+from fedpeft.runs import Event, read_config, read_events
+
+Make = Callable[..., RunConfig]
+
+
+def adapter_hash(run: Path) -> str:
+    return hashlib.sha256((run / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+def events(run: Path, kind: str) -> list[Event]:
+    return [event for event in read_events(run) if event["event"] == kind]
+
+
+@pytest.fixture(scope="module")
+def reference(text_config: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run in this process that others are compared with."""
+    return simulate(text_config(federation__rounds=2), tmp_path_factory.mktemp("reference") / "run").path
+
+
+def test_a_run_leaves_what_the_architecture_promises(reference: Path) -> None:
+    assert {path.name for path in reference.iterdir()} >= {
+        "config.toml",
+        "environment.json",
+        "metrics.jsonl",
+        "adapter",
+        "checkpoints",
+    }
+    assert [event["round"] for event in events(reference, "evaluate")] == [0, 1, 2]
+    assert {"loss", "accuracy", "macro_f1", "split"} <= events(reference, "evaluate")[0].keys()
+    (first, second) = events(reference, "round")
+    assert (first["clients"], first["failed"]) == (3, 0)
+    assert first["bytes_up"] == second["bytes_down"] > 0
+    assert 0 <= second["aggregation_error"] < 1
+    assert sorted({event["id"] for event in events(reference, "client")}) == ["site-0", "site-1", "site-2"]
+    assert json.loads((reference / "adapter" / "labels.json").read_text()) == ["no", "yes"]
+    assert not (reference / ".reserved").exists()
+    assert events(reference, "end")[0]["reason"] == "completed"
+
+
+def test_the_resolved_file_reproduces_the_run(reference: Path, tmp_path: Path) -> None:
+    assert adapter_hash(simulate(read_config(reference), tmp_path / "again").path) == adapter_hash(reference)
+
+
+def test_another_seed_gives_another_adapter(reference: Path, text_config: Make, tmp_path: Path) -> None:
+    other = simulate(text_config(federation__rounds=2, run__seed=1), tmp_path / "run").path
+    assert adapter_hash(other) != adapter_hash(reference)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_number_of_workers_does_not_change_a_byte(
+    workers: int, reference: Path, text_config: Make, tmp_path: Path
+) -> None:
+    run = simulate(text_config(federation__rounds=2, simulation__workers=workers), tmp_path / "run").path
+    assert adapter_hash(run) == adapter_hash(reference)
+    assert events(run, "evaluate") == events(reference, "evaluate")
+
+
+def kill_a_busy_worker(done: list[int]) -> None:
+    """Wait until some Ray actor of ours answers a message, and kill it in the middle of that."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for process in psutil.Process().children(recursive=True):
+            try:
+                if "ray::Worker.answer" in " ".join(process.cmdline()):
+                    process.send_signal(signal.SIGKILL)
+                    done.append(process.pid)
+                    return
+            except psutil.Error:
+                continue
+        time.sleep(0.002)
+
+
+def test_a_worker_killed_in_mid_round_is_replaced_and_the_bytes_stay(text_config: Make, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"federation__rounds": 2, "train__local_steps": 40}
+    whole = simulate(text_config(**settings), tmp_path / "whole").path
+    killed: list[int] = []
+
+    def listener(event: Event) -> None:
+        if event["event"] == "evaluate" and event["round"] == 0:
+            threading.Thread(target=kill_a_busy_worker, args=(killed,), daemon=True).start()
+
+    run = simulate(text_config(**settings, simulation__workers=2), tmp_path / "killed", listener=listener).path
+    assert killed
+    assert adapter_hash(run) == adapter_hash(whole)
+    assert [event["failed"] for event in events(run, "round")] == [0, 0]
+
+
+HOOK = """
+import os, sys
+def hook(event, arguments):
+    if event == "open" and str(arguments[0]) in WATCHED:
+        with open(os.path.join(LOG, str(os.getpid())), "a") as file:
+            file.write(str(arguments[0]) + "\\n")
+LOG, WATCHED = {log!r}, {watched!r}
+sys.addaudithook(hook)
+"""
+
+
+def test_a_worker_loads_its_base_once_however_many_rounds(
+    tiny_bert: Path, text_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = {}
+    for rounds in (1, 4):
+        log, site = tmp_path / f"log-{rounds}", tmp_path / f"site-{rounds}"
+        log.mkdir()
+        site.mkdir()
+        watched = {str(tiny_bert / "config.json"), str(tiny_bert / "tokenizer.json")}
+        (site / "sitecustomize.py").write_text(HOOK.format(log=str(log), watched=watched))
+        monkeypatch.setenv("PYTHONPATH", str(site))
+        simulate(text_config(federation__rounds=rounds, simulation__workers=1), tmp_path / f"run-{rounds}")
+        opened = [file.read_text().splitlines() for file in log.iterdir() if int(file.name) != os.getpid()]
+        counts[rounds] = sorted(len(lines) for lines in opened)
+    assert counts[1] == counts[4]  # the base's configuration and the tokenizer's file, opened as often
+    assert counts[1]
+
+
+def test_base_and_rows_are_made_once_in_a_process(
+    tiny_bert: Path, text_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    loads, tokenised = [], []
+    load = transformers.AutoModelForSequenceClassification.from_pretrained
+    tokenise = fedpeft.data.tokens.tokenise
+    monkeypatch.setattr(
+        transformers.AutoModelForSequenceClassification,
+        "from_pretrained",
+        lambda *args, **kwargs: loads.append(args) or load(*args, **kwargs),
+    )
+    monkeypatch.setattr(fedpeft.data.tokens, "tokenise", lambda *args: tokenised.append(args) or tokenise(*args))
+    _resident.cache_clear()
+    simulate(text_config(federation__rounds=4, data__max_length=31), tmp_path / "run")
+    assert len(loads) == 1
+    assert len(tokenised) == 1
+    _resident.cache_clear()
+    simulate(text_config(federation__rounds=1, data__max_length=31), tmp_path / "again")
+    assert len(tokenised) == 1
+
+
+def causal(tiny_llama: Path, pairs: Path) -> RunConfig:
+    return resolve(
+        [
+            nest(
+                {
+                    "model.name": str(tiny_llama), "data.source": str(pairs), "data.completion": "completion",
+                    "federation.clients": 3, "federation.rounds": 2, "adapter.rank": 2, "train.local_steps": 4,
+                    "train.learning_rate": 0.02, "simulation.workers": 0, "strategy.name": "lora-lego",
+                    "strategy.rank": 3,
+                }
+            )
+        ]
+    )  # fmt: skip
+
+
+def images(tiny_vit: Path, folder: Path) -> RunConfig:
+    return resolve(
+        [
+            nest(
+                {
+                    "model.name": str(tiny_vit), "data.source": str(folder), "data.image": "image",
+                    "federation.clients": 4, "federation.rounds": 2, "adapter.rank": 2, "train.local_steps": 4,
+                    "partition.scheme": "dirichlet", "train.learning_rate": 0.02, "simulation.workers": 0,
+                    "adapter.kind": "ffa-lora", "strategy.name": "fedit",
+                }
+            )
+        ]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("task", ["text", "images", "causal"])
+def test_the_saved_adapter_scores_exactly_what_the_run_reported(
+    task: str,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+) -> None:
+    if task == "text":
+        config = request.getfixturevalue("text_config")(strategy__name="lora-fair")
+    elif task == "images":
+        config = images(request.getfixturevalue("tiny_vit"), request.getfixturevalue("image_folder"))
+    else:
+        config = causal(request.getfixturevalue("tiny_llama"), request.getfixturevalue("pairs_jsonl"))
+    run = simulate(config, tmp_path / "run").path
+    reported = events(run, "evaluate")[-1]
+    again = rescore(run, {})
+    metrics = ["loss", "perplexity"] if task == "causal" else ["loss", "accuracy", "macro_f1"]
+    assert {name: again[name] for name in metrics} == {name: reported[name] for name in metrics}
+    assert reported["loss"] < events(run, "evaluate")[0]["loss"]
+
+
+def test_ffa_lora_leaves_a_as_it_was_drawn_and_sends_only_b(tiny_vit: Path, image_folder: Path, tmp_path: Path) -> None:
+    run = simulate(images(tiny_vit, image_folder), tmp_path / "run").path
+    first = simulate(
+        images(tiny_vit, image_folder).model_copy(update={"train": TrainConfig(learning_rate=1e-12)}),
+        tmp_path / "still",
+    ).path
+    final = load_file(run / "adapter" / "adapter_model.safetensors")
+    drawn = load_file(first / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(final[name], drawn[name]) for name in final if "lora_A" in name)
+    travelled = sum(t.numel() * 4 for name, t in final.items() if "lora_A" not in name)
+    assert events(run, "round")[0]["bytes_up"] == 4 * travelled
+    assert events(run, "round")[-1]["aggregation_error"] < 1e-6
+
+
+def test_a_local_head_stays_with_its_client_and_is_saved_for_each(text_config: Make, tmp_path: Path) -> None:
+    run = simulate(text_config(adapter__head="local"), tmp_path / "run").path
+    heads = [load_file(path) for path in sorted(run.glob("clients/*/adapter/adapter_model.safetensors"))]
+    assert len(heads) == 3
+    (name,) = [name for name in heads[0] if name.endswith("classifier.weight")]
+    assert not torch.equal(heads[0][name], heads[1][name])
+    assert all(torch.equal(heads[0][other], heads[1][other]) for other in heads[0] if "lora" in other)
+    shared = simulate(text_config(), tmp_path / "shared").path
+    assert events(run, "round")[0]["bytes_up"] < events(shared, "round")[0]["bytes_up"]
+    again, reported = rescore(run, {}), events(run, "evaluate")[-1]
+    assert again["accuracy"] == reported["accuracy"]
+
+
+def test_a_frozen_head_does_not_move(text_config: Make, tmp_path: Path) -> None:
+    runs = [
+        simulate(text_config(adapter__head="frozen", federation__rounds=rounds), tmp_path / str(rounds)).path
+        for rounds in (1, 2)
+    ]
+    one, two = (load_file(run / "adapter" / "adapter_model.safetensors") for run in runs)
+    changed = {name for name in one if not torch.equal(one[name], two[name])}
+    assert changed
+    assert all("lora_" in name for name in changed)
+
+
+def test_a_client_that_raises_is_reported_with_its_traceback_and_the_round_goes_on(
+    text_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = fedpeft.clients.app.train_locally
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        if kwargs["client_id"] == "site-1":
+            raise ValueError("a row that must not travel")
+        return train(*args, **kwargs)
+
+    monkeypatch.setattr(fedpeft.clients.app, "train_locally", failing)
+    run = simulate(text_config(federation__rounds=1), tmp_path / "run").path
+    (fault,) = events(run, "fault")
+    assert (fault["client"], fault["reason"]) == ("site-1", "raised twice: ValueError")
+    assert events(run, "round")[0]["clients"] == 2
+    assert "a row that must not travel" in (run / "faults" / "round-0001-client-site-1.txt").read_text()
+    assert "a row that must not travel" not in (run / "metrics.jsonl").read_text()
+
+
+def test_updates_that_overflow_are_refused_and_what_was_done_is_saved(text_config: Make, tmp_path: Path) -> None:
+    outcome = simulate(text_config(train__learning_rate=1e30, train__optimizer="sgd"), tmp_path / "run")
+    assert isinstance(outcome.error, TooFewClientsError)
+    assert outcome.rounds == 0
+    assert all("holds NaN or infinity" in fault["reason"] for fault in events(outcome.path, "fault"))
+    assert len(events(outcome.path, "fault")) == 3
+    assert (outcome.path / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_an_interrupt_saves_the_last_complete_round(text_config: Make, tmp_path: Path) -> None:
+    def interrupting(event: Event) -> None:
+        if event["event"] == "evaluate" and event["round"] == 1:
+            raise KeyboardInterrupt
+
+    outcome = simulate(text_config(federation__rounds=3), tmp_path / "run", listener=interrupting)
+    assert (outcome.reason, outcome.rounds) == ("interrupted", 1)
+    whole = simulate(text_config(federation__rounds=1), tmp_path / "whole").path
+    assert adapter_hash(outcome.path) == adapter_hash(whole)
+
+
+def test_scores_by_client_come_with_mean_and_worst_tenth(
+    text_config: Make, tiny_vit: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    run = simulate(text_config(run__evaluate_clients=True), tmp_path / "named").path
+    scores = events(run, "evaluate")[-1]["clients"]
+    assert sorted(scores["scores"]) == ["site-0", "site-1", "site-2"]
+    values = [each["accuracy"] for each in scores["scores"].values()]
+    assert scores["accuracy"] == {"mean": pytest.approx(sum(values) / 3), "worst_tenth": min(values)}
+    mixed = images(tiny_vit, image_folder)
+    mixed = mixed.model_copy(update={"run": mixed.run.model_copy(update={"evaluate_clients": True})})
+    by_mix = events(simulate(mixed, tmp_path / "mixed").path, "evaluate")[-1]
+    assert sorted(by_mix["clients"]["scores"]) == ["0", "1", "2", "3"]
+
+
+def test_nothing_is_overwritten_and_no_worker_started_for_what_cannot_work(
+    reference: Path, text_config: Make, tmp_path: Path
+) -> None:
+    before = adapter_hash(reference)
+    with pytest.raises(RunDirectoryError, match="already holds a run"):
+        simulate(text_config(), reference)
+    assert adapter_hash(reference) == before
+    with pytest.raises(ConfigError, match="unknown strategy 'fedat'"):
+        simulate(text_config(strategy__name="fedat"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
