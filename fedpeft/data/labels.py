@@ -94,6 +94,6 @@ def label_ids(
             shown = ", ".join(labels[:10]) + (", ..." if len(labels) > 10 else "")
             raise DataError(
                 f"row {row} of {place} has the label '{names[code]}', which is none of the {len(labels)} that "
-                f"data.labels or else the training rows have: {shown}. Remove the row, or name all labels in data.labels."
+                f"data.labels, or else the training rows, have: {shown}. Remove it, or name all labels in data.labels."
             )
     return np.array([ids.get(name, -1) for name in names], dtype=np.int64)[codes], labels

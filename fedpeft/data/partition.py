@@ -1,0 +1,250 @@
+"""Who holds what: training rows divided among clients, each row to exactly one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedpeft.config import RunConfig
+from fedpeft.data.schemes import BY_LABEL, Rows, divide
+from fedpeft.data.splits import EncodedSplit
+from fedpeft.errors import PartitionError
+from fedpeft.seeds import derive_seed
+
+
+@dataclass(frozen=True, eq=False)
+class Partition:
+    """A division of the training rows.
+
+    Parameters
+    ----------
+    client_ids : tuple of str
+        Names of the clients.
+    indices : tuple of array of int64
+        Each client's rows, ascending.
+    """
+
+    client_ids: tuple[str, ...]
+    indices: tuple[Rows, ...]
+
+    def label_counts(self, labels: Any, num_labels: int) -> NDArray[np.int64]:
+        """Return how many rows of each label each client holds, shape ``(clients, num_labels)``.
+
+        Parameters
+        ----------
+        labels : array or Tensor of int, shape (n,)
+            Label ids of all training rows.
+        num_labels : int
+            Number of labels.
+        """
+        ids = np.asarray(labels)
+        return np.stack([np.bincount(ids[rows], minlength=num_labels) for rows in self.indices]).astype(np.int64)
+
+
+def partition(config: RunConfig, train: EncodedSplit) -> Partition:
+    """Divide the training rows as configured.
+
+    Parameters
+    ----------
+    config : RunConfig
+        Scheme, number of clients and seed.
+    train : EncodedSplit
+        The rows.
+
+    Raises
+    ------
+    PartitionError
+        The scheme does not fit the rows or the number of clients, or leaves a client with too few rows.
+    """
+    scheme = config.partition.scheme
+    if scheme == "natural":
+        client_ids, parts = _natural(config, train)
+    else:
+        count = _num_clients(config, len(train))
+        client_ids = tuple(str(index) for index in range(count))
+        labels = None if train.labels is None else train.labels.numpy()
+        if scheme in BY_LABEL and labels is None:
+            raise PartitionError(
+                f"partition.scheme = '{scheme}' divides rows by their labels, which {train.task} rows do not have. "
+                "Use iid, linear, square, exponential, domain (with data.domain) or natural (with partition.by)."
+            )
+        if scheme == "domain":
+            parts = _domain(config, train, count, labels)
+        else:
+            parts = divide(config, scheme, count, len(train), labels, derive_seed(config.run.seed, "partition"))
+    indices = tuple(np.sort(np.asarray(part, dtype=np.int64)) for part in parts)
+    for client, rows in zip(client_ids, indices, strict=True):
+        if len(rows) < config.partition.min_examples:
+            raise PartitionError(
+                f"client '{client}' would hold {len(rows)} of {len(train)} rows with partition.scheme = "
+                f"'{scheme}', fewer than partition.min_examples = {config.partition.min_examples}. "
+                "Use fewer clients or another scheme."
+            )
+    assert np.array_equal(np.sort(np.concatenate(indices)), np.arange(len(train)))
+    return Partition(client_ids, indices)
+
+
+def _num_clients(config: RunConfig, rows: int) -> int:
+    count = config.federation.clients
+    if count is None:
+        raise PartitionError(
+            f"partition.scheme = '{config.partition.scheme}' needs the number of clients. Give federation.clients."
+        )
+    if count > rows:
+        raise PartitionError(
+            f"federation.clients = {count}, but there are {rows} training rows. Use at most {rows} clients."
+        )
+    return count
+
+
+def _natural(config: RunConfig, train: EncodedSplit) -> tuple[tuple[str, ...], list[Rows]]:
+    """Make each value of a column a client."""
+    if train.clients is None:
+        raise PartitionError(
+            f"the training rows do not have the column partition.by = '{config.partition.by}'. Name one they have."
+        )
+    client_ids, parts = _groups(train.clients)
+    given = config.federation.clients
+    if given is not None and given != len(client_ids):
+        raise PartitionError(
+            f"federation.clients = {given}, but the column partition.by = '{config.partition.by}' has "
+            f"{len(client_ids)} values, each a client. Leave federation.clients unset."
+        )
+    return client_ids, parts
+
+
+def _groups(values: Sequence[str]) -> tuple[tuple[str, ...], list[Rows]]:
+    """Return the distinct values, by number if all are whole numbers, else alphabetically, and the rows of each."""
+    names, codes = np.unique(np.asarray(values), return_inverse=True)
+    plain = [str(name) for name in names]
+    ordered = sorted(plain, key=lambda name: (int(name), name)) if all(map(str.isdecimal, plain)) else plain
+    place = {name: index for index, name in enumerate(plain)}
+    return tuple(ordered), [np.flatnonzero(codes == place[name]) for name in ordered]
+
+
+def _domain(config: RunConfig, train: EncodedSplit, count: int, labels: Rows | None) -> list[Rows]:
+    """Give each client rows of one domain, or, with fewer clients than domains, some whole domains.
+
+    Client i belongs to domain i mod D. Its clients share a domain's rows evenly, or by Dirichlet over labels where
+    `partition.alpha` was given.
+    """
+    if train.domains is None:
+        raise PartitionError("partition.scheme = 'domain' needs data.domain, the column that names each row's domain.")
+    names, groups = _groups(train.domains)
+    if count < len(groups):
+        return [np.concatenate(groups[client::count]) for client in range(count)]
+    given = config.partition.alpha is not None and "alpha" in config.partition.model_fields_set
+    parts: list[Rows] = [np.empty(0, dtype=np.int64)] * count
+    for number, (name, rows) in enumerate(zip(names, groups, strict=True)):
+        clients = range(number, count, len(groups))
+        if len(clients) > len(rows):
+            raise PartitionError(
+                f"domain '{name}' has {len(rows)} training rows for {len(clients)} clients. "
+                f"Use at most {len(groups) * len(rows)} clients."
+            )
+        seed = derive_seed(config.run.seed, "partition", name)
+        scheme = "dirichlet" if given and labels is not None else "iid"
+        own = None if labels is None else labels[rows]
+        for client, chosen in zip(clients, divide(config, scheme, len(clients), len(rows), own, seed), strict=True):
+            parts[client] = rows[chosen]
+    return parts
+
+
+def partition_table(held: Partition, train: EncodedSplit, labels: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Return a partition as plain data.
+
+    Parameters
+    ----------
+    held : Partition
+        The partition.
+    train : EncodedSplit
+        The rows that it divides.
+    labels : sequence of str
+        Label names in the order of their ids.
+
+    Returns
+    -------
+    list of dict
+        One a client: ``client``, ``rows``, and ``labels`` and ``domains`` (name to number of rows) where there are any.
+    """
+    counted = {name: (names, counts) for name, names, counts in _counts(held, train, labels)}
+    return [
+        {"client": client, "rows": len(rows)}
+        | {name: dict(zip(names, counts[index].tolist(), strict=True)) for name, (names, counts) in counted.items()}
+        for index, (client, rows) in enumerate(zip(held.client_ids, held.indices, strict=True))
+    ]
+
+
+def _counts(
+    held: Partition, train: EncodedSplit, labels: Sequence[str]
+) -> list[tuple[str, tuple[str, ...], NDArray[np.int64]]]:
+    """Return what rows can be counted by: its name, its values, and the rows of each by client, (clients, values)."""
+    counted = []
+    if train.labels is not None:
+        counted.append(("labels", tuple(labels), held.label_counts(train.labels, len(labels))))
+    if train.domains is not None:
+        names, groups = _groups(train.domains)
+        codes = np.empty(len(train), dtype=np.int64)
+        for code, rows in enumerate(groups):
+            codes[rows] = code
+        counted.append(("domains", names, held.label_counts(codes, len(names))))
+    return counted
+
+
+def plot_partition(path: Path, held: Partition, train: EncodedSplit, labels: Sequence[str] = ()) -> None:
+    """Draw how many rows of each label, and of each domain, every client holds.
+
+    Parameters
+    ----------
+    path : Path
+        Image to write; its suffix names the format.
+    held : Partition
+        The partition.
+    train : EncodedSplit
+        The rows that it divides.
+    labels : sequence of str
+        Label names in the order of their ids.
+    """
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    sizes = np.array([[len(rows)] for rows in held.indices])
+    panels = _counts(held, train, labels) or [("rows", ("rows",), sizes)]
+    clients = len(held.client_ids)
+    figure = Figure(figsize=(min(14.0, 5.0 + 0.12 * clients), 3.6 * len(panels)), layout="constrained")
+    FigureCanvasAgg(figure)
+    for number, (title, names, counts) in enumerate(panels, start=1):
+        axes = figure.add_subplot(len(panels), 1, number)
+        palette = colormaps["tab10" if len(names) <= 10 else "tab20" if len(names) <= 20 else "viridis"]
+        colours = [palette(index if len(names) <= 20 else index / (len(names) - 1)) for index in range(len(names))]
+        base = np.zeros(clients)
+        for name, colour, heights in zip(names, colours, counts.T, strict=True):
+            axes.bar(np.arange(clients), heights, bottom=base, width=0.85, color=colour, label=name)
+            base += heights
+        every = -(-clients // 25)  # as many names as stay legible
+        axes.set_xticks(np.arange(0, clients, every), held.client_ids[::every])
+        if max(map(len, held.client_ids)) > 3 and clients > 6:
+            axes.tick_params(axis="x", rotation=60)
+        axes.set_xlim(-0.6, clients - 0.4)
+        axes.set(xlabel="client", ylabel="training rows")
+        axes.spines[["top", "right"]].set_visible(False)
+        if len(names) > 1:
+            # of very many names, the first and the last say what the colours run from and to
+            bars, texts = axes.get_legend_handles_labels()
+            shown = range(len(names)) if len(names) <= 20 else np.linspace(0, len(names) - 1, 8).astype(int)
+            axes.legend(
+                [bars[index] for index in shown],
+                [texts[index] if len(texts[index]) <= 24 else f"{texts[index][:23]}\u2026" for index in shown],
+                title=title,
+                loc="upper left",
+                bbox_to_anchor=(1.0, 1.0),
+                frameon=False,
+                fontsize="small",
+            )
+    figure.savefig(path, dpi=130)
