@@ -1,0 +1,291 @@
+"""LoRA-LEGO: single ranks of all clients, clustered; each cluster becomes one rank of the merged adapter.
+
+Z. Zhao et al., "Merging LoRAs like Playing LEGO: Pushing the Modularity of LoRA to Extremes Through Rank-Wise
+Clustering", arXiv 2409.16167. A minimal semantic unit is one rank, m_i = [a_i; b_i] with a_i = A_k[i, :] and
+b_i = s_k B_k[:, i]. All units of a layer are pooled, k-means makes k clusters of them, and each centroid (a_j, b_j) is
+one rank of the result. How long the ranks are is `reweight`:
+
+``paper``          centroid scaled to the mean norm of its units, the output by sqrt(r) / sqrt(k), r the clients' mean
+                   rank. Made for merging tasks; as a mean it overshoots: at k = K r equal weights give sqrt(K) DW.
+``least-squares``  (default) the c that minimise |DW - sum_j c_j b_j a_j^T| over the clusters' directions, by a k x k
+                   solve. Exact at k = R = sum_k r_k.
+``none``           the bare centroids.
+
+What differs from the paper, since (c b, a / c) is the same rank for every c, while distances between units are not:
+
+* |a| = |b| is fixed for each unit before clustering. In a federation all clients share A0 and |a| >> |b| early, so that
+  raw units would just group by index. Units with b = 0 say nothing and are dropped.
+* (-a, -b) is the same unit, so each one takes the sign that is nearer to its centroid.
+* Units weigh p_k = n_k / sum n in centroids and in mean norms.
+* Units are put in an order given by their content before anything random is drawn, and the start is a seeded k-means++:
+  neither the order of clients nor of any client's ranks matters.
+* A merged rank gets |a| back as its cluster's clients had it on average, and b takes the rest: clients that train it on
+  find the A and B they know, not a balanced pair whose gradients have other sizes.
+* Ranks without a cluster get b = 0 and a random a, so that they can be trained.
+
+With a frozen, shared A, ranks of equal index share a, so that clusters are the indices, and A is sent back unchanged.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fedpeft.errors import ConfigError
+from fedpeft.seeds import generator
+from fedpeft.state import AdapterState, ClientUpdate, LoraFactors
+from fedpeft.strategies.base import AdapterStrategy, Capabilities, StrategyOptions
+from fedpeft.strategies.clustering import CANDIDATES, axial_kmeans
+from fedpeft.strategies.factors import client_weights, require_layers
+from fedpeft.strategies.fedit import mean_dense, weighted_mean
+
+Reweight = Literal["least-squares", "paper", "none"]
+
+# Layers of equal shape are clustered together, up to this many bytes of units: small layers then cost fewer calls.
+BATCH_BYTES = 2**28
+# Combinations of ranks that the k x k system sees with less than this share of its largest eigenvalue keep the lengths
+# they have: solving for them would make huge ranks that cancel each other.
+RESOLUTION = 1e-8
+
+
+@dataclass(frozen=True)
+class Units:
+    """The live ranks of all clients in one layer, |a_i| = |b_i|, in an order that only their content decides."""
+
+    m: Tensor  # (U, d_in + d_out) float64, a_i then b_i
+    weights: Tensor  # (U,) p_k of the unit's client
+    a_norms: Tensor  # (U,) |a_i| as the client sent it
+    d_in: int
+
+    @property
+    def a(self) -> Tensor:
+        """Rows a_i, ``(U, d_in)``."""
+        return self.m[:, : self.d_in]
+
+    @property
+    def b(self) -> Tensor:
+        """Rows b_i, ``(U, d_out)``."""
+        return self.m[:, self.d_in :]
+
+
+def pool(factors: Sequence[LoraFactors], weights: Sequence[float]) -> Units:
+    """Collect the clients' ranks of one layer; `weights` are their p_k."""
+    a = torch.cat([f.A.to(torch.float64) for f in factors])  # (R, d_in)
+    b = torch.cat([f.scaling * f.B.to(torch.float64).T for f in factors])  # (R, d_out)
+    p = torch.cat([torch.full((f.rank,), w, dtype=torch.float64) for f, w in zip(factors, weights, strict=True)])
+    a_norms, b_norms = a.norm(dim=1), b.norm(dim=1)
+    live = (a_norms > 0) & (b_norms > 0) & (p > 0)
+    a, b, p, a_norms, b_norms = a[live], b[live], p[live], a_norms[live], b_norms[live]
+    gauge = (b_norms / a_norms).sqrt()[:, None]
+    m = torch.cat([a * gauge, b / gauge], dim=1)  # (U, d_in + d_out)
+    largest = a.abs().argmax(dim=1, keepdim=True) if len(a) else torch.zeros(0, 1, dtype=torch.int64)
+    m = m * a.gather(1, largest).sign()
+    # Rounded to float32, the key does not see what the gauge leaves in the last digits; -0.0 becomes 0.0.
+    key = (m.to(torch.float32) + 0.0).numpy()
+    sizes, ties = (a_norms * b_norms).to(torch.float32).tolist(), p.tolist()
+    order = sorted(range(len(m)), key=lambda i: (-sizes[i], key[i].tobytes(), ties[i]))
+    return Units(m[order], p[order], a_norms[order], a.shape[1])
+
+
+def merge(
+    units: Units, labels: Tensor, signs: Tensor, padding: Tensor, reweight: Reweight, output_scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Turn clusters into ranks.
+
+    Parameters
+    ----------
+    units : Units
+        The pooled units of a layer.
+    labels, signs : Tensor
+        Cluster of each unit, and +1 or -1 as it enters it, ``(U,)``.
+    padding : Tensor
+        Rows of A for ranks without a cluster, ``(k, d_in)``.
+    reweight : {"least-squares", "paper", "none"}
+        See the module's description.
+    output_scale : float
+        sqrt(r) / sqrt(k), for "paper".
+
+    Returns
+    -------
+    tuple of Tensor
+        A ``(k, d_in)`` and B ``(d_out, k)``, float64, whose product is the merged update.
+    """
+    k = padding.shape[0]
+    share = torch.zeros(k, len(labels), dtype=torch.float64)  # (k, U)
+    share[labels, torch.arange(len(labels))] = units.weights
+    mass = share.sum(dim=1)  # (k,)
+    share = share / torch.where(mass > 0, mass, 1.0)[:, None]
+    centroids = (share * signs) @ units.m  # (k, d_in + d_out)
+    a, b = centroids[:, : units.d_in], centroids[:, units.d_in :]
+    a_size, b_size = a.norm(dim=1), b.norm(dim=1)
+    live = a_size * b_size > 0
+    a = a / torch.where(live, a_size, 1.0)[:, None]
+    b = b / torch.where(live, b_size, 1.0)[:, None]
+    size = a_size * b_size  # |b_j a_j^T|
+    if reweight == "paper":
+        mean_norms = share @ units.m.norm(dim=1)
+        growth = mean_norms / torch.where(live, centroids.norm(dim=1), 1.0)
+        size = size * growth.square() * output_scale
+    elif reweight == "least-squares":
+        # Beginning at mass * size, which is right where all units of a cluster are equal, and solving for the change
+        # only keeps that right whatever a singular system cannot tell apart.
+        gram = (a @ a.T) * (b @ b.T)  # (k, k) <b_i a_i^T, b_j a_j^T>
+        seen = ((a @ units.a.T) * (b @ units.b.T)) @ units.weights  # (k,) <b_j a_j^T, DW>
+        size = mass * size
+        size = size + torch.linalg.pinv(gram, rtol=RESOLUTION, hermitian=True) @ (seen - gram @ size)
+    a_norms = share @ units.a_norms
+    A = torch.where(live[:, None], a * a_norms[:, None], padding)
+    B = torch.where(live, size / torch.where(live, a_norms, 1.0), 0.0) * b.T
+    return A, B
+
+
+def merge_layers(
+    updates: Sequence[ClientUpdate],
+    current: AdapterState,
+    rank: int | None = None,
+    reweight: Reweight = "least-squares",
+    seed: int = 0,
+) -> dict[str, LoraFactors]:
+    """Merge all layers of a cohort.
+
+    Parameters
+    ----------
+    updates : sequence of ClientUpdate
+        The cohort; ranks and scalings may differ.
+    current : AdapterState
+        The adapter that the clients started from; the result has its scalings and types.
+    rank : int, optional
+        k, ranks of the result; those of `current` if not given.
+    reweight : {"least-squares", "paper", "none"}
+        See the module's description.
+    seed : int
+        The run's seed.
+
+    Returns
+    -------
+    dict of str to LoraFactors
+        A ``(k, d_in)`` and B ``(d_out, k)`` of each layer.
+    """
+    for update in updates:
+        require_layers(update, current)
+    weights = client_weights(updates)
+    merged: dict[str, LoraFactors] = {}
+    for k, layers in _batches(updates, current, rank):
+        pools = {layer: pool([u.factors[layer] for u in updates], weights) for layer in layers}
+        clusters = _cluster(pools, k, seed)
+        for layer, units in pools.items():
+            labels, signs = clusters[layer]
+            f = current.factors[layer]
+            mean_rank = sum(p * u.factors[layer].rank for p, u in zip(weights, updates, strict=True))
+            A, B = merge(units, labels, signs, _padding(f, k, layer, seed), reweight, (mean_rank / k) ** 0.5)
+            merged[layer] = replace(f, A=A.to(f.A).contiguous(), B=(B / f.scaling).to(f.B).contiguous())
+    return {layer: merged[layer] for layer in current.factors}
+
+
+def _batches(
+    updates: Sequence[ClientUpdate], current: AdapterState, rank: int | None
+) -> Iterable[tuple[int, list[str]]]:
+    """Group layers that can be clustered at once: equal shapes and k, and no more than fit in memory."""
+    groups: defaultdict[tuple[int, int, int], list[str]] = defaultdict(list)
+    for layer, f in current.factors.items():
+        groups[rank or f.rank, f.A.shape[1], f.B.shape[0]].append(layer)
+    for (k, d_in, d_out), layers in groups.items():
+        most = max(sum(u.factors[layer].rank for u in updates) for layer in layers)
+        at_once = max(1, BATCH_BYTES // (8 * most * (d_in + d_out)))
+        for start in range(0, len(layers), at_once):
+            yield k, layers[start : start + at_once]
+
+
+def _cluster(pools: Mapping[str, Units], k: int, seed: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return each layer's cluster labels and signs; where k units or fewer are live, each is its own cluster."""
+    clusters = {layer: (torch.arange(len(u.m)), torch.ones(len(u.m))) for layer, u in pools.items()}
+    crowded = [layer for layer, units in pools.items() if len(units.m) > k]
+    if crowded:
+        draws = [generator(seed, "lora-lego", "start", layer).random((k, CANDIDATES)) for layer in crowded]
+        labels, signs = axial_kmeans(
+            torch.nn.utils.rnn.pad_sequence([pools[layer].m for layer in crowded], batch_first=True),
+            torch.nn.utils.rnn.pad_sequence([pools[layer].weights for layer in crowded], batch_first=True),
+            torch.stack([torch.from_numpy(draw) for draw in draws]),
+        )
+        for i, layer in enumerate(crowded):
+            live = len(pools[layer].m)
+            clusters[layer] = labels[i, :live], signs[i, :live]
+    return clusters
+
+
+def _padding(current: LoraFactors, k: int, layer: str, seed: int) -> Tensor:
+    """Draw k rows of A with the mean norm of the adapter's own."""
+    rows = torch.from_numpy(generator(seed, "lora-lego", "padding", layer).standard_normal((k, current.A.shape[1])))
+    size = float(current.A.to(torch.float64).norm(dim=1).mean()) or 1.0
+    return rows.mul_(size / rows.norm(dim=1, keepdim=True))
+
+
+def merge_frozen(updates: Sequence[ClientUpdate], current: AdapterState, reweight: Reweight) -> AdapterState:
+    """Merge clients that share a frozen A: units of equal index cluster, and the b part alone changes.
+
+    Then least squares and the bare centroid are both the weighted mean of B, which is exact. "paper" scales each mean
+    column to its units' mean norm; k = r leaves the output's scale at 1.
+    """
+    mean = weighted_mean(updates, current, trains_a=False)
+    if reweight != "paper":
+        return mean
+    weights = client_weights(updates)
+    merged = {}
+    for layer, f in mean.factors.items():
+        wanted = torch.zeros(f.rank, dtype=torch.float64)  # mean norms
+        for update, p in zip(updates, weights, strict=True):
+            g = update.factors[layer]
+            wanted += p * g.scaling / f.scaling * g.B.to(torch.float64).norm(dim=0)
+        B = f.B.to(torch.float64)
+        size = B.norm(dim=0)
+        merged[layer] = replace(f, B=(B * torch.where(size > 0, wanted / size, 0.0)).to(f.B))
+    return AdapterState(merged, mean.dense)
+
+
+class LoraLegoOptions(StrategyOptions):
+    """Options of LoRA-LEGO."""
+
+    rank: int | None = Field(None, ge=1, description="k, ranks of the merged adapter; adapter.rank if unset")
+    reweight: Reweight = Field(
+        "least-squares", description="length of merged ranks: nearest to the mean of products, the paper's, or none"
+    )
+
+
+class LoraLego(AdapterStrategy):
+    """Rank-wise clustering of all clients' ranks (arXiv 2409.16167)."""
+
+    name = "lora-lego"
+    capabilities = Capabilities(
+        paper="arXiv 2409.16167",
+        sends="centroids of k clusters of ranks",
+        exact="with least-squares at k = sum of the clients' ranks, and where A is frozen (ffa-lora)",
+        needs_single_factors=True,
+    )
+    Options = LoraLegoOptions
+    options: LoraLegoOptions
+
+    def aggregate(self, updates: Iterable[ClientUpdate], current: AdapterState) -> AdapterState:
+        """Pool, cluster and reweight the cohort's ranks; see `merge_layers` and `merge_frozen`.
+
+        Raises
+        ------
+        ConfigError
+            `strategy.rank` differs from the rank of a frozen A, which must be sent back as it is.
+        """
+        cohort = list(updates)
+        rank, reweight = self.options.rank, self.options.reweight
+        if self.trains_a:
+            return AdapterState(merge_layers(cohort, current, rank, reweight, self.seed), mean_dense(cohort, current))
+        for f in current.factors.values():
+            if rank not in (None, f.rank):
+                raise ConfigError(
+                    f"strategy.rank = {rank}, but a frozen A (adapter.kind = 'ffa-lora') keeps its rank {f.rank}; "
+                    "leave strategy.rank unset"
+                )
+        return merge_frozen(cohort, current, reweight)

@@ -1,0 +1,115 @@
+"""Weighted k-means on axes against brute force."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from fedpeft.strategies.clustering import CANDIDATES, axial_kmeans
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def draws(layers: int, k: int, seed: int = 0) -> Tensor:
+    return torch.rand(layers, k, CANDIDATES, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def cost(points: Tensor, weights: Tensor, labels: Tensor, signs: Tensor) -> float:
+    total = 0.0
+    for label in set(labels.tolist()):
+        chosen = labels == label
+        aligned = points[chosen] * signs[chosen, None]
+        centroid = (aligned * weights[chosen, None]).sum(dim=0) / weights[chosen].sum()
+        total += float(((aligned - centroid).square().sum(dim=1) * weights[chosen]).sum())
+    return total
+
+
+def best_cost(points: Tensor, weights: Tensor, k: int) -> float:
+    """The least cost over all labels and signs of a few points."""
+    count = len(points)
+    return min(
+        cost(points, weights, torch.tensor(labels), torch.tensor([1.0, *signs], dtype=torch.float64))
+        for labels in itertools.product(range(k), repeat=count)
+        for signs in itertools.product([1.0, -1.0], repeat=count - 1)
+    )
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_few_points_are_clustered_nearly_as_well_as_can_be(seed: int) -> None:
+    points, weights = normal(6, 3, seed=seed), normal(6, seed=seed + 50).abs()
+    labels, signs = axial_kmeans(points[None], weights[None], draws(1, 2, seed))
+    best = best_cost(points, weights, 2)
+    assert best * (1 - 1e-12) <= cost(points, weights, labels[0], signs[0]) <= 1.3 * best
+
+
+def test_planted_axes_are_found_whatever_the_points_signs() -> None:
+    centres = 3 * normal(2, 5, 9, seed=0)  # (L, k, D)
+    owner = torch.arange(40) % 5
+    sign = torch.where(normal(2, 40, 1, seed=1) > 0, 1.0, -1.0)
+    points = sign * (centres[:, owner] + 0.1 * normal(2, 40, 9, seed=2))
+    labels, signs = axial_kmeans(points, torch.ones(2, 40, dtype=torch.float64), draws(2, 5))
+    for layer in range(2):
+        assert len({(int(a), int(b)) for a, b in zip(labels[layer], owner, strict=True)}) == 5
+        for label in range(5):
+            chosen = labels[layer] == label
+            assert abs(int((signs[layer, chosen] * sign[layer, chosen, 0]).sum())) == int(chosen.sum())
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**20), st.integers(1, 6), st.integers(6, 20))
+def test_no_cluster_stays_empty_and_each_point_is_with_its_nearest_centroid(seed: int, k: int, count: int) -> None:
+    points, weights = normal(1, count, 3, seed=seed), normal(1, count, seed=seed + 1).abs() + 0.1
+    labels, signs = axial_kmeans(points, weights, draws(1, k, seed))
+    assert len(set(labels.flatten().tolist())) == k
+    aligned = points[0] * signs[0, :, None]
+    centroids = torch.stack([
+        (aligned[chosen] * weights[0, chosen, None]).sum(dim=0) / weights[0, chosen].sum()
+        for chosen in (labels[0] == label for label in range(k))
+    ])  # fmt: skip
+    distance = torch.minimum(torch.cdist(points[0], centroids), torch.cdist(-points[0], centroids))
+    own = distance.gather(1, labels[0][:, None])[:, 0]
+    assert bool((own <= distance.amin(dim=1) + 1e-9).all())
+    assert bool((torch.linalg.vecdot(aligned, centroids[labels[0]]) >= 0).all())
+
+
+def test_equal_points_share_a_cluster_and_leave_what_is_too_many_empty() -> None:
+    points = normal(1, 2, 4, seed=0)[:, [0, 1, 0, 0, 1]]
+    labels, _ = axial_kmeans(points, torch.ones(1, 5, dtype=torch.float64), draws(1, 4))
+    assert len(set(labels.flatten().tolist())) == 2
+    assert labels[0, 0] == labels[0, 2] == labels[0, 3]
+    assert labels[0, 1] == labels[0, 4]
+
+
+def test_the_heavier_points_pull_more() -> None:
+    points = torch.tensor([[[0.0, 1.0], [1.0, 1.0], [9.0, 1.0], [9.2, 1.0]]], dtype=torch.float64)
+    weights = torch.tensor([[100.0, 100.0, 1e-3, 1e-3]], dtype=torch.float64)
+    labels, _ = axial_kmeans(points, weights, draws(1, 2))
+    # unweighted, the near pair and the far pair would cluster; the heavy pair is worth splitting
+    assert labels[0, 0] != labels[0, 1]
+
+
+def test_layers_are_clustered_as_if_alone_and_padding_does_not_count() -> None:
+    points, weights = normal(3, 12, 5, seed=4), normal(3, 12, seed=5).abs()
+    lots = draws(3, 4)
+    padded = torch.cat([points, torch.zeros(3, 7, 5, dtype=torch.float64)], dim=1)
+    padded_weights = torch.cat([weights, torch.zeros(3, 7, dtype=torch.float64)], dim=1)
+    labels, signs = axial_kmeans(padded, padded_weights, lots)
+    for layer in range(3):
+        alone, alone_signs = axial_kmeans(
+            points[layer : layer + 1], weights[layer : layer + 1], lots[layer : layer + 1]
+        )
+        assert torch.equal(labels[layer, :12], alone[0])
+        assert torch.equal(signs[layer, :12], alone_signs[0])
+
+
+@pytest.mark.parametrize("value", [0.0, 1 - 2**-53])
+def test_draws_at_either_end_of_their_range_are_fine(value: float) -> None:
+    points, weights = normal(1, 9, 3, seed=8), torch.ones(1, 9, dtype=torch.float64)
+    labels, _ = axial_kmeans(points, weights, torch.full((1, 4, CANDIDATES), value, dtype=torch.float64))
+    assert len(set(labels.flatten().tolist())) == 4
