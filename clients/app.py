@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from fedpeft.clients.rows import client_rows
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable
 from torch import Tensor
 
+from fedpeft.clients.rows import client_rows
 from fedpeft.config import RunConfig, Scalar
 from fedpeft.deployment import run_config
 from fedpeft.errors import AdapterError

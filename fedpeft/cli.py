@@ -154,9 +154,8 @@ def _quiet(verbose: bool) -> None:
 
 
 def _dry_run(config: RunConfig, json_lines: bool) -> None:
-    from fedpeft.strategies.plan import plan
-
     from fedpeft.report.tables import dry_run_table
+    from fedpeft.strategies.plan import plan
 
     planned = plan(config)
     if json_lines:
@@ -208,7 +207,6 @@ def partition(
     config = configure(words, preset=preset, clients=clients, seed=seed)
     _quiet(verbose)
     from fedpeft.data.partition import partition_table, plot_partition
-
     from fedpeft.report.tables import partition_view
     from fedpeft.resident import resident
 
@@ -220,7 +218,7 @@ def partition(
         _print(partition_view(table))
     if plot is not None:
         try:
-            plot_partition(plot, table)
+            plot_partition(plot, home.partition, home.data.train, home.data.labels)
         except OSError as error:
             raise ConfigError(f"cannot write '{plot}': {error.strerror or error}") from None
 
@@ -270,12 +268,16 @@ def presets(context: typer.Context, json_lines: Json = False) -> None:
     """List the embedded models and data."""
     if context.invoked_subcommand is not None:
         return
-    from fedpeft.report.tables import presets_dict, presets_table
+    from dataclasses import asdict
 
+    from fedpeft.presets import PRESETS
+    from fedpeft.report.tables import presets_table
+
+    found = [asdict(preset) for preset in PRESETS.values()]
     if json_lines:
-        print(json.dumps(presets_dict()))
+        print(json.dumps(found))
     else:
-        _print(presets_table())
+        _print(presets_table(found))
 
 
 @presets_app.command()

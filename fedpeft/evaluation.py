@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from fedpeft.data.partition import Partition
 from numpy.typing import NDArray
 from torch import nn
 
 from fedpeft.config import RunConfig
 from fedpeft.data.encoding import EncodedSplit
+from fedpeft.data.partition import Partition
 from fedpeft.errors import ConfigError
 
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from functools import cached_property, lru_cache
 from pathlib import Path
-
-from fedpeft.data.partition import Partition, partition
+from typing import Any, TypeGuard
 
 from fedpeft.adapters import AdaptedModel
 from fedpeft.config import FederationConfig, RunConfig, RunSection, SimulationConfig, StrategyConfig
 from fedpeft.data.encoding import EncodedData, EncodedSplit, encode, encode_rows
+from fedpeft.data.partition import Partition, partition
 from fedpeft.models import PRESET_PREFIX, load_base, locate
 from fedpeft.presets import materialize
 
@@ -68,10 +68,24 @@ class Resident:
 def with_preset_paths(config: RunConfig) -> RunConfig:
     """Replace ``preset:NAME`` as a source of rows by the folder that the preset was written to."""
     source = config.data.source
-    if source is None or not source.startswith(PRESET_PREFIX):
+    if not _is_preset(source):
         return config
     folder = materialize(source.removeprefix(PRESET_PREFIX)).data
     return config.model_copy(update={"data": config.data.model_copy(update={"source": str(folder)})})
+
+
+def preset_provenance(config: RunConfig) -> dict[str, Any]:
+    """Return what is known of the presets that a configuration names: versions, and hashes of weights and rows."""
+    names = {name.removeprefix(PRESET_PREFIX) for name in _named(config)}
+    return {name: materialize(name).provenance for name in sorted(names)}
+
+
+def _named(config: RunConfig) -> list[str]:
+    return [name for name in (config.model.name, config.data.source) if _is_preset(name)]
+
+
+def _is_preset(name: str | None) -> TypeGuard[str]:
+    return name is not None and name.startswith(PRESET_PREFIX)
 
 
 def resident(config: RunConfig) -> Resident:

@@ -6,20 +6,19 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from fedpeft.clients.app import PERSONAL
-from fedpeft.clients.app import app as client_app
-from fedpeft.simulations.inline_grid import InlineGrid
-from fedpeft.simulations.ray_grid import RayGrid
-from fedpeft.strategies.federation import Outcome, federate, with_typed_options
 from flwr.app import Context, RecordDict
 from torch import Tensor
 
 from fedpeft.chatter import silence
+from fedpeft.clients.app import PERSONAL
+from fedpeft.clients.app import app as client_app
 from fedpeft.config import RunConfig
-from fedpeft.presets import provenance
-from fedpeft.resident import Resident, resident
+from fedpeft.resident import Resident, preset_provenance, resident
 from fedpeft.runs import Event, Listener, RunDirectory, check_vacant, default_directory
+from fedpeft.simulations.inline_grid import InlineGrid
+from fedpeft.simulations.ray_grid import RayGrid
 from fedpeft.state import num_bytes
+from fedpeft.strategies.federation import Outcome, federate, with_typed_options
 from fedpeft.wire import to_tensors
 
 CLIENT_APP = "fedpeft.clients.app:app"
@@ -85,7 +84,7 @@ def _run(config: RunConfig, out: Path, listener: Listener, grid: InlineGrid | Ra
     home = resident(config)
     contexts, client_ids = client_contexts(config, home)
     adapter_bytes = num_bytes(home.adapted.initial.values())
-    directory = RunDirectory(out, config, adapter_bytes, provenance(config.model.name, config.data.source))
+    directory = RunDirectory(out, config, adapter_bytes, {"presets": preset_provenance(config)})
     grid.contexts = contexts
     grid.on_failure = lambda node, message, text: directory.write_traceback(
         f"round-{int(message.metadata.group_id or 0):04d}-client-{client_ids[node]}", text

@@ -13,9 +13,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from fedpeft.strategies.factors import aggregation_error
-from fedpeft.strategies.rounds import Fault, Observer, RoundReport, client_order, in_order
-from fedpeft.strategies.updates import RefusedUpdateError, read_update
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
@@ -26,6 +23,9 @@ from fedpeft.config import Section, cohort_size, describe
 from fedpeft.errors import ConfigError, DeploymentError, TooFewClientsError, nearest
 from fedpeft.seeds import generator
 from fedpeft.state import A_SUFFIX, AdapterState, ClientUpdate, fingerprint
+from fedpeft.strategies.factors import aggregation_error
+from fedpeft.strategies.rounds import Fault, Observer, RoundReport, client_order, in_order
+from fedpeft.strategies.updates import RefusedUpdateError, read_update
 from fedpeft.wire import (
     ARRAYS,
     CLIENT_ID,

@@ -10,9 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedpeft.strategies import find
-from fedpeft.strategies.base import AdapterStrategy
-from fedpeft.strategies.rounds import RoundReport
 from flwr.app import ArrayRecord, MetricRecord
 from flwr.serverapp import Grid
 from torch import Tensor
@@ -23,6 +20,9 @@ from fedpeft.evaluation import Scores, client_metrics, mean_metrics, score, spre
 from fedpeft.resident import Resident, resident
 from fedpeft.runs import Event, Listener, RunDirectory
 from fedpeft.state import AdapterState
+from fedpeft.strategies import find
+from fedpeft.strategies.base import AdapterStrategy
+from fedpeft.strategies.rounds import RoundReport
 from fedpeft.wire import SECONDS, TRAIN_LOSS, to_record, to_tensors
 
 # the clients' personal tensors by client id; empty before a client has trained

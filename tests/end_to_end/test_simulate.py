@@ -12,19 +12,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import fedpeft.clients.app
 import psutil
 import pytest
 import torch
-from fedpeft.simulations.simulate import simulate
 from safetensors.torch import load_file
 
+import fedpeft.clients.app
 import fedpeft.data.tokens
 from fedpeft.config import RunConfig, TrainConfig, nest, resolve
 from fedpeft.errors import ConfigError, RunDirectoryError, TooFewClientsError
 from fedpeft.rescoring import rescore
 from fedpeft.resident import _resident
 from fedpeft.runs import Event, read_config, read_events
+from fedpeft.simulations.simulate import simulate
 
 Make = Callable[..., RunConfig]
 

@@ -1,0 +1,224 @@
+"""The command line: what it prints, and the one line that bad input gets."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fedpeft.cli import main
+from fedpeft.runs import read_events
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def fedpeft(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """Run the command line in this process, in an empty folder; returns exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fedpeft", *(str(word) for word in words)])
+        capsys.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        return (code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def small(tiny_bert: Path, text_csv: Path) -> list[str]:
+    """The words of a small run in this process."""
+    return [
+        f"model.name={tiny_bert}", f"data.source={text_csv}", "data.text=text", "data.label=label", "adapter.rank=2",
+        "train.local_steps=2", "train.batch_size=4", "--workers", "0", "--rounds", "1",
+    ]  # fmt: skip
+
+
+def write_rows(path: Path, rows: list[list[str]]) -> Path:
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    return path
+
+
+def refused(result: tuple[int, str, str]) -> str:
+    """Check that input was refused as it should be; return the line."""
+    code, _, err = result
+    lines = err.strip().splitlines()
+    assert code == 2, err
+    assert len(lines) == 1, err
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def test_simulate_then_evaluate_then_list(fedpeft: Run, small: list[str], text_csv: Path, tmp_path: Path) -> None:
+    out = tmp_path / "exactly" / "here"
+    code, stdout, stderr = fedpeft("simulate", *small, "partition.by=client", "--strategy", "fedit", "--out", out)
+    assert code == 0, stderr
+    assert (out / "report.html").exists()
+    config = tomllib.loads((out / "config.toml").read_text())
+    assert config["strategy"] == {"name": "fedit"}
+    assert "accuracy" in stdout + stderr
+    last = [event for event in read_events(out) if event["event"] == "evaluate"][-1]
+    code, stdout, _ = fedpeft("evaluate", out, "--json")
+    assert code == 0
+    assert json.loads(stdout)["accuracy"] == last["accuracy"]
+    code, stdout, _ = fedpeft("evaluate", out, f"data.test={text_csv}", "--json")
+    assert json.loads(stdout)["examples"] == 120
+    code, stdout, _ = fedpeft("runs", tmp_path / "exactly", "--json")
+    assert [run["strategy"] for run in json.loads(stdout)] == ["fedit"]
+
+
+def test_json_lines_are_the_events_and_nothing_else(fedpeft: Run, small: list[str], tmp_path: Path) -> None:
+    code, stdout, _ = fedpeft("simulate", *small, "--clients", "3", "--out", tmp_path / "run", "--json")
+    assert code == 0
+    printed = [json.loads(line) for line in stdout.splitlines()]
+    recorded = read_events(tmp_path / "run")
+    assert [event for event in printed if event in recorded] == recorded
+
+
+def test_a_file_is_overridden_by_words_and_words_by_options(fedpeft: Run, small: list[str], tmp_path: Path) -> None:
+    (tmp_path / "my.toml").write_text("[strategy]\nname = 'lora-lego'\nrank = 3\n[train]\nlearning_rate = 0.5\n")
+    words = ["my.toml", *small, "train.learning_rate=1e-3", "--clients", "2", "--seed", "7", "--adapter", "lora"]
+    code, stdout, _ = fedpeft("simulate", *words, "--dry-run", "--json")
+    assert code == 0
+    planned = json.loads(stdout)
+    assert planned["config"]["strategy"] == {"name": "lora-lego", "rank": 3, "reweight": "least-squares"}
+    assert planned["config"]["train"]["learning_rate"] == 1e-3
+    assert planned["config"]["run"]["seed"] == 7
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_dry_run_counts_what_a_run_then_moves(fedpeft: Run, small: list[str], tmp_path: Path) -> None:
+    words = [*small, "--clients", "3", "--adapter", "ffa-lora"]
+    _, stdout, _ = fedpeft("simulate", *words, "--dry-run", "--json")
+    planned = json.loads(stdout)
+    fedpeft("simulate", *words, "--out", tmp_path / "run")
+    (moved,) = [event for event in read_events(tmp_path / "run") if event["event"] == "round"]
+    assert (3 * planned["bytes_up"], 3 * planned["bytes_down"]) == (moved["bytes_up"], moved["bytes_down"])
+    code, stdout, _ = fedpeft("simulate", *words, "--dry-run")
+    assert code == 0
+    assert "lora-fair" in stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["trian.x=1"], "Did you mean 'train'"),
+        (["train.lr=1"], "Did you mean"),
+        (["--strategy", "lora-fare", "--clients", "2"], "Did you mean 'lora-fair'"),
+        (["--strategy", "fedit", "strategy.solver=cosine", "--clients", "2"], "has no option 'solver'"),
+        (["--preset", "digit"], "Did you mean 'digits'"),
+        (["nothing.toml"], "no configuration file 'nothing.toml'"),
+        (["train.learning_rate=fast"], "train.learning_rate = 'fast'"),
+        (["adapter.rank=0"], "adapter.rank = '0'"),
+        (["adapter.rank=64", "--clients", "2"], "larger than layer"),
+        (["adapter.targets=qeury", "--clients", "2"], "Did you mean 'query'"),
+        (["--clients", "100"], "rows"),
+        (["data.label=lable", "--clients", "2"], "lable"),
+        (["data.source=nothing.csv", "--clients", "2"], "nothing.csv"),
+        (["data.test=nothing.csv", "--clients", "2"], "nothing.csv"),
+        (["model.name=./nothing", "--clients", "2"], "nothing"),
+        (["partition.by=client", "--clients", "5"], "3"),
+        (["federation.min_clients=4", "--clients", "2"], "federation.min_clients = 4"),
+        ([], "federation.clients"),
+    ],
+)
+def test_bad_input_gets_one_line_and_nothing_is_written(
+    words: list[str], says: str, fedpeft: Run, small: list[str], tmp_path: Path
+) -> None:
+    given = [] if "--preset" in words else small
+    line = refused(fedpeft("simulate", *given, *words, "--out", tmp_path / "run"))
+    assert says in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        ([], "empty"),
+        ([["text", "label"]], "no rows"),
+        ([["text", "label"], ["w1", "a"], ["w2", "a"], ["w3", "a"]], "label"),
+        ([["text", "label"], ["w1", "a"], ["", "b"], ["w3", "a"]], "row 2"),
+        ([["words", "label"], ["w1", "a"], ["w2", "b"]], "text"),
+    ],
+)
+def test_bad_rows_are_named(rows: list[list[str]], says: str, fedpeft: Run, small: list[str], tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "rows.csv", rows)
+    line = refused(fedpeft("simulate", *small, f"data.source={source}", "--clients", "2", "--out", tmp_path / "run"))
+    assert "rows.csv" in line
+    assert says in line
+
+
+def test_a_model_folder_needs_safetensors(fedpeft: Run, small: list[str], tiny_bert: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    words = ["simulate", *small, f"model.name={folder}", "--clients", "2"]
+    assert "no config.json" in refused(fedpeft(*words))
+    (folder / "config.json").write_bytes((tiny_bert / "config.json").read_bytes())
+    assert "no weights at all" in refused(fedpeft(*words))
+    (folder / "pytorch_model.bin").write_bytes(b"pickle")
+    assert "only pytorch_model.bin, which can run code" in refused(fedpeft(*words))
+    (folder / "model.safetensors").write_bytes(b"not safetensors")
+    assert "cannot load" in refused(fedpeft(*words))
+
+
+def test_a_hub_id_without_network_is_one_line(fedpeft: Run, small: list[str]) -> None:
+    line = refused(fedpeft("simulate", *small, "model.name=some-owner/some-model", "--clients", "2"))
+    assert "some-owner/some-model" in line
+
+
+def test_a_run_is_not_overwritten(fedpeft: Run, small: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert fedpeft("simulate", *small, "--clients", "2", "--out", out)[0] == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert "already holds a run" in refused(fedpeft("simulate", *small, "--clients", "2", "--out", out))
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def test_evaluate_refuses_what_would_change_the_model(fedpeft: Run, small: list[str], tmp_path: Path) -> None:
+    assert "is no run directory" in refused(fedpeft("evaluate", tmp_path))
+    fedpeft("simulate", *small, "--clients", "2", "--out", tmp_path / "run")
+    assert "cannot be changed" in refused(fedpeft("evaluate", tmp_path / "run", "adapter.rank=3"))
+
+
+def test_partition_shows_who_holds_what(fedpeft: Run, small: list[str], tmp_path: Path) -> None:
+    words = [word for word in small if "=" in word]
+    code, stdout, _ = fedpeft("partition", *words, "partition.by=client", "--plot", tmp_path / "who.png")
+    assert code == 0
+    assert "site-2" in stdout
+    assert (tmp_path / "who.png").read_bytes().startswith(b"\x89PNG")
+    code, stdout, _ = fedpeft("partition", *words, "partition.by=client", "--json")
+    json.loads(stdout)
+
+
+@pytest.mark.parametrize("command", ["strategies", "presets", "env", "runs"])
+def test_tables_have_a_json_form(command: str, fedpeft: Run) -> None:
+    code, stdout, _ = fedpeft(command)
+    assert code == 0
+    assert stdout.strip()
+    code, stdout, _ = fedpeft(command, "--json")
+    assert code == 0
+    json.loads(stdout)
+
+
+def test_help_needs_no_heavy_library() -> None:
+    """What answers at once cannot have imported torch."""
+    asked = "import sys; sys.argv = ['fedpeft', '--help']\nfrom fedpeft.cli import main\n"
+    asked += "try: main()\nexcept SystemExit: pass\n"
+    asked += "print([m for m in ('torch', 'transformers', 'ray', 'flwr', 'peft', 'pydantic') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True, env=os.environ)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "simulate" in done.stdout
