@@ -273,21 +273,33 @@ def _json_text(place: Place, number: int, column: str, value: object) -> str | N
 
 
 def _read_parquet(place: Place, wanted: Wanted) -> datasets.Dataset:
+    """Copy the wanted columns to an Arrow file and map it, since images may not fit in memory."""
     assert place.path is not None
     try:
-        names = wanted.present(place, pq.read_schema(place.path).names)
+        file = pq.ParquetFile(place.path)
     except (pa.ArrowException, OSError) as error:
-        what = str(error).splitlines()[0]
-        raise DataError(f"{place} cannot be read as Parquet: {what} Check the file.") from None
-    # the library copies rows to an Arrow file and maps it; the map outlives the file's name
+        raise _not_parquet(place, error) from None
+    names = wanted.present(place, file.schema_arrow.names)
+    schema = pa.schema([file.schema_arrow.field(name) for name in names], file.schema_arrow.metadata)
     with explained(cache_dir()):
         cache_dir().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache_dir(), prefix="read-", ignore_cleanup_errors=True) as folder:
-        try:
-            return datasets.Dataset.from_parquet(str(place.path), columns=names, cache_dir=folder)
-        except (pa.ArrowException, OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            what = str(error.__cause__ or error).splitlines()[0]
-            raise DataError(f"{place} cannot be read as Parquet: {what} Check the file.") from None
+        with tempfile.TemporaryDirectory(dir=cache_dir(), prefix="read-", ignore_cleanup_errors=True) as folder:
+            copy = Path(folder) / "rows.arrow"  # the map outlives this name
+            with pa.OSFile(str(copy), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+                for batch in _parquet_batches(place, file, names):
+                    writer.write_batch(batch.select(names))
+            return datasets.Dataset.from_file(str(copy))
+
+
+def _parquet_batches(place: Place, file: pq.ParquetFile, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    try:
+        yield from file.iter_batches(_CHUNK_ROWS, columns=list(names))
+    except (pa.ArrowException, OSError) as error:
+        raise _not_parquet(place, error) from None
+
+
+def _not_parquet(place: Place, error: Exception) -> DataError:
+    return DataError(f"{place} cannot be read as Parquet: {str(error).splitlines()[0]} Check the file.")
 
 
 def _read_image_folder(place: Place, wanted: Wanted) -> datasets.Dataset:

@@ -30,7 +30,7 @@ KINDS = (
 )
 TEST_PARTS = ("test", "validation")
 HUB_ID = r"\w[\w.-]*(/\w[\w.-]*)?"
-FILE_SUFFIX = r"\.[A-Za-z]\w*$"
+FILE_SUFFIX = r"\.[A-Za-z]+$"  # not .v2, which ids end with
 
 
 @dataclass(frozen=True)
