@@ -108,7 +108,7 @@ class LoopbackFederation:
     ) -> None:
         self._stop()
 
-    def run(self, app: Path, *overrides: str, timeout: float = 300.0) -> FinishedRun:
+    def run(self, app: Path, *overrides: str, timeout: float = 900.0) -> FinishedRun:
         """Hand the app folder to ``flwr run`` and wait for the run's end.
 
         Parameters
@@ -154,7 +154,7 @@ class LoopbackFederation:
         for index, (port, config) in enumerate(zip(nodes, self.node_configs, strict=True)):
             words = ("--superlink", address, "--port", str(port), "--node-config", config)
             self._launch(f"node-{index}", "flower-supernode", *here, *words)
-        deadline = time.monotonic() + 90.0
+        deadline = time.monotonic() + 300.0
         while True:
             for process in self._processes:
                 assert process.poll() is None, f"{process.args!r} exited with {process.returncode}\n{self.logs()}"
