@@ -90,8 +90,8 @@ def encode_rows(
     labels : sequence of str
         Label names in the order of their ids; if empty, those of `data.labels`, else the rows' own.
     test : bool
-        Take the source's test split if it has one, and insist on `data.domain`; else its training split, in which
-        domains may be missing.
+        Take the source's test split if it has one, insist on `data.domain`, and note the clients where they are named;
+        else its training split, in which domains may be missing.
 
     Raises
     ------
@@ -100,7 +100,8 @@ def encode_rows(
     """
     place = test_place(source) if test else locate(source).train
     names = tuple(labels) or config.data.label_names
-    return _entry(config, model_dir, place, names, None, frozenset() if test else DOMAIN)[0]
+    by, optional = (config.partition.by, CLIENT) if test else (None, DOMAIN)
+    return _entry(config, model_dir, place, names, by, optional)[0]
 
 
 def _entry(

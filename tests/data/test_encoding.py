@@ -367,6 +367,11 @@ def test_other_test_rows_are_encoded_with_the_labels_of_a_run(tmp_path: Path, ro
     other = write_csv(tmp_path / "other.csv", {"text": ["a"], "label": ["no"], "place": ["west"]})
     split = encode_rows(config, MINILM, other, ("yes", "no"), test=True)
     assert (split.batch([0])["labels"].tolist(), split.domains) == ([1], ("west",))
+    assert split.clients is None
+    by = configure(rows_csv, partition__by="who")
+    named = write_csv(tmp_path / "named.csv", {"text": ["a"], "label": ["no"], "who": [7]})
+    assert encode_rows(by, MINILM, named, ("yes", "no"), test=True).clients == ("7",)
+    assert encode_rows(by, MINILM, other, ("yes", "no"), test=True).clients is None
     bare = write_csv(tmp_path / "bare.csv", {"text": ["a"], "label": ["no"]})
     with pytest.raises(DataError, match="no column 'place'"):
         encode_rows(config, MINILM, bare, ("yes", "no"), test=True)
