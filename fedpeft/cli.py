@@ -77,9 +77,10 @@ def configure(
         "simulation.workers": workers,
         "run.seed": seed,
     }
-    layers = [read_toml(Path(file)) for file in files]
-    layers.append(parse_overrides(word for word in words or () if word not in files))
-    layers.append(parse_overrides(f"{name}={value}" for name, value in options.items() if value is not None))
+    # options are words with names of their own: both are one layer, so that neither takes back the other
+    typed = [word for word in words or () if word not in files]
+    typed += [f"{name}={value}" for name, value in options.items() if value is not None]
+    layers = [*(read_toml(Path(file)) for file in files), parse_overrides(typed)]
     own = merge(layers)
     if preset is None and "name" not in own.get("model", {}) and "source" not in own.get("data", {}):
         preset = DEFAULT_PRESET

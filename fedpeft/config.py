@@ -317,7 +317,7 @@ def merge(layers: Iterable[Layer]) -> Layer:
                 for key in EXCLUSIVE[section]:
                     into.pop(key, None)
             # a strategy's options belong to it alone: naming another one drops them
-            if section == "strategy" and table.get("name", into.get("name")) != into.get("name"):
+            if section == "strategy" and "name" in into and table.get("name", into["name"]) != into["name"]:
                 into.clear()
             into.update(table)
     return merged

@@ -70,6 +70,6 @@ def nearest(given: str, allowed: Iterable[str]) -> str:
         ``"did you mean 'x'? Allowed: a, b, x"``, or only the second half where nothing is near.
     """
     names = sorted(allowed)
-    close = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(given, names, n=1, cutoff=0.5) or [name for name in names if given in name]
     listing = f"Allowed: {', '.join(names)}." if names else "Nothing is allowed here."
     return f"Did you mean '{close[0]}'? {listing}" if close else listing

@@ -19,6 +19,7 @@ from fedpeft.simulations.inline_grid import InlineGrid
 from fedpeft.simulations.ray_grid import RayGrid
 from fedpeft.state import num_bytes
 from fedpeft.strategies.federation import Outcome, federate, with_typed_options
+from fedpeft.strategies.rounds import require_enough
 from fedpeft.wire import to_tensors
 
 CLIENT_APP = "fedpeft.clients.app:app"
@@ -83,6 +84,7 @@ def _default_workers(config: RunConfig) -> int:
 def _run(config: RunConfig, out: Path, listener: Listener, grid: InlineGrid | RayGrid) -> Outcome:
     home = resident(config)
     contexts, client_ids = client_contexts(config, home)
+    require_enough(len(contexts), config.federation.min_clients)
     adapter_bytes = num_bytes(home.adapted.initial.values())
     directory = RunDirectory(out, config, adapter_bytes, {"presets": preset_provenance(config)})
     grid.contexts = contexts

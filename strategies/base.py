@@ -24,7 +24,7 @@ from fedpeft.errors import ConfigError, DeploymentError, TooFewClientsError, nea
 from fedpeft.seeds import generator
 from fedpeft.state import A_SUFFIX, AdapterState, ClientUpdate, fingerprint
 from fedpeft.strategies.factors import aggregation_error
-from fedpeft.strategies.rounds import Fault, Observer, RoundReport, client_order, in_order
+from fedpeft.strategies.rounds import Fault, Observer, RoundReport, client_order, in_order, require_enough
 from fedpeft.strategies.updates import RefusedUpdateError, read_update
 from fedpeft.wire import (
     ARRAYS,
@@ -176,11 +176,7 @@ class AdapterStrategy(Strategy):
         """Draw the round's cohort and address one message to each member, in the order of client ids."""
         nodes = {client: node for node, client in self._clients(grid).items()}
         everyone = sorted(nodes, key=client_order)
-        if self.min_clients > len(everyone):
-            raise ConfigError(
-                f"federation.min_clients = {self.min_clients}, but there are {len(everyone)} clients; "
-                "at most that many are allowed."
-            )
+        require_enough(len(everyone), self.min_clients)
         size = cohort_size(len(everyone), self.fraction_train, self.min_clients)
         drawn = generator(self.seed, "cohort", server_round).choice(len(everyone), size, replace=False)
         settings = ConfigRecord({**config, ROUND: server_round, SCALING: self.scaling, FROZEN_HASH: self._frozen_hash})

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from flwr.app import Message
 
+from fedpeft.errors import ConfigError
 from fedpeft.state import AdapterState, ClientUpdate
 from fedpeft.wire import TRAIN_LOSS
 
@@ -62,6 +63,14 @@ Observer = Callable[[RoundReport, AdapterState], None]
 def client_order(client_id: str) -> tuple[bool, int, str]:
     """Sort key of client ids: numbers by value, then names."""
     return (False, int(client_id), "") if client_id.isdecimal() else (True, 0, client_id)
+
+
+def require_enough(clients: int, min_clients: int) -> None:
+    """Raise ConfigError if no round can have as many good updates as it must."""
+    if min_clients > clients:
+        raise ConfigError(
+            f"federation.min_clients = {min_clients}, but there are {clients} clients; at most that many are allowed."
+        )
 
 
 def in_order(messages: Iterable[Message], replies: Iterable[Message]) -> Iterator[tuple[Message, Message | None]]:

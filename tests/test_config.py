@@ -67,6 +67,10 @@ def test_naming_a_client_column_replaces_an_earlier_layers_scheme() -> None:
 def test_naming_another_strategy_drops_the_options_of_the_first() -> None:
     first = nest({"strategy.name": "lora-lego", "strategy.rank": 4})
     assert merge([first, nest({"strategy.name": "fedit"})])["strategy"] == {"name": "fedit"}
+    assert merge([nest({"strategy.rank": 4}), nest({"strategy.name": "fedit"})])["strategy"] == {
+        "rank": 4,
+        "name": "fedit",
+    }
     assert merge([first, nest({"strategy.name": "lora-lego"})])["strategy"] == {"name": "lora-lego", "rank": 4}
 
 
