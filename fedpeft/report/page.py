@@ -1,0 +1,290 @@
+"""A run as one HTML page that needs nothing beside it: no script, no network, images inlined.
+
+It can be written at any time: of a run that goes on, was interrupted, or was never evaluated. Everything foreign in it
+(client ids, messages, names) is escaped by jinja2.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from fedpeft.config import RunConfig
+from fedpeft.report.formats import NONE, duration, finite, number, size
+from fedpeft.report.history import HIGHER_IS_BETTER, METRICS, History, domain_scores, worst
+from fedpeft.report.plots import DARK, draw, write_plots
+from fedpeft.report.tables import environment_rows
+from fedpeft.runs import ADAPTER, CONFIG, ENVIRONMENT, read_config
+
+PAGE, PLOTS = "report.html", "plots"
+TEMPLATE = "page.html.jinja"
+CLASSES = {
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "image-classification": "AutoModelForImageClassification",
+    "causal-lm": "AutoModelForCausalLM",
+}
+
+
+@dataclass(frozen=True)
+class View:
+    """A table of the page: a title, names of columns, and rows of words."""
+
+    title: str
+    headers: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Image:
+    """A plot of the page, for light and for dark screens, as base64."""
+
+    title: str
+    light: str
+    dark: str
+
+
+def write_report(run: Path) -> Path:
+    """Write ``plots/*.png`` and ``report.html`` into a run directory.
+
+    Parameters
+    ----------
+    run : Path
+        A run directory, of a run that is finished or not.
+
+    Returns
+    -------
+    Path
+        The page.
+
+    Raises
+    ------
+    RunDirectoryError
+        No run directory.
+    ConfigError
+        Its configuration cannot be read.
+    OSError
+        The files cannot be written, for instance because the disk is full; the page of before, if any, stays.
+    """
+    config, history = read_config(run), History.read(run)
+    light = write_plots(history, run / PLOTS)
+    images = [
+        Image(plot.title, _base64(plot.png), _base64(dark.png))
+        for plot, dark in zip(light, draw(history, DARK), strict=True)
+    ]
+    page, partial = run / PAGE, run / f".{PAGE}"
+    try:
+        partial.write_text(render(run, config, history, images), encoding="utf-8")
+        partial.replace(page)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
+    return page
+
+
+def render(run: Path, config: RunConfig, history: History, images: Iterable[Image] = ()) -> str:
+    """Return the page as text.
+
+    Parameters
+    ----------
+    run : Path
+        The run directory, from which environment, configuration and the adapter's own description are read.
+    config : RunConfig
+        The run's.
+    history : History
+        Its events.
+    images : iterable of Image
+        Its plots.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    views = [_evaluations(history), _domains(history), _clients(history), _faults(history)]
+    facts = _json(run / ENVIRONMENT)
+    # bytes that are not text must not keep the rest of the page from being seen
+    written = (run / CONFIG).read_text(encoding="utf-8", errors="replace")
+    return environment.get_template(TEMPLATE).render(
+        name=run.resolve().name,
+        state=history.state,
+        reason=(history.end or {}).get("reason", ""),
+        strategy=config.strategy.name,
+        task=config.task,
+        cards=_cards(config, history),
+        images=list(images),
+        views=[view for view in views if view.rows],
+        has_faults=bool(history.faults),
+        snippet=loading_code(run, config),
+        saved=(run / ADAPTER / "adapter_config.json").is_file(),
+        config=written,
+        environment=environment_rows(facts),
+        written=time.strftime("%Y-%m-%d %H:%M"),
+    )
+
+
+def loading_code(run: Path, config: RunConfig) -> str:
+    """Return Python code that loads a run's adapter with transformers and PEFT alone.
+
+    Parameters
+    ----------
+    run : Path
+        The run directory; its adapter names the base model, where it is written already.
+    config : RunConfig
+        The run's.
+    """
+    described = _json(run / ADAPTER / "adapter_config.json")
+    base = str(described.get("base_model_name_or_path") or config.model.name or "BASE_MODEL")
+    kind, causal = CLASSES[config.task], config.task == "causal-lm"
+    trust = ", trust_remote_code=True" if config.model.trust_remote_code else ""
+    of_images = config.task == "image-classification"
+    reader, inputs = ("AutoImageProcessor", "processor") if of_images else ("AutoTokenizer", "tokenizer")
+    lines = [
+        *([] if causal else ["import json"]),
+        "from pathlib import Path",
+        "",
+        "from peft import PeftModel",
+        f"from transformers import {', '.join(sorted([kind, reader]))}",
+        "",
+        f"base_name = {base!r}",
+        f"adapter = Path({str(run.resolve() / ADAPTER)!r})",
+        f"{inputs} = {reader}.from_pretrained(base_name{trust})",
+    ]
+    if causal:
+        lines.append(f"base = {kind}.from_pretrained(base_name{trust})")
+    else:
+        lines += [
+            'labels = json.loads((adapter / "labels.json").read_text(encoding="utf-8"))',
+            f"base = {kind}.from_pretrained(",
+            f"    base_name{trust},",
+            "    id2label=dict(enumerate(labels)),",
+            "    label2id={name: index for index, name in enumerate(labels)},",
+            "    ignore_mismatched_sizes=True,  # the head comes with the adapter",
+            ")",
+        ]
+    if config.task == "sequence-classification":
+        lines += [
+            "if base.config.pad_token_id is None:",
+            "    base.config.pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id",
+        ]
+    lines.append("model = PeftModel.from_pretrained(base, str(adapter)).eval()")
+    return "\n".join(lines) + "\n"
+
+
+# --- parts of the page -------------------------------------------------------------------------------------------
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """Read an object; empty where there is none to be read."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _cards(config: RunConfig, history: History) -> list[tuple[str, str, str]]:
+    """Return the summary: what, how much, and a remark each."""
+    cards = []
+    metric = history.metric
+    first, last = history.first, history.last
+    if metric is not None and first is not None and last is not None:
+        remark = "before training" if first is last else f"{number(first.get(metric))} before training"
+        cards.append((f"test {metric}", number(last.get(metric)), remark))
+        domains = domain_scores(last, metric)
+        if domains:
+            name = worst(domains, metric)
+            mean = sum(domains.values()) / len(domains)
+            cards.append(("worst domain", number(domains[name]), f"{name}; mean over domains {number(mean)}"))
+        spread = last.get("clients")
+        if isinstance(spread, Mapping) and isinstance(spread.get(metric), Mapping):
+            tenth, mean_client = spread[metric].get("worst_tenth"), spread[metric].get("mean")
+            cards.append(("worst tenth of clients", number(tenth), f"mean over clients {number(mean_client)}"))
+    cards.append(("rounds", f"{history.done} / {config.federation.rounds}", history.state))
+    if history.rounds:
+        up, down = history.bytes_up, history.bytes_down
+        cards.append(("moved", size(up + down), f"{size(up)} up, {size(down)} down"))
+        cards.append(("time in rounds", duration(history.seconds), "evaluation not counted"))
+        error = history.rounds[history.done].get("aggregation_error")
+        if error is not None:
+            cards.append(("aggregation error", number(error), f"of round {history.done}"))
+    if history.faults:
+        clients = len({str(fault.get("client")) for fault in history.faults})
+        cards.append(("faults", str(len(history.faults)), f"of {clients} client{'s' if clients > 1 else ''}"))
+    return cards
+
+
+def _evaluations(history: History) -> View:
+    metrics = [name for name in METRICS if any(name in event for event in history.evaluations.values())]
+    errors = any("aggregation_error" in event for event in history.rounds.values())
+    headers = ("round", *(f"test {name}" for name in metrics), "train loss", *(["aggregation error"] if errors else []))
+    rows = []
+    for at, event in sorted(history.evaluations.items()):
+        done = history.rounds.get(at, {})
+        cells = [str(at), *(number(event.get(name)) for name in metrics), number(done.get("train_loss"))]
+        cells += [number(done.get("aggregation_error"))] if errors else []
+        rows.append((*cells, size(history.bytes_until(at)), duration(done.get("seconds"))))
+    return View("Scores", (*headers, "moved so far", "round took"), tuple(rows))
+
+
+def _domains(history: History) -> View:
+    metric = history.metric or "loss"
+    before, after = domain_scores(history.first, metric), domain_scores(history.last, metric)
+    rows = []
+    for name, value in after.items():
+        change = value - before[name] if name in before else None
+        rows.append((name, number(before.get(name)), number(value), _signed(change)))
+    first, last = (event["round"] if event else 0 for event in (history.first, history.last))
+    better = "higher" if metric in HIGHER_IS_BETTER else "lower"
+    return View(
+        "Domains",
+        ("domain", f"{metric}, round {first}", f"round {last}", "change"),
+        tuple(rows),
+        f"Test rows of each domain; {better} is better.",
+    )
+
+
+def _clients(history: History) -> View:
+    metric = history.metric or "loss"
+    scored = history.client_scores
+    names = list(history.clients) + [name for name in (scored[-1] if scored else {}) if name not in history.clients]
+    headers = ["client", "rows", "rounds", "faults", "train loss", "round took"]
+    if scored:
+        headers += [f"test {metric} at first", "at last"] if len(scored) > 1 else [f"test {metric}"]
+    rows = []
+    for name in names:
+        record = history.clients.get(name)
+        if record is None:
+            cells = [name, *[NONE] * 5]
+        else:
+            held = NONE if record.num_examples is None else str(record.num_examples)
+            cells = [name, held, str(record.rounds), str(record.faults), number(record.loss), duration(record.seconds)]
+        for scores in scored:
+            of_client = scores.get(name)
+            cells.append(number(finite(of_client.get(metric)) if isinstance(of_client, Mapping) else None))
+        rows.append(tuple(cells))
+    return View("Clients", tuple(headers), tuple(rows), "Loss and time are those of the client's latest good round.")
+
+
+def _faults(history: History) -> View:
+    rows = tuple((str(fault["round"]), str(fault.get("client")), str(fault.get("reason"))) for fault in history.faults)
+    return View("Faults", ("round", "client", "reason"), rows, "Answers that do not count in their round.")
+
+
+def _signed(change: float | None) -> str:
+    return NONE if change is None else f"{'+' if change >= 0 else '-'}{number(abs(change))}"

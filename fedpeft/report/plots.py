@@ -1,0 +1,272 @@
+"""A run's curves as PNG files: scores and losses over rounds, the aggregation error, and the score over bytes moved.
+
+Figures are drawn with matplotlib's objects and its default style, whatever the user's settings: no global state is left
+behind, and equal histories give equal bytes. Colours are those of Okabe and Ito (https://jfly.uni-koeln.de/color/) or
+close to them, which people with any colour vision can tell apart; lines differ in dashes too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib.style
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from fedpeft.report.formats import finite, number, one_line
+from fedpeft.report.history import Event, History
+
+SIZE, DPI = (7.0, 4.0), 144  # inches, pixels per inch
+NAMED_DOMAINS = 8  # with more than that lines cannot be told apart, and are drawn alike
+MARKED_POINTS = 40  # up to this many each is marked
+ROUNDING = 1e-6  # an aggregation error below this is float32's own
+DASHES = ("solid", (0, (5, 2)), (0, (1.5, 1.5)), (0, (5, 1.5, 1, 1.5)))
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of a plot: paper, ink, grid, and the lines' in order of use."""
+
+    paper: str
+    ink: str
+    grid: str
+    lines: tuple[str, ...]
+
+
+LIGHT = Theme("#ffffff", "#23272e", "#e3e6ea", ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"))
+DARK = Theme("#1b1f26", "#d7dce3", "#333a45", ("#56b4e9", "#e69f00", "#2fc49a", "#cc79a7", "#f0e442", "#5c9bff"))
+
+Points = list[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One figure, drawn.
+
+    Parameters
+    ----------
+    name : str
+        Stem of the file.
+    title : str
+        What it shows.
+    png : bytes
+        The image.
+    """
+
+    name: str
+    title: str
+    png: bytes
+
+
+def draw(history: History, theme: Theme = LIGHT) -> list[Plot]:
+    """Draw every figure that the history has data for.
+
+    Parameters
+    ----------
+    history : History
+        A run's, finished or not.
+    theme : Theme
+        Light or dark.
+
+    Returns
+    -------
+    list of Plot
+        ``accuracy`` or ``perplexity``, ``loss``, ``aggregation_error`` and ``communication``, those that have points.
+    """
+    figures: list[tuple[str, str, Callable[[Axes], bool]]] = []
+    metric = history.metric
+    if metric is not None and metric != "loss":
+        title = f"Test {metric} over rounds"
+        figures.append((metric, title, lambda axes: _scores(axes, history, metric, theme)))
+    figures.append(("loss", "Loss over rounds", lambda axes: _losses(axes, history, theme)))
+    figures.append(("aggregation_error", "Aggregation error", lambda axes: _errors(axes, history, theme)))
+    if metric is not None:
+        title = f"Test {metric} over bytes moved"
+        figures.append(("communication", title, lambda axes: _communication(axes, history, metric, theme)))
+    drawn = []
+    for name, title, fill in figures:
+        png = _render(title, fill, theme)
+        if png is not None:
+            drawn.append(Plot(name, title, png))
+    return drawn
+
+
+def write_plots(history: History, folder: Path) -> list[Plot]:
+    """Write every figure that the history has data for into a folder.
+
+    Raises
+    ------
+    OSError
+        The folder cannot be written.
+    """
+    plots = draw(history)
+    folder.mkdir(parents=True, exist_ok=True)
+    for plot in plots:
+        partial = folder / f".{plot.name}.png"
+        partial.write_bytes(plot.png)
+        partial.replace(folder / f"{plot.name}.png")  # whoever watches a run never sees half an image
+    return plots
+
+
+# --- figures -----------------------------------------------------------------------------------------------------
+
+
+def _scores(axes: Axes, history: History, metric: str, theme: Theme) -> bool:
+    points = _series(history.evaluations, metric)
+    domains = _domains(history, metric)
+    lines = [_line(axes, points, _label("all test rows", points), theme, 0, width=2.4)]
+    if len(domains) <= NAMED_DOMAINS:
+        for index, (name, values) in enumerate(domains.items(), start=1):
+            lines.append(_line(axes, values, _label(name, values), theme, index, width=1.1))
+    else:
+        for values in domains.values():
+            axes.plot(*zip(*values, strict=True), color=theme.ink, alpha=0.3, linewidth=0.8, zorder=1)
+        lines.append(axes.lines[-1])
+        axes.lines[-1].set_label(f"each of {len(domains)} domains")
+    axes.set_ylabel(metric)
+    _scale(axes, [*points, *(point for values in domains.values() for point in values)], bounded=metric != "perplexity")
+    return _finish(axes, lines, points)
+
+
+def _losses(axes: Axes, history: History, theme: Theme) -> bool:
+    tested, trained = _series(history.evaluations, "loss"), _series(history.rounds, "train_loss")
+    lines = [
+        _line(axes, points, _label(name, points), theme, index, width=width)
+        for index, (name, points, width) in enumerate((("test", tested, 2.4), ("clients' training", trained, 1.6)))
+        if points
+    ]
+    axes.set_ylabel("loss")
+    _scale(axes, [*tested, *trained])
+    return _finish(axes, lines, [*tested, *trained])
+
+
+def _errors(axes: Axes, history: History, theme: Theme) -> bool:
+    points = _series(history.rounds, "aggregation_error")
+    _line(axes, points, "", theme, 0, width=2.0)
+    axes.set_ylabel("|mean of updates - sent| / |mean of updates|")
+    if points and max(value for _, value in points) < ROUNDING:
+        axes.set_ylim(0, ROUNDING)
+        axes.set_yticks([0.0])
+        axes.text(0.5, 0.5, "zero up to rounding", transform=axes.transAxes, ha="center", color=theme.ink)
+    else:
+        _scale(axes, points)
+    return _finish(axes, [], points)
+
+
+def _communication(axes: Axes, history: History, metric: str, theme: Theme) -> bool:
+    scores = _series(history.evaluations, metric)
+    points = [(history.bytes_until(int(at)) / 1e6, value) for at, value in scores]
+    if not any(moved > 0 for moved, _ in points):
+        return False
+    _line(axes, points, "", theme, 0, width=2.0)
+    axes.set_ylabel(metric)
+    _scale(axes, points, bounded=metric != "perplexity")
+    _finish(axes, [], points)
+    axes.set_xlabel("MB moved, up and down together")
+    axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
+    return True
+
+
+# --- parts -------------------------------------------------------------------------------------------------------
+
+
+def _series(events: Mapping[int, Event], key: str) -> Points:
+    known = ((at, finite(event.get(key))) for at, event in sorted(events.items()))
+    return [(at, value) for at, value in known if value is not None]
+
+
+def _domains(history: History, metric: str) -> dict[str, Points]:
+    found: dict[str, Points] = {}
+    for at, event in sorted(history.evaluations.items()):
+        domains = event.get("domains")
+        for name, scores in domains.items() if isinstance(domains, Mapping) else ():
+            value = finite(scores.get(metric)) if isinstance(scores, Mapping) else None
+            if value is not None:
+                found.setdefault(str(name), []).append((at, value))
+    return found
+
+
+def _label(name: str, points: Points) -> str:
+    # matplotlib reads $...$ as mathematics and hides names that begin with an underscore
+    shown = one_line(name, 18).replace("$", r"\$")
+    return f" {shown}  {number(points[-1][1])}" if points else f" {shown}"
+
+
+def _line(axes: Axes, points: Points, label: str, theme: Theme, index: int, *, width: float) -> Any:
+    (line,) = axes.plot(
+        [at for at, _ in points],
+        [value for _, value in points],
+        color=theme.lines[index % len(theme.lines)],
+        linestyle=DASHES[index % len(DASHES)],
+        linewidth=width,
+        marker="o" if len(points) <= MARKED_POINTS else None,
+        markersize=2 + width,
+        label=label,
+        zorder=4 if index == 0 else 3,
+    )
+    return line
+
+
+def _scale(axes: Axes, points: Points, *, bounded: bool = False) -> None:
+    values = [value for _, value in points]
+    if not bounded and values and min(values) > 0 and max(values) > 30 * min(values):
+        axes.set_yscale("log")
+    elif values and min(values) >= 0:
+        low, high = min(values), max(values)
+        margin = 0.08 * (high - low) or 0.05 * max(high, 1e-9)
+        ceiling = high + margin
+        axes.set_ylim(max(0.0, low - margin), min(1.0, ceiling) + 0.005 if bounded and high <= 1 else ceiling)
+
+
+def _finish(axes: Axes, lines: Sequence[Any], points: Points) -> bool:
+    axes.set_xlabel("round")
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
+    if len(lines) > 1:
+        axes.legend(
+            handles=lines,
+            loc="upper left",
+            bbox_to_anchor=(1.01, 1.0),
+            frameon=False,
+            labelcolor="linecolor",
+            fontsize=9,
+            handlelength=1.8,
+        )
+    return bool(points)
+
+
+def _render(title: str, fill: Callable[[Axes], bool], theme: Theme) -> bytes | None:
+    with _default_style():
+        figure = Figure(figsize=SIZE, dpi=DPI, facecolor=theme.paper)
+        canvas = FigureCanvasAgg(figure)
+        axes = figure.add_subplot(facecolor=theme.paper)
+        axes.set_title(title, loc="left", color=theme.ink, fontweight="bold", fontsize=11)
+        axes.grid(color=theme.grid, linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(theme.grid)
+        axes.tick_params(which="both", colors=theme.ink, length=0)
+        if not fill(axes):
+            return None
+        for label in (axes.xaxis.label, axes.yaxis.label):
+            label.set_color(theme.ink)
+        # fixed margins: asking matplotlib to find them takes as long again as drawing
+        figure.subplots_adjust(left=0.115, bottom=0.125, top=0.9, right=0.97 if axes.get_legend() is None else 0.68)
+        png = io.BytesIO()
+        canvas.print_png(png, metadata={"Software": None})  # else a new matplotlib changes every file
+        return png.getvalue()
+
+
+@contextlib.contextmanager
+def _default_style() -> Iterator[None]:
+    with matplotlib.style.context("default"), warnings.catch_warnings():
+        # a domain's name in letters that the font lacks is drawn as boxes, which is no news to the user
+        warnings.filterwarnings("ignore", message=".*missing from font", category=UserWarning)
+        yield

@@ -1,0 +1,402 @@
+"""A run as it is seen in a terminal: a listener that shows progress, and one that prints events as JSON.
+
+Rounds and the summary are results and go to stdout; the live bar, faults and warnings go to stderr. A reader that goes
+away, or a full disk behind a redirection, ends the output but not the run: the run directory has it all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TextIO
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+from fedpeft.report.formats import duration, finite, number, one_line, size
+from fedpeft.report.history import Event, History, domain_scores, main_metric, worst
+
+if TYPE_CHECKING:
+    from fedpeft.config import RunConfig
+
+BAR_WIDTH = 36
+ETA_ROUNDS = 10  # the pace of this many recent rounds gives the ETA
+NEXT_COMMANDS = ("fedpeft evaluate {run}", "fedpeft runs")
+
+
+class RunConsole(Console):
+    """A console whose reader may go away without ending the program."""
+
+    def on_broken_pipe(self) -> None:
+        """Fall silent; rich would exit."""
+        self.quiet = True
+        _discard(self.file)
+
+    def say(self, text: RenderableType) -> None:
+        """Print, a text on one line however long; fall silent where nothing can be written any more."""
+        if isinstance(text, Text):
+            # an encoding that lacks a client id's letters must not end the run
+            plain = text.plain.encode(self.encoding, "backslashreplace").decode(self.encoding)
+            if plain != text.plain:
+                text = Text(plain, text.style)
+        try:
+            self.print(text, soft_wrap=not self.is_interactive, highlight=False)
+        except OSError:
+            self.quiet = True
+            _discard(self.file)
+
+
+def _discard(file: Any) -> None:
+    """Point a dead standard stream at nothing, so that the flush at the interpreter's exit does not fail."""
+    try:
+        descriptor = file.fileno()
+    except (AttributeError, OSError, ValueError):
+        return
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, descriptor)
+    os.close(null)
+
+
+def open_console(*, stderr: bool = False) -> RunConsole:
+    """Return a console on stdout or stderr; interactive on a terminal only, whatever FORCE_COLOR says."""
+    stream = sys.stderr if stderr else sys.stdout
+    return RunConsole(stderr=stderr, force_interactive=None if stream.isatty() else False)
+
+
+@dataclass(frozen=True)
+class _Moment:
+    """What the bar shows; replaced as a whole, since another thread draws it."""
+
+    label: str = "preparing"
+    done: int = 0
+    facts: tuple[str, ...] = ()
+    eta: float | None = None
+    since: float = 0.0
+
+
+class TerminalListener:
+    """Shows a run's events to people.
+
+    On a terminal a bar moves and each evaluated round leaves a line; elsewhere every round leaves exactly one line. A
+    round that is evaluated is shown when its scores are known. Use it as a context manager, so that the terminal is
+    whole again however the run ends, and call `finish` for the summary.
+
+    Parameters
+    ----------
+    config : RunConfig
+        The run's.
+    out : RunConsole, optional
+        Receives rounds and the summary; stdout if not given.
+    progress : RunConsole, optional
+        Receives the bar, faults and warnings; stderr if not given. Decides whether a bar is shown.
+    clock : callable
+        Seconds that only grow.
+    next_commands : sequence of str
+        Suggested at the end; ``{run}`` stands for the run directory.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        out: RunConsole | None = None,
+        progress: RunConsole | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        next_commands: Sequence[str] = NEXT_COMMANDS,
+    ) -> None:
+        self.config, self.next_commands = config, tuple(next_commands)
+        self.history = History()
+        self.metric = main_metric(config.task)
+        self._progress = progress if progress is not None else open_console(stderr=True)
+        self._out = out if out is not None else open_console()
+        self._clock = clock
+        self._started = clock()
+        self._marks: deque[tuple[int, float]] = deque([(0, self._started)], maxlen=ETA_ROUNDS + 1)
+        self._held: Event | None = None
+        self._answered: set[str] = set()
+        self._finished = False
+        self._spinner = Spinner("dots")
+        self._status = _Moment()
+        self._live: Live | None = None
+        # one terminal for both: short lines, printed above the bar, which its own console alone can do
+        self._shared = self._progress.is_interactive and self._out.is_interactive
+        if self._shared:
+            self._out = self._progress
+        if self._progress.is_interactive:
+            self._live = Live(
+                console=self._progress,
+                get_renderable=self._draw,
+                refresh_per_second=5,
+                transient=True,
+                redirect_stdout=self._shared,
+            )
+
+    @property
+    def total(self) -> int:
+        """Rounds planned."""
+        return self.config.federation.rounds
+
+    def __enter__(self) -> Self:
+        self._started = self._clock()
+        self._marks[0] = (0, self._started)
+        if self._live is not None:
+            self._live.start(refresh=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop()
+        if not self._finished and (self.history.rounds or self.history.evaluations):
+            self._summarize(None)
+
+    def finish(self, run: Path) -> None:
+        """Take the bar away and print the summary.
+
+        Parameters
+        ----------
+        run : Path
+            The run directory.
+        """
+        self._stop()
+        self._summarize(run)
+
+    def __call__(self, event: Event) -> None:
+        """Show one event."""
+        self.history.add(event)
+        kind = event.get("event")
+        lines: list[tuple[Event | None, Event | None]] = []
+        if kind in ("round", "end") and self._held is not None:
+            lines.append((self._held, None))  # its evaluation never came
+            self._held = None
+        if kind in ("client", "fault"):
+            self._answered.add(str(event.get("id", event.get("client"))))
+        elif kind == "round":
+            self._answered.clear()
+            if self._due(event["round"]):
+                self._held = event
+            else:
+                self._mark(event["round"])
+                lines.append((event, None))
+        elif kind == "evaluate" and event.get("split", "test") == "test":
+            self._mark(event["round"])
+            lines.append((self._held, event))
+            self._held = None
+        self._status = self._new_status()
+        if self._live is not None and self._live.is_started and kind != "client":
+            self._live.refresh()  # prints below draw the bar again as it was last; of clients there may be thousands
+        if kind == "fault":
+            who, why = one_line(event.get("client"), 80), one_line(event.get("reason"))
+            self._progress.say(Text(f"round {event.get('round')}: client {who} failed: {why}", "red"))
+        elif kind == "warning":
+            self._progress.say(Text(f"warning: {one_line(event.get('message'))}", "yellow"))
+        for round_event, evaluation in lines:
+            self._show_round(round_event, evaluation)
+
+    # --- lines ---------------------------------------------------------------------------------------------------
+
+    def _due(self, server_round: int) -> bool:
+        return server_round % self.config.run.evaluate_every == 0 or server_round == self.total
+
+    def _mark(self, server_round: int) -> None:
+        if server_round == 0:
+            self._marks.clear()  # preparation and the first evaluation tell nothing about a round's pace
+        self._marks.append((server_round, self._clock()))
+
+    def _eta(self) -> float | None:
+        (first, since), (last, until) = self._marks[0], self._marks[-1]
+        if last <= first:
+            return None
+        return (until - since) / (last - first) * (self.total - last)
+
+    def _show_round(self, round_event: Event | None, evaluation: Event | None) -> None:
+        event = round_event or evaluation
+        assert event is not None
+        at = event["round"]
+        if self._shared and evaluation is None:
+            return  # the bar has it
+        width = len(str(self.total))
+        line = Text.assemble((f"round {at:>{width}}/{self.total}", "bold"))
+        fields: list[tuple[str, str]] = []
+        if round_event is not None:
+            fields.append((f"train loss {number(round_event.get('train_loss'))}", ""))
+        if evaluation is not None:
+            if not self._shared or round_event is None:
+                fields.append((f"test loss {number(evaluation.get('loss'))}", ""))
+            fields.append((f"{self.metric} {number(evaluation.get(self.metric))}", "bold green"))
+        if round_event is not None:
+            if (error := round_event.get("aggregation_error")) is not None:
+                name = "error" if self._shared else "aggregation error"
+                fields.append((f"{name} {number(error)}", ""))
+            if failed := round_event.get("failed"):
+                fields.append((f"{failed} failed", "red"))
+            moved = (finite(round_event.get("bytes_up")) or 0) + (finite(round_event.get("bytes_down")) or 0)
+            fields += [(size(moved), ""), (duration(round_event.get("seconds")), "")]
+            if not self._shared and at < self.total and (eta := self._eta()) is not None:
+                fields.append((f"ETA {duration(eta)}", "dim"))
+        for text, style in fields:
+            line.append("  ").append(text, style)
+        self._out.say(line)
+
+    # --- the bar -------------------------------------------------------------------------------------------------
+
+    def _stop(self) -> None:
+        if self._live is not None and self._live.is_started:
+            self._live.stop()
+
+    def _cohort(self) -> int | None:
+        federation = self.config.federation
+        if federation.clients is None:
+            return None
+        drawn = max(1, federation.min_clients, round(federation.fraction * federation.clients))
+        return min(federation.clients, drawn)
+
+    def _new_status(self) -> _Moment:
+        history = self.history
+        done = history.done
+        if history.end is not None:
+            label = "writing the report"
+        elif not history.rounds and not history.evaluations:
+            label = "preparing"
+        elif self._held is not None:
+            label = f"evaluating round {done}/{self.total}"
+        else:
+            label = f"round {min(done + 1, self.total)}/{self.total}"
+        facts = []
+        if history.last is not None:
+            facts.append(f"{self.metric} {number(history.last.get(self.metric))}")
+        if history.rounds:
+            facts.append(f"train loss {number(history.rounds[done].get('train_loss'))}")
+        if self._answered:
+            facts.append(f"clients {len(self._answered)}" + (f"/{cohort}" if (cohort := self._cohort()) else ""))
+        facts.append(f"{size(history.bytes_up + history.bytes_down)} moved")
+        return _Moment(label, done, tuple(facts), self._eta() if done < self.total else None, self._marks[-1][1])
+
+    def _draw(self) -> RenderableType:
+        status, now = self._status, self._clock()
+        times = f"{duration(now - self._started)} elapsed"
+        if status.eta is not None:
+            times += f", ETA {duration(max(0.0, status.eta - (now - status.since)))}"
+        bar = ProgressBar(self.total, status.done, BAR_WIDTH, complete_style="cyan", finished_style="green")
+        top = Table.grid(padding=(0, 1))
+        top.add_row(self._spinner, Text(status.label, "bold"), bar, Text(times, "dim"))
+        return Group(top, Text("  " + "  ".join(status.facts), no_wrap=True, overflow="ellipsis"))
+
+    # --- the end -------------------------------------------------------------------------------------------------
+
+    def _summarize(self, run: Path | None) -> None:
+        self._finished = True
+        history, out = self.history, self._out
+        spent = f"{history.done} of {self.total} rounds in {duration(self._clock() - self._started)}"
+        if history.state == "completed":
+            out.say(Text(f"completed {spent}", "bold green"))
+        elif history.state == "interrupted":
+            out.say(Text(f"interrupted after {spent}", "bold yellow"))
+        else:
+            # without a last record, the error that is on its way says why
+            reason = f": {one_line(history.end.get('reason'), 1000)}" if history.end else ""
+            out.say(Text(f"stopped after {spent}{reason}", "bold red"))
+        for name, value in [*self._facts(), *([("run directory", str(run))] if run is not None else [])]:
+            out.say(Text(f"  {name:<13} {value}"))
+        if run is not None:
+            out.say(Text("next:"))
+            for command in self.next_commands:
+                out.say(Text(f"  {command.replace('{run}', shlex.quote(str(run)))}"))
+
+    def _facts(self) -> list[tuple[str, str]]:
+        """Return the summary's lines: scores before and after, what was moved, what was saved."""
+        history, metric = self.history, self.metric
+        first, last = history.first, history.last
+        facts: list[tuple[str, str]] = []
+        if first is not None and last is not None:
+            facts.append((metric, _change(first, last, first.get(metric), last.get(metric))))
+            before, after = domain_scores(first, metric), domain_scores(last, metric)
+            if after:
+                means = [sum(found.values()) / len(found) if found else None for found in (before, after)]
+                facts.append(("domain mean", _change(first, last, *means)))
+                name = worst(after, metric)
+                facts.append(
+                    ("worst domain", f"{_change(first, last, before.get(name), after[name])}, {one_line(name, 40)}")
+                )
+            spread = last.get("clients", {}).get(metric)
+            if isinstance(spread, dict):
+                mean, tenth = number(spread.get("mean")), number(spread.get("worst_tenth"))
+                facts.append(("clients", f"mean {mean}, worst tenth {tenth}"))
+        if history.rounds:
+            facts.append(("moved", f"{size(history.bytes_up)} up, {size(history.bytes_down)} down"))
+            facts.append(("rounds took", duration(history.seconds)))
+        if history.faults:
+            clients = len({str(fault.get("client")) for fault in history.faults})
+            facts.append(("faults", f"{len(history.faults)}, of {clients} client{'s' * (clients > 1)}"))
+        if history.state == "completed":
+            facts.append(("saved", "adapter and records"))
+        elif history.end is not None and history.done:
+            facts.append(("saved", f"the adapter of round {history.done}, and all records"))
+        elif history.end is not None:
+            facts.append(("saved", "the untrained adapter, and all records: no round was completed"))
+        else:
+            facts.append(("saved", "all records"))
+        return facts
+
+
+def _change(first: Event, last: Event, before: object, after: object) -> str:
+    if first is last:
+        return f"{number(after)} (round {last['round']})"
+    return f"{number(before)} -> {number(after)} (round {first['round']} -> {last['round']})"
+
+
+class JsonListener:
+    """Prints each event as one line of JSON, and nothing else.
+
+    The lines are strict JSON: a loss that diverged is null, since JSON knows neither NaN nor infinity.
+
+    Parameters
+    ----------
+    stream : text stream, optional
+        Where to; stdout if not given.
+    """
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream: TextIO | None = stream if stream is not None else sys.stdout
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return None
+
+    def finish(self, run: Path) -> None:
+        """Print nothing: the end was an event."""
+
+    def __call__(self, event: Event) -> None:
+        """Print one event and flush."""
+        if self._stream is None:
+            return
+        try:
+            print(json.dumps(strict(event), allow_nan=False), file=self._stream, flush=True)
+        except OSError:
+            _discard(self._stream)
+            self._stream = None
+
+
+def strict(value: Any) -> Any:
+    """Replace numbers that JSON does not know by None, at any depth."""
+    if isinstance(value, dict):
+        return {str(key): strict(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict(inner) for inner in value]
+    return finite(value) if isinstance(value, float) else value
