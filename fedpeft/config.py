@@ -88,10 +88,17 @@ class PartitionConfig(Section):
 
     scheme: PartitionScheme = Field("iid", description="how rows are divided among clients")
     by: str | None = Field(None, description="column whose values are the clients; implies natural")
-    alpha: float = Field(0.5, gt=0, description="concentration of dirichlet: small is skewed")
+    alpha: float | None = Field(
+        None, gt=0, description="concentration of dirichlet, small is skewed; 0.5 if unset, and domain then deals evenly"
+    )
     classes_per_client: int = Field(2, ge=1, description="labels a client sees, for pathological")
     shards_per_client: int = Field(2, ge=1, description="label-sorted shards a client gets, for shard")
     min_examples: int = Field(1, ge=1, description="fewest rows a client may hold")
+
+    @property
+    def concentration(self) -> float:
+        """``alpha``, or 0.5 where it is not set."""
+        return 0.5 if self.alpha is None else self.alpha
 
     @model_validator(mode="before")
     @classmethod

@@ -67,11 +67,11 @@ class Resident:
 
 def with_preset_paths(config: RunConfig) -> RunConfig:
     """Replace ``preset:NAME`` as a source of rows by the folder that the preset was written to."""
-    source = config.data.source
-    if not _is_preset(source):
-        return config
-    folder = materialize(source.removeprefix(PRESET_PREFIX)).data
-    return config.model_copy(update={"data": config.data.model_copy(update={"source": str(folder)})})
+    rows = {"source": config.data.source, "test": config.data.test}
+    folders = {
+        key: str(materialize(name.removeprefix(PRESET_PREFIX)).data) for key, name in rows.items() if _is_preset(name)
+    }
+    return config.model_copy(update={"data": config.data.model_copy(update=folders)})
 
 
 def preset_provenance(config: RunConfig) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def preset_provenance(config: RunConfig) -> dict[str, Any]:
 
 
 def _named(config: RunConfig) -> list[str]:
-    return [name for name in (config.model.name, config.data.source) if _is_preset(name)]
+    return [name for name in (config.model.name, config.data.source, config.data.test) if _is_preset(name)]
 
 
 def _is_preset(name: str | None) -> TypeGuard[str]:

@@ -138,7 +138,7 @@ def _domain(config: RunConfig, train: EncodedSplit, count: int, labels: Rows | N
     names, groups = _groups(train.domains)
     if count < len(groups):
         return [np.concatenate(groups[client::count]) for client in range(count)]
-    given = config.partition.alpha is not None and "alpha" in config.partition.model_fields_set
+    given = config.partition.alpha is not None
     parts: list[Rows] = [np.empty(0, dtype=np.int64)] * count
     for number, (name, rows) in enumerate(zip(names, groups, strict=True)):
         clients = range(number, count, len(groups))

@@ -105,7 +105,7 @@ def _dirichlet(config: RunConfig, count: int, labels: Rows, seed: int) -> list[R
     """Divide each label's rows by shares drawn from a Dirichlet distribution (Hsu et al., 1909.06335)."""
     from flwr_datasets.partitioner import DirichletPartitioner
 
-    alpha, fewest = config.partition.alpha, config.partition.min_examples
+    alpha, fewest = config.partition.concentration, config.partition.min_examples
     for attempt in range(DIRICHLET_ATTEMPTS):
         partitioner = DirichletPartitioner(
             num_partitions=count,
