@@ -89,7 +89,7 @@ class PartitionConfig(Section):
     scheme: PartitionScheme = Field("iid", description="how rows are divided among clients")
     by: str | None = Field(None, description="column whose values are the clients; implies natural")
     alpha: float | None = Field(
-        None, gt=0, description="concentration of dirichlet, small is skewed; 0.5 if unset, and domain then deals evenly"
+        None, gt=0, description="concentration of dirichlet, small is skewed; if unset 0.5, and domain deals evenly"
     )
     classes_per_client: int = Field(2, ge=1, description="labels a client sees, for pathological")
     shards_per_client: int = Field(2, ge=1, description="label-sorted shards a client gets, for shard")

@@ -88,6 +88,10 @@ def _run(config: RunConfig, out: Path, listener: Listener, grid: InlineGrid | Ra
     adapter_bytes = num_bytes(home.adapted.initial.values())
     directory = RunDirectory(out, config, adapter_bytes, {"presets": preset_provenance(config)})
     grid.contexts = contexts
+    if isinstance(grid, RayGrid):
+        grid.on_worker_death = lambda node, deaths: listener(
+            {"event": "warning", "message": f"a worker died over client {client_ids[node]} and is replaced ({deaths})"}
+        )
     grid.on_failure = lambda node, message, text: directory.write_traceback(
         f"round-{int(message.metadata.group_id or 0):04d}-client-{client_ids[node]}", text
     )

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from pydantic import ValidationError
@@ -24,7 +25,7 @@ from fedpeft.errors import ConfigError, DeploymentError, TooFewClientsError, nea
 from fedpeft.seeds import generator
 from fedpeft.state import A_SUFFIX, AdapterState, ClientUpdate, fingerprint
 from fedpeft.strategies.factors import aggregation_error
-from fedpeft.strategies.rounds import Fault, Observer, RoundReport, client_order, in_order, require_enough
+from fedpeft.strategies.rounds import Fault, Observer, RoundReport, client_order, error_class, in_order, require_enough
 from fedpeft.strategies.updates import RefusedUpdateError, read_update
 from fedpeft.wire import (
     ARRAYS,
@@ -360,13 +361,16 @@ class AdapterStrategy(Strategy):
                 self._needs_frozen.add(client)
                 message = self._again(message, RecordDict({**message.content, FROZEN: to_record(self._frozen)}), report)
                 reply = self._ask(message)
-            if reply is not None and reply.has_error():
+            raised = False
+            if reply is not None and reply.has_error() and reply.error.code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION:
+                raised = True
                 message = self._again(message, message.content, report)
                 reply = self._ask(message)
             if reply is None:
                 report.faults.append(Fault(client, "no reply"))
             elif reply.has_error():
-                report.faults.append(Fault(client, f"raised twice: {reply.error.reason}"))
+                twice = "raised twice: " if raised else "failed: "
+                report.faults.append(Fault(client, twice + error_class(reply.error.reason)))
             elif self._wants_frozen(reply):
                 report.faults.append(Fault(client, "does not take the frozen tensors it was sent"))
             else:

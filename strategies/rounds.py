@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -63,6 +64,12 @@ Observer = Callable[[RoundReport, AdapterState], None]
 def client_order(client_id: str) -> tuple[bool, int, str]:
     """Sort key of client ids: numbers by value, then names."""
     return (False, int(client_id), "") if client_id.isdecimal() else (True, 0, client_id)
+
+
+def error_class(reason: str) -> str:
+    """Return the class that a reply's reason speaks of: SuperNodes wrap it as ``<class 'x.Y'>:<'Class'>``."""
+    wrapped = re.fullmatch(r"<class '[\w.]+'>:<'(\w+)'>", reason)
+    return wrapped[1] if wrapped else reason
 
 
 def require_enough(clients: int, min_clients: int) -> None:

@@ -107,7 +107,10 @@ def test_a_dry_run_counts_what_a_run_then_moves(fedpeft: Run, small: list[str], 
     planned = json.loads(stdout)
     fedpeft("simulate", *words, "--out", tmp_path / "run")
     (moved,) = [event for event in read_events(tmp_path / "run") if event["event"] == "round"]
-    assert (3 * planned["bytes_up"], 3 * planned["bytes_down"]) == (moved["bytes_up"], moved["bytes_down"])
+    assert (3 * planned["bytes_up_per_client"], 3 * planned["bytes_down_per_client"]) == (
+        moved["bytes_up"],
+        moved["bytes_down"],
+    )
     code, stdout, _ = fedpeft("simulate", *words, "--dry-run")
     assert code == 0
     assert "lora-fair" in stdout

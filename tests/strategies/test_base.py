@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterable
 
 import pytest
 import torch
-from fedpeft.strategies import FedIt, find
-from fedpeft.strategies.rounds import RoundReport, client_order, in_order
 from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
@@ -16,6 +15,8 @@ from torch import Tensor
 
 from fedpeft.errors import ConfigError, DeploymentError, TooFewClientsError
 from fedpeft.state import AdapterState, fingerprint
+from fedpeft.strategies import FedIt, find
+from fedpeft.strategies.rounds import RoundReport, client_order, error_class, in_order
 from fedpeft.wire import (
     ARRAYS,
     CLIENT_ID,
@@ -95,7 +96,7 @@ def adding(amount: float, examples: int = 1) -> Client:
 
 
 def raising(message: Message) -> Message:
-    return Message(Error(1, "ValueError"), reply_to=message)
+    return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "ValueError"), reply_to=message)
 
 
 def ids(count: int) -> dict[int, str]:
@@ -207,6 +208,15 @@ def test_a_client_that_raises_twice_is_reported_and_the_round_goes_on() -> None:
     assert [(fault.client_id, fault.reason) for fault in reports[0].faults] == [("1", "raised twice: ValueError")]
 
 
+def test_a_client_that_cannot_be_reached_is_not_asked_again() -> None:
+    def unreachable(message: Message) -> Message:
+        return Message(Error(ErrorCode.NODE_UNAVAILABLE, "gone"), reply_to=message)
+
+    _, reports, grid = run({1: adding(1.0), 2: unreachable})
+    assert [(fault.client_id, fault.reason) for fault in reports[0].faults] == [("1", "failed: gone")]
+    assert len(grid.log) == 2
+
+
 def test_too_few_good_updates_stop_the_run_by_name() -> None:
     with pytest.raises(TooFewClientsError, match=r"round 1: 1 good updates.*client 1: raised twice"):
         run({1: adding(1.0), 2: raising}, min_clients=2)
@@ -263,6 +273,11 @@ def test_nodes_are_asked_once_for_their_client_id() -> None:
 def test_two_nodes_of_one_name_are_an_error() -> None:
     with pytest.raises(DeploymentError, match="two nodes call themselves client 'a'"):
         run({7: named("a", adding(1.0)), 9: named("a", adding(1.0))}, client_ids=None)
+
+
+def test_a_supernodes_wrapping_of_an_error_is_taken_off() -> None:
+    assert error_class("<class 'fedpeft.clients.app.ClientFailedError'>:<'ValueError'>") == "ValueError"
+    assert error_class("WorkerDied") == "WorkerDied"
 
 
 def test_client_ids_are_ordered_as_numbers_before_names() -> None:
