@@ -161,14 +161,14 @@ def presets_table(presets: Sequence[Mapping[str, Any]]) -> RenderableType:
     Parameters
     ----------
     presets : sequence of mapping
-        Each with ``name``, ``task``, ``description`` and ``needs``.
+        Each with ``name``, ``task``, ``description`` and ``needs``, a command or None.
     """
-    table = _table("preset", "task", "description", "needs", whole=("preset", "task"))
+    table = _table("preset", "task", "description", whole=("preset", "task"))
     for preset in presets:
-        needs = preset.get("needs")
-        shown = ", ".join(map(str, needs)) if isinstance(needs, list | tuple) else needs
-        name = _cell(preset.get("name"), "bold cyan")
-        table.add_row(name, _cell(preset.get("task")), _cell(preset.get("description")), _cell(shown or "nothing more"))
+        described = _cell(preset.get("description"))
+        if needs := preset.get("needs"):
+            described.append(f"\nneeds: {one_line(needs)}", "yellow")
+        table.add_row(_cell(preset.get("name"), "bold cyan"), _cell(preset.get("task")), described)
     return Group(table, Text(), Text("Run one with fedpeft simulate --preset NAME.", "dim"))
 
 
@@ -516,7 +516,7 @@ def _several(count: int, what: str) -> str:
 def _partition_options(config: RunConfig) -> str:
     held = config.partition
     words = {
-        "dirichlet": f", alpha {held.alpha:g}",
+        "dirichlet": f", alpha {held.concentration:g}",
         "pathological": f", {held.classes_per_client} labels a client",
         "shard": f", {held.shards_per_client} shards a client",
         "natural": f", by {held.by}",

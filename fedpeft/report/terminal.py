@@ -282,7 +282,13 @@ class TerminalListener:
         if self._answered:
             facts.append(f"clients {len(self._answered)}" + (f"/{cohort}" if (cohort := self._cohort()) else ""))
         facts.append(f"{size(history.bytes_up + history.bytes_down)} moved")
-        return _Moment(label, done, tuple(facts), self._eta() if done < self.total else None, self._marks[-1][1])
+        return _Moment(
+            label,
+            done,
+            tuple(facts),
+            self._eta() if done < self.total and history.end is None else None,
+            self._marks[-1][1],
+        )
 
     def _draw(self) -> RenderableType:
         status, now = self._status, self._clock()

@@ -157,6 +157,13 @@ def test_on_a_terminal_a_bar_shows_round_score_loss_clients_bytes_and_times(conf
         assert expected in drawn
 
 
+def test_after_the_end_the_bar_promises_no_more_rounds(config: Config, events: Events) -> None:
+    _, progress = show(config(), events(2, planned=4, reason="interrupted"), live=True)
+    after = ESCAPES.sub("", progress).partition("writing the report")[2]
+    assert "elapsed" in after
+    assert "ETA" not in after
+
+
 def test_the_cursor_is_given_back_when_a_run_raises(config: Config, events: Events) -> None:
     console = live_console()
 
