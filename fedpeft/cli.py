@@ -132,7 +132,7 @@ def simulate(
         _write_report(outcome.path, listener)
         listener.finish(outcome.path)
     if outcome.error is not None:
-        raise outcome.error
+        raise typer.Exit(outcome.error.exit_code)  # the summary has said why
     if outcome.reason == "interrupted":
         raise typer.Exit(INTERRUPTED)
 

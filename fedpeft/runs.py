@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shutil
@@ -12,12 +13,13 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fedpeft.config import RunConfig, read_toml, resolve
 from fedpeft.errors import RunDirectoryError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CONFIG, ENVIRONMENT, METRICS, ADAPTER, CHECKPOINTS = (
     "config.toml",
@@ -49,6 +51,15 @@ class Saveable(Protocol):
 
     def __call__(self, directory: Path) -> None:
         """Write into this folder."""
+
+
+def strict_json(value: Any) -> Any:
+    """Replace numbers that JSON does not know, NaN and infinity, by None at any depth."""
+    if isinstance(value, Mapping):
+        return {str(key): strict_json(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict_json(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def versions() -> dict[str, str]:
@@ -174,7 +185,7 @@ class RunDirectory:
 
     def append(self, event: Event) -> None:
         """Add one line to metrics.jsonl and flush it."""
-        self._pending.append(json.dumps(event) + "\n")
+        self._pending.append(json.dumps(strict_json(event), allow_nan=False) + "\n")
         try:
             with (self.path / METRICS).open("a") as file:
                 size = file.tell()

@@ -125,6 +125,7 @@ class AdapterStrategy(Strategy):
         self.options = self.parse_options(options)
         self.trains_a = not any(name.endswith(A_SUFFIX) for name in self.frozen_names)
         self.report: RoundReport | None = None
+        self.on_update: Callable[[int, ClientUpdate], None] | None = None  # called as each good update arrives
         self._frozen: dict[str, Tensor] = {}
         self._frozen_hash = ""
         self._needs_frozen: set[str] = set()
@@ -208,6 +209,8 @@ class AdapterStrategy(Strategy):
                     report.faults.append(Fault(client, f"update refused: {error}"))
                     continue
                 report.updates.append(ClientUpdate(client, update.num_examples, {}, {}, update.metrics))
+                if self.on_update is not None:
+                    self.on_update(server_round, report.updates[-1])
                 if self.measure_error:
                     kept.append(ClientUpdate(client, update.num_examples, update.factors))
                 yield update
@@ -384,7 +387,8 @@ class AdapterStrategy(Strategy):
 
     def _ask(self, message: Message) -> Message | None:
         assert self._grid is not None
-        return next(iter(self._grid.send_and_receive([message], timeout=self._timeout)), None)
+        replies = list(self._grid.send_and_receive([message], timeout=self._timeout))
+        return replies[0] if replies else None
 
     @staticmethod
     def _wants_frozen(reply: Message) -> bool:

@@ -19,7 +19,7 @@ from fedpeft.errors import FedpeftError, TooFewClientsError
 from fedpeft.evaluation import Scores, client_metrics, mean_metrics, score, spread
 from fedpeft.resident import Resident, resident
 from fedpeft.runs import Event, Listener, RunDirectory
-from fedpeft.state import AdapterState
+from fedpeft.state import AdapterState, ClientUpdate
 from fedpeft.strategies import find
 from fedpeft.strategies.base import AdapterStrategy
 from fedpeft.strategies.rounds import RoundReport
@@ -123,6 +123,7 @@ class _Run:
         )
         self.home = resident(config)
         self.strategy = build_strategy(config, self.home, client_ids)
+        self.strategy.on_update = self.client_done
         adapted = self.home.adapted
         self.shared_names = [name for name in adapted.initial if name not in adapted.personal]
         self.initial = {name: adapted.initial[name] for name in self.shared_names}
@@ -165,13 +166,15 @@ class _Run:
                 {"event": "fault", "round": report.server_round, "client": fault.client_id, "reason": fault.reason}
             )
 
+    def client_done(self, server_round: int, update: ClientUpdate) -> None:
+        """Record a client's good update as it arrives."""
+        facts: Event = {"id": update.client_id, "num_examples": update.num_examples}
+        facts |= {"loss": update.metrics.get(TRAIN_LOSS), "seconds": update.metrics.get(SECONDS)}
+        self.emit({"event": "client", "round": server_round, **facts})
+
     def observe(self, report: RoundReport, state: AdapterState) -> None:
         """Record a round that is done."""
         self.state, self.outcome.rounds = state, report.server_round
-        for update in report.updates:
-            facts: Event = {"id": update.client_id, "num_examples": update.num_examples}
-            facts |= {"loss": update.metrics.get(TRAIN_LOSS), "seconds": update.metrics.get(SECONDS)}
-            self.emit({"event": "client", "round": report.server_round, **facts})
         self.emit_faults(report)
         event: Event = {
             "event": "round",

@@ -27,6 +27,7 @@ from rich.text import Text
 
 from fedpeft.report.formats import duration, finite, number, one_line, size
 from fedpeft.report.history import Event, History, domain_scores, main_metric, worst
+from fedpeft.runs import strict_json
 
 if TYPE_CHECKING:
     from fedpeft.config import RunConfig
@@ -393,16 +394,7 @@ class JsonListener:
         if self._stream is None:
             return
         try:
-            print(json.dumps(strict(event), allow_nan=False), file=self._stream, flush=True)
+            print(json.dumps(strict_json(event), allow_nan=False), file=self._stream, flush=True)
         except OSError:
             _discard(self._stream)
             self._stream = None
-
-
-def strict(value: Any) -> Any:
-    """Replace numbers that JSON does not know by None, at any depth."""
-    if isinstance(value, dict):
-        return {str(key): strict(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [strict(inner) for inner in value]
-    return finite(value) if isinstance(value, float) else value
