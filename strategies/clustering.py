@@ -39,7 +39,7 @@ def axial_kmeans(points: Tensor, weights: Tensor, draws: Tensor) -> tuple[Tensor
     square = points.square().sum(dim=2)  # (L, U)
     centroids = points.gather(1, _seeds(points, square, weights, draws)[:, :, None].expand(-1, -1, points.shape[2]))
     k = centroids.shape[1]
-    empty = torch.zeros(centroids.shape[:2], dtype=torch.bool)  # (L, k)
+    empty = torch.zeros(centroids.shape[:2], dtype=torch.bool)  # (L, k), what they have for a centroid attracts nothing
     labels = torch.full(square.shape, -1)
     signs = torch.zeros_like(square)
     for _ in range(MAX_ITERATIONS):

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from fedpeft.strategies.base import AdapterStrategy
 from hypothesis import strategies as st
 from torch import Tensor
 
 from fedpeft.state import AdapterState, ClientUpdate, LoraFactors
+from fedpeft.strategies.base import AdapterStrategy
 
 LAYERS = ("encoder.0.query", "encoder.1.query")
 

@@ -6,10 +6,12 @@ import itertools
 
 import pytest
 import torch
-from fedpeft.strategies.clustering import CANDIDATES, axial_kmeans
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+from fedpeft.strategies import clustering
+from fedpeft.strategies.clustering import CANDIDATES, axial_kmeans
 
 
 def normal(*shape: int, seed: int) -> Tensor:
@@ -78,12 +80,26 @@ def test_no_cluster_stays_empty_and_each_point_is_with_its_nearest_centroid(seed
     assert bool((torch.linalg.vecdot(aligned, centroids[labels[0]]) >= 0).all())
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_noisy_copies_of_many_axes_are_all_told_apart(seed: int) -> None:
+    owner = torch.arange(320) % 16
+    points = normal(1, 16, 60, seed=seed)[:, owner] + 0.5 * normal(1, 320, 60, seed=seed + 100)
+    labels, _ = axial_kmeans(points, torch.ones(1, 320, dtype=torch.float64), draws(1, 16, seed))
+    assert len(set(zip(labels[0].tolist(), owner.tolist(), strict=True))) == 16
+
+
 def test_equal_points_share_a_cluster_and_leave_what_is_too_many_empty() -> None:
-    points = normal(1, 2, 4, seed=0)[:, [0, 1, 0, 0, 1]]
-    labels, _ = axial_kmeans(points, torch.ones(1, 5, dtype=torch.float64), draws(1, 4))
-    assert len(set(labels.flatten().tolist())) == 2
-    assert labels[0, 0] == labels[0, 2] == labels[0, 3]
-    assert labels[0, 1] == labels[0, 4]
+    owner = torch.arange(40) % 3
+    points = 1e3 * normal(1, 3, 50, seed=0)[:, owner] * torch.logspace(0, -6, 3, dtype=torch.float64)[owner, None]
+    labels, _ = axial_kmeans(points, normal(1, 40, seed=1).abs(), draws(1, 8))
+    assert len(set(zip(labels[0].tolist(), owner.tolist(), strict=True))) == 3
+
+
+def test_a_cluster_that_lost_its_points_takes_the_one_that_fits_its_own_worst(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clustering, "_seeds", lambda *_: torch.zeros(1, 4, dtype=torch.int64))  # one point, four times
+    points = normal(1, 9, 3, seed=3)
+    labels, _ = axial_kmeans(points, torch.ones(1, 9, dtype=torch.float64), draws(1, 4))
+    assert len(set(labels.flatten().tolist())) == 4
 
 
 def test_the_heavier_points_pull_more() -> None:

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fedpeft.strategies import factors as fs
 from hypothesis import given, settings
 from torch import Tensor
 
 from fedpeft.errors import AdapterError, TooFewClientsError
 from fedpeft.state import AdapterState, LoraFactors
+from fedpeft.strategies import factors as fs
 from tests.strategies.oracles import LAYERS, Cohort, cohorts, dense_error, ideal, make_cohort
 
 

@@ -8,11 +8,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fedpeft.strategies.fedit import FedIt, mean_dense, weighted_mean
 from hypothesis import given, settings
 
 from fedpeft.errors import AdapterError, TooFewClientsError
 from fedpeft.state import AdapterState, ClientUpdate
+from fedpeft.strategies.fedit import FedIt, mean_dense, weighted_mean
 from tests.strategies.oracles import (
     Cohort,
     assert_close,

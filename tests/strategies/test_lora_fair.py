@@ -7,14 +7,14 @@ from typing import Literal
 
 import pytest
 import torch
-from fedpeft.strategies.fedit import weighted_mean
-from fedpeft.strategies.lora_fair import LoraFair
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from fedpeft.errors import ConfigError, TooFewClientsError
 from fedpeft.state import AdapterState, LoraFactors
+from fedpeft.strategies.fedit import weighted_mean
+from fedpeft.strategies.lora_fair import LoraFair
 from tests.strategies.oracles import (
     LAYERS,
     Cohort,
