@@ -31,21 +31,21 @@ HEADER = """\
 
 
 def init_app(directory: Path, config: RunConfig, out: Path | None) -> str:
-    """Check that a run can work, write its app folder, and say what to type next.
+    """Write a run's app folder, and say what to type next.
 
     Parameters
     ----------
     directory : Path
         The folder to write; must not hold anything.
     config : RunConfig
-        The run, with rows to read the label names from, or with `data.labels`.
+        The run, with rows to read the label names from, or with `data.labels` and `federation.clients`.
     out : Path, optional
         The run directory on the SuperLink's machine; ``runs/<name>`` under the current folder if not given.
 
     Raises
     ------
     FedpeftError
-        The folder is not empty, or the configuration, model or rows cannot work.
+        The folder is not empty, a strategy or option does not exist, or labels or clients cannot be read off the rows.
     """
     _check_vacant(directory)
     # this reaches up to the strategies, and loads torch; clients import this module for `run_config` alone
@@ -58,11 +58,13 @@ def init_app(directory: Path, config: RunConfig, out: Path | None) -> str:
     home = resident(config)
     clients = config.federation.clients or len(home.partition.client_ids)
     path = write_app(directory, config, out or default_directory(config), None if named else tuple(home.data.labels))
+    own = "'data=\"/path/to/its/rows\"'"
+    share = f"'partition-id=I num-partitions={clients}' (I = 0 .. {clients - 1}), or "
     return (
         f"wrote {path}\n"
         f"start a SuperLink and {clients} SuperNodes, then: flwr run {directory} CONNECTION\n"
-        f"CONNECTION is the SuperLink's name in Flower's config.toml; node i of {clients} gets "
-        f"--node-config 'partition-id=i num-partitions={clients}', or 'data=\"/path/to/its/rows\"'"
+        f"CONNECTION is the SuperLink's name in Flower's config.toml; each SuperNode gets --node-config "
+        f"{share if config.data.source is not None else ''}{own}"
     )
 
 

@@ -49,12 +49,9 @@ def test_sites_with_files_of_their_own_learn_together_and_keep_their_rows(
 ) -> None:
     with text_csv.open(newline="") as file:
         header, *rows = csv.reader(file)
-    tables = {f"site-{index}": [row for row in rows[:90] if row[2] == f"site-{index}"] for index in range(2)}
-    for name, table in {
-        "train": [row for table in tables.values() for row in table],
-        "test": rows[90:],
-        **tables,
-    }.items():
+    sites = {name: [row for row in rows[:90] if row[2] == name] for name in ("site-0", "site-1")}
+    files = {**sites, "train": sites["site-0"] + sites["site-1"], "test": rows[90:]}
+    for name, table in files.items():
         with (tmp_path / f"{name}.csv").open("w", newline="") as file:
             csv.writer(file).writerows([header, *table])
     whole = {"data__source": str(tmp_path / "train.csv"), "data__test": str(tmp_path / "test.csv")}
