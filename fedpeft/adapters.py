@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
@@ -54,7 +54,8 @@ def adaptable_modules(base: BaseModel) -> dict[str, tuple[int, int]]:
         if isinstance(module, nn.Linear):
             found[name] = (module.out_features, module.in_features)
         elif isinstance(module, Conv1D):
-            found[name] = (module.weight.shape[1], module.weight.shape[0])
+            d_in, d_out = cast(Tensor, module.weight).shape
+            found[name] = (d_out, d_in)
     return found
 
 
@@ -168,7 +169,8 @@ class AdaptedModel:
     @property
     def device(self) -> torch.device:
         """Where the model lives."""
-        return next(self.model.parameters()).device
+        on: torch.device = next(self.model.parameters()).device
+        return on
 
     def parameters(self, names: Sequence[str]) -> list[nn.Parameter]:
         """Return the live parameters of these names."""

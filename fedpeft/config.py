@@ -372,6 +372,30 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     )
 
 
+def configure(settings: Mapping[str, Any], *, preset: str | None = None, file: Path | None = None) -> RunConfig:
+    """Make a configuration in Python, as the command line makes it from words.
+
+    Parameters
+    ----------
+    settings : mapping
+        ``{"section.key": value}``; wins over file and preset.
+    preset : str, optional
+        Name of an embedded preset.
+    file : Path, optional
+        A TOML file.
+
+    Raises
+    ------
+    ConfigError
+        See `resolve`.
+    """
+    from fedpeft.presets import layer  # which itself is typed in terms of this module
+
+    layers = [layer(preset)] if preset else []
+    layers += [read_toml(file)] if file else []
+    return with_absolute_paths(resolve([*layers, nest(settings)]))
+
+
 def describe(error: ValidationError, prefix: str = "") -> str:
     """Say in one line what pydantic found wrong: the key, the value given, what is allowed."""
     problems = []

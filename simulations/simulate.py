@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from flwr.app import Context, RecordDict
+from flwr.app import Context, Message, RecordDict
 from torch import Tensor
 
 from fedpeft.chatter import silence
@@ -92,9 +92,11 @@ def _run(config: RunConfig, out: Path, listener: Listener, grid: InlineGrid | Ra
         grid.on_worker_death = lambda node, deaths: listener(
             {"event": "warning", "message": f"a worker died over client {client_ids[node]} and is replaced ({deaths})"}
         )
-    grid.on_failure = lambda node, message, text: directory.write_traceback(
-        f"round-{int(message.metadata.group_id or 0):04d}-client-{client_ids[node]}", text
-    )
+
+    def keep_traceback(node: int, message: Message, text: str) -> None:
+        directory.write_traceback(f"round-{int(message.metadata.group_id or 0):04d}-client-{client_ids[node]}", text)
+
+    grid.on_failure = keep_traceback
 
     def personal() -> Mapping[str, Mapping[str, Tensor]]:
         return {

@@ -373,7 +373,7 @@ class AdapterStrategy(Strategy):
                 report.faults.append(Fault(client, "no reply"))
             elif reply.has_error():
                 twice = "raised twice: " if raised else "failed: "
-                report.faults.append(Fault(client, twice + error_class(reply.error.reason)))
+                report.faults.append(Fault(client, twice + error_class(reply.error.reason or "no reason given")))
             elif self._wants_frozen(reply):
                 report.faults.append(Fault(client, "does not take the frozen tensors it was sent"))
             else:
@@ -392,7 +392,8 @@ class AdapterStrategy(Strategy):
 
     @staticmethod
     def _wants_frozen(reply: Message) -> bool:
-        return reply.has_content() and bool(reply.content.config_records.get(CONFIG, {}).get(NEEDS_FROZEN, False))
+        answer = reply.content.config_records.get(CONFIG) if reply.has_content() else None
+        return answer is not None and bool(answer.get(NEEDS_FROZEN, False))
 
 
 def _chain(first: ClientUpdate, rest: Iterator[ClientUpdate]) -> Iterator[ClientUpdate]:

@@ -1,0 +1,46 @@
+"""Federated fine-tuning of transformers with LoRA adapters: simulate on Ray, deploy on Flower.
+
+The names that users need, imported when they are asked for, so that ``import fedpeft`` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedpeft.config import RunConfig, configure
+    from fedpeft.errors import FedpeftError
+    from fedpeft.simulations.simulate import simulate
+    from fedpeft.state import AdapterState, ClientUpdate, LoraFactors
+    from fedpeft.strategies import STRATEGIES, AdapterStrategy
+
+__all__ = [
+    "STRATEGIES",
+    "AdapterState",
+    "AdapterStrategy",
+    "ClientUpdate",
+    "FedpeftError",
+    "LoraFactors",
+    "RunConfig",
+    "configure",
+    "simulate",
+]
+
+_HOMES = {
+    "STRATEGIES": "fedpeft.strategies",
+    "AdapterState": "fedpeft.state",
+    "AdapterStrategy": "fedpeft.strategies",
+    "ClientUpdate": "fedpeft.state",
+    "FedpeftError": "fedpeft.errors",
+    "LoraFactors": "fedpeft.state",
+    "RunConfig": "fedpeft.config",
+    "configure": "fedpeft.config",
+    "simulate": "fedpeft.simulations.simulate",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fedpeft' has no attribute '{name}'")
+    return getattr(importlib.import_module(_HOMES[name]), name)
