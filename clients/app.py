@@ -15,7 +15,7 @@ from torch import Tensor
 from fedpeft.clients.rows import client_rows
 from fedpeft.config import RunConfig, Scalar
 from fedpeft.deployment import run_config
-from fedpeft.errors import AdapterError
+from fedpeft.errors import AdapterError, DeploymentError
 from fedpeft.models import num_threads
 from fedpeft.resident import Resident, resident
 from fedpeft.state import fingerprint
@@ -39,6 +39,7 @@ from fedpeft.wire import (
     to_tensors,
 )
 
+TRUST_REMOTE_CODE = "trust-remote-code"  # key of the node's own config: a server cannot decide this for a site
 PERSONAL = "personal"  # record of a client's own state: tensors that never leave it
 
 app = ClientApp()
@@ -110,7 +111,12 @@ def _run_config(context: Context) -> RunConfig:
 
 
 def _home(context: Context) -> Resident:
-    return resident(_run_config(context))
+    config = _run_config(context)
+    if config.model.trust_remote_code and not context.node_config.get(TRUST_REMOTE_CODE, False):
+        raise DeploymentError(
+            "the run asks for model.trust_remote_code, and this site has not agreed: --node-config 'trust-remote-code=true'"
+        )
+    return resident(config)
 
 
 def _frozen(home: Resident, message: Message) -> dict[str, Tensor] | None:

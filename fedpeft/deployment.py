@@ -48,6 +48,11 @@ def init_app(directory: Path, config: RunConfig, out: Path | None) -> str:
         The folder is not empty, a strategy or option does not exist, or labels or clients cannot be read off the rows.
     """
     _check_vacant(directory)
+    if config.adapter.head == "local":
+        raise DeploymentError(
+            "adapter.head = 'local' works in simulations only: a SuperNode would lose its head with each restart. "
+            "Use 'shared' or 'frozen'."
+        )
     # this reaches up to the strategies, and loads torch; clients import this module for `run_config` alone
     from fedpeft.resident import resident
     from fedpeft.runs import default_directory

@@ -61,7 +61,7 @@ def _wait_for_nodes(grid: Grid, expected: int, timeout: float) -> None:
 def _log_event(event: Event) -> None:
     """Print what a person watching ``flwr log`` wants to see."""
     if event["event"] in ("round", "evaluate", "fault", "warning", "end"):
-        shown = {key: value for key, value in event.items() if key not in ("domains", "clients")}
+        shown = {key: value for key, value in event.items() if not isinstance(value, dict)}
         print(
             " ".join(
                 f"{key}={value:.4f}" if isinstance(value, float) else f"{key}={value}" for key, value in shown.items()

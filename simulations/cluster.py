@@ -13,10 +13,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import ray
 
-from fedpeft.errors import ConfigError
+from fedpeft.errors import ConfigError, SimulationError
 
 log = logging.getLogger(__name__)
 
@@ -70,11 +71,12 @@ def ray_connection(*, store_bytes: int | None = None, verbose: bool = False) -> 
         try:
             _knock(address)
             ray.init(address=address, **options)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
+            why = str(error).strip().partition("\n")[0]
             if address == OWN:
-                raise
+                raise SimulationError(f"Ray cannot start: {why}; set simulation.workers = 0 to do without") from error
             raise ConfigError(
-                f"RAY_ADDRESS = '{address}' cannot be connected to: {error}; unset it to run on this machine"
+                f"RAY_ADDRESS = '{address}' cannot be connected to: {why}; unset it to run on this machine"
             ) from None
         yield
 
@@ -93,12 +95,8 @@ def _no_reports() -> Iterator[None]:
     """
     from ray._private import worker
 
-    printer = worker.print_to_stdstream
-    worker.print_to_stdstream = lambda data, *_, **__: log.debug("%s", data)
-    try:
+    with mock.patch.object(worker, "print_to_stdstream", lambda data, *_, **__: log.debug("%s", data), create=True):
         yield
-    finally:
-        worker.print_to_stdstream = printer
 
 
 @contextlib.contextmanager

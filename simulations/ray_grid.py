@@ -125,7 +125,7 @@ class RayPool:
             trace = ray.get(ref)
         except LOST as error:
             self._failed_starts += 1
-            if self._failed_starts == MAX_DEATHS:
+            if self._failed_starts >= MAX_DEATHS:
                 raise SimulationError(
                     f"{MAX_DEATHS} Ray workers in a row died as they started ({type(error).__name__}); "
                     "lower simulation.workers if memory is short, or set simulation.workers = 0 to see what fails"

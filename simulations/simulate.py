@@ -10,7 +10,7 @@ from flwr.app import Context, Message, RecordDict
 from torch import Tensor
 
 from fedpeft.chatter import silence
-from fedpeft.clients.app import PERSONAL
+from fedpeft.clients.app import PERSONAL, TRUST_REMOTE_CODE
 from fedpeft.clients.app import app as client_app
 from fedpeft.config import RunConfig
 from fedpeft.resident import Resident, preset_provenance, resident
@@ -116,7 +116,11 @@ def client_contexts(config: RunConfig, home: Resident) -> tuple[dict[int, Contex
         index + 1: Context(
             run_id=1,
             node_id=index + 1,
-            node_config={"partition-id": index, "num-partitions": len(held.client_ids)},
+            node_config={
+                "partition-id": index,
+                "num-partitions": len(held.client_ids),
+                TRUST_REMOTE_CODE: config.model.trust_remote_code,
+            },
             state=RecordDict(),
             run_config=dict(flat),
         )

@@ -131,6 +131,7 @@ class AdapterStrategy(Strategy):
         self._needs_frozen: set[str] = set()
         self._state: AdapterState | None = None
         self._timeout = 3600.0
+        self._started = time.perf_counter()
         self._grid: Grid | None = None
         self._sent: list[Message] = []
 
@@ -197,7 +198,7 @@ class AdapterStrategy(Strategy):
         """Validate each reply as it arrives, fold the good ones in, and finish the round."""
         assert self._state is not None, "start() sets the adapter that replies are compared with"
         report = self.report = RoundReport(server_round)
-        started = time.perf_counter()
+        started = self._started
         kept: list[ClientUpdate] = []
         expected = {name: tensor for name, tensor in self._state.to_tensors().items() if name not in self.frozen_names}
 
@@ -306,6 +307,7 @@ class AdapterStrategy(Strategy):
             result.evaluate_metrics_serverapp[0] = scores
         arrays = self._wire()
         for server_round in range(1, num_rounds + 1):
+            self._started = time.perf_counter()
             self._sent = list(self.configure_train(server_round, arrays, config, grid))
             replies = grid.send_and_receive(self._sent, timeout=timeout)
             merged, metrics = self.aggregate_train(server_round, replies)

@@ -148,7 +148,7 @@ class _Run:
             if self.strategy.report is not None:
                 self.emit_faults(self.strategy.report)
         except BaseException as error:
-            outcome.reason = type(error).__name__
+            outcome.reason = "stopped" if isinstance(error, SystemExit) else type(error).__name__
             self.finish()
             raise
         self.finish()

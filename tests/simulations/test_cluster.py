@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import fcntl
+import os
+import shutil
 import socket
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import ray
 
 from fedpeft.errors import ConfigError
 from fedpeft.simulations import cluster
@@ -20,14 +23,14 @@ MIB = 2**20
 def test_the_store_fits_shared_memory_or_goes_to_files_where_that_is_tiny(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, free: int, size: int
 ) -> None:
-    monkeypatch.setattr(cluster.os, "sysconf", lambda name: {"SC_PHYS_PAGES": 64 * MIB, "SC_PAGE_SIZE": 4096}[name])
-    monkeypatch.setattr(cluster.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PHYS_PAGES": 64 * MIB, "SC_PAGE_SIZE": 4096}[name])
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
     assert cluster.default_store_bytes() == size
     assert bool(caplog.records) == (free < size)
 
 
 def test_the_store_takes_a_third_of_a_small_memory_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster.os, "sysconf", lambda name: {"SC_PHYS_PAGES": MIB // 2, "SC_PAGE_SIZE": 4096}[name])
+    monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PHYS_PAGES": MIB // 2, "SC_PAGE_SIZE": 4096}[name])
     assert cluster.default_store_bytes() < 2048 * MIB / 3
 
 
@@ -47,15 +50,15 @@ def test_workers_claim_as_many_cpus_as_leave_room_for_all(
 ) -> None:
     nodes = [{"Alive": True, "Resources": {"CPU": count}} for count in cores]
     dead = {"Alive": False, "Resources": {"CPU": 99.0}}
-    monkeypatch.setattr(cluster.ray, "nodes", lambda: [*nodes, dead])
+    monkeypatch.setattr(ray, "nodes", lambda: [*nodes, dead])
     assert cluster.cpus_per_worker(workers, threads) == claim
 
 
 def test_gpus_that_ray_does_not_have_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
     with pytest.raises(ConfigError, match=r"gpus_per_worker = 0.5 with 2 workers needs 1 GPUs, and Ray sees 0"):
         cluster.check_gpus(2, 0.5)
-    monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: {"CPU": 2.0, "GPU": 1.0})
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0, "GPU": 1.0})
     cluster.check_gpus(2, 0.5)
 
 
@@ -64,9 +67,9 @@ def test_an_address_where_nobody_listens_is_an_error_at_once(monkeypatch: pytest
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound, but not listening
         monkeypatch.setenv("RAY_ADDRESS", f"{scheme}127.0.0.1:{taken.getsockname()[1]}")
-        monkeypatch.setattr(cluster.ray, "init", lambda **options: pytest.fail("Ray was asked"))
+        monkeypatch.setattr(ray, "init", lambda **options: pytest.fail("Ray was asked"))
         with (
-            pytest.raises(ConfigError, match="RAY_ADDRESS = .* cannot be connected to: .*refused"),
+            pytest.raises(ConfigError, match=r"RAY_ADDRESS = .*refused"),
             cluster.ray_connection(),
         ):
             pass

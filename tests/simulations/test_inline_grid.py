@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def seen(reply: Message, key: str) -> object:
 def test_a_message_is_pulled_when_its_reply_is_asked_for(grid: InlineGrid, make_message: MakeMessage) -> None:
     pulled = []
 
-    def messages():  # type: ignore[no-untyped-def]
+    def messages() -> Iterator[Message]:
         for node_id in (3, 1, 4):
             pulled.append(node_id)
             yield make_message(node_id)

@@ -17,7 +17,6 @@ from flwr.app import Array, ArrayRecord, Context, Message
 from flwr.clientapp.client_app import LoadClientAppError
 
 from fedpeft.errors import ConfigError, SimulationError
-from fedpeft.simulations import ray_grid
 from fedpeft.simulations.inline_grid import InlineGrid
 from fedpeft.simulations.ray_grid import RayGrid
 
@@ -158,7 +157,13 @@ def test_arrays_go_to_the_store_once_a_round(
     grid: RayGrid, make_message: MakeMessage, make_arrays: MakeArrays, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put = []
-    monkeypatch.setattr(ray_grid.ray, "put", lambda value, put_=ray.put: put.append(value) or put_(value))
+    original = ray.put
+
+    def counted(value: object) -> object:
+        put.append(value)
+        return original(value)
+
+    monkeypatch.setattr(ray, "put", counted)
     for arrays in (make_arrays(100), make_arrays(100)):
         list(grid.send_and_receive([make_message(node_id, "train.same", arrays) for node_id in range(1, 13)]))
     assert len(put) == 2

@@ -56,7 +56,7 @@ def test_records_come_through_as_they_were(values: dict[str, np.ndarray]) -> Non
 def test_array_bytes_are_copied_neither_when_packed_nor_when_pickled() -> None:
     record = ArrayRecord({"w": Array(np.ones(100_000, np.float32))})
     _, (buffer,), stream = through_pickle(PackedArrays.of(record))
-    assert np.shares_memory(np.frombuffer(buffer, np.uint8), np.frombuffer(record["w"].data, np.uint8))
+    assert np.shares_memory(np.frombuffer(memoryview(buffer), np.uint8), np.frombuffer(record["w"].data, np.uint8))
     assert len(stream) < 1000
 
 
@@ -72,7 +72,7 @@ def test_a_duplicate_shares_bytes_and_nothing_that_can_change() -> None:
     twin = duplicate(records)
     assert twin.array_records["arrays"]["w"].data is records.array_records["arrays"]["w"].data
     twin.array_records["arrays"]["w"].dtype = "int8"
-    twin.config_records["config"]["list"].append(3)  # type: ignore[union-attr]
+    twin.config_records["config"]["list"].append(3)  # type: ignore[union-attr, arg-type]
     twin["new"] = MetricRecord()
     assert records.array_records["arrays"]["w"].dtype == "float64"
     assert records.config_records["config"]["list"] == [1, 2]

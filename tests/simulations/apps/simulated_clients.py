@@ -101,11 +101,8 @@ def learn(message: Message, context: Context) -> Message:
         loss = (rows @ weight).tanh().pow(2).mean()
         (gradient,) = torch.autograd.grad(loss, weight)
         weight = (weight - 0.5 * gradient).detach().requires_grad_()
-    reply = {
-        "arrays": ArrayRecord({"weight": Array(weight.detach().numpy())}),
-        "metrics": MetricRecord({"loss": loss.item()}),
-    }
-    return Message(RecordDict(reply), reply_to=message)
+    trained = ArrayRecord({"weight": Array(weight.detach().numpy())})
+    return Message(RecordDict({"arrays": trained, "metrics": MetricRecord({"loss": loss.item()})}), reply_to=message)
 
 
 @app.query()
