@@ -114,7 +114,8 @@ def _home(context: Context) -> Resident:
     config = _run_config(context)
     if config.model.trust_remote_code and not context.node_config.get(TRUST_REMOTE_CODE, False):
         raise DeploymentError(
-            "the run asks for model.trust_remote_code, and this site has not agreed: --node-config 'trust-remote-code=true'"
+            "the run asks for model.trust_remote_code, and this site has not agreed to it by "
+            "--node-config 'trust-remote-code=true'"
         )
     return resident(config)
 

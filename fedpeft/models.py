@@ -162,7 +162,7 @@ def load_base(config: RunConfig, folder: Path, labels: Sequence[str]) -> BaseMod
             "label2id": {name: index for index, name in enumerate(labels)},
             "ignore_mismatched_sizes": True,  # a saved head for other labels is drawn anew
         }
-    transformers.utils.logging.disable_progress_bar()  # weights load in a moment, or a bar a worker would not help
+    transformers.utils.logging.disable_progress_bar()  # it would spoil the run's own lines
     try:
         with seeded(config.run.seed, "head"):
             model, info = kinds[config.task].from_pretrained(folder, **options)
