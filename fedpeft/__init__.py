@@ -6,7 +6,12 @@ The names that users need, imported when they are asked for, so that ``import fe
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
+
+# OpenMP reads this once, when torch is loaded. Threads that spin while they wait made an evaluation on two busy cores
+# take 43 times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
     from fedpeft.config import RunConfig, configure

@@ -13,7 +13,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import ray
 
@@ -95,8 +94,12 @@ def _no_reports() -> Iterator[None]:
     """
     from ray._private import worker
 
-    with mock.patch.object(worker, "print_to_stdstream", lambda data, *_, **__: log.debug("%s", data), create=True):
+    printer = worker.print_to_stdstream
+    worker.print_to_stdstream = lambda data, *_, **__: log.debug("%s", data)
+    try:
         yield
+    finally:
+        worker.print_to_stdstream = printer
 
 
 @contextlib.contextmanager

@@ -17,8 +17,8 @@ What differs from the paper, since (c b, a / c) is the same rank for every c, wh
   raw units would just group by index. Units with b = 0 say nothing and are dropped.
 * (-a, -b) is the same unit, so each one takes the sign that is nearer to its centroid.
 * Units weigh p_k = n_k / sum n in centroids and in mean norms.
-* Units are put in an order given by their content before anything random is drawn, and the start is a seeded k-means++:
-  neither the order of clients nor of any client's ranks matters.
+* The start is greedy, nothing in it is drawn (see `fedpeft.strategies.clustering`), and units are put in an order given
+  by their content first: neither the order of clients nor of any client's ranks matters.
 * A merged rank gets |a| back as its cluster's clients had it on average, and b takes the rest: clients that train it on
   find the A and B they know, not a balanced pair whose gradients have other sizes.
 * Ranks without a cluster get b = 0 and a random a, so that they can be trained.
@@ -41,13 +41,13 @@ from fedpeft.errors import ConfigError
 from fedpeft.seeds import generator
 from fedpeft.state import AdapterState, ClientUpdate, LoraFactors
 from fedpeft.strategies.base import AdapterStrategy, Capabilities, StrategyOptions
-from fedpeft.strategies.clustering import CANDIDATES, axial_kmeans
+from fedpeft.strategies.clustering import axial_kmeans
 from fedpeft.strategies.factors import client_weights, require_layers
 from fedpeft.strategies.fedit import mean_dense, weighted_mean
 
 Reweight = Literal["least-squares", "paper", "none"]
 
-# Layers of equal shape are clustered together, up to this many bytes of units: small layers then cost fewer calls.
+# Layers of equal shape are clustered together, up to this many bytes: small layers then cost fewer calls.
 BATCH_BYTES = 2**28
 # Combinations of ranks that the k x k system sees with less than this share of its largest eigenvalue keep the lengths
 # they have: solving for them would make huge ranks that cancel each other.
@@ -76,21 +76,22 @@ class Units:
 
 def pool(factors: Sequence[LoraFactors], weights: Sequence[float]) -> Units:
     """Collect the clients' ranks of one layer; `weights` are their p_k."""
-    a = torch.cat([f.A.to(torch.float64) for f in factors])  # (R, d_in)
-    b = torch.cat([f.scaling * f.B.to(torch.float64).T for f in factors])  # (R, d_out)
     p = torch.cat([torch.full((f.rank,), w, dtype=torch.float64) for f, w in zip(factors, weights, strict=True)])
+    d_in, d_out = factors[0].A.shape[1], factors[0].B.shape[0]
+    m = torch.empty(len(p), d_in + d_out, dtype=torch.float64)  # (R, d_in + d_out), large: changed in place
+    a, b = m[:, :d_in], m[:, d_in:]
+    torch.cat([f.A.to(torch.float64) for f in factors], out=a)
+    torch.cat([f.scaling * f.B.to(torch.float64).T for f in factors], out=b)
     a_norms, b_norms = a.norm(dim=1), b.norm(dim=1)
-    live = (a_norms > 0) & (b_norms > 0) & (p > 0)
-    a, b, p, a_norms, b_norms = a[live], b[live], p[live], a_norms[live], b_norms[live]
-    gauge = (b_norms / a_norms).sqrt()[:, None]
-    m = torch.cat([a * gauge, b / gauge], dim=1)  # (U, d_in + d_out)
-    largest = a.abs().argmax(dim=1, keepdim=True) if len(a) else torch.zeros(0, 1, dtype=torch.int64)
-    m = m * a.gather(1, largest).sign()
+    live = ((a_norms > 0) & (b_norms > 0) & (p > 0)).nonzero()[:, 0].tolist()
+    gauge = (b_norms / a_norms).sqrt() * a.gather(1, a.abs().argmax(dim=1, keepdim=True))[:, 0].sign()
+    a *= gauge[:, None]
+    b /= gauge[:, None]
     # Rounded to float32, the key does not see what the gauge leaves in the last digits; -0.0 becomes 0.0.
-    key = (m.to(torch.float32) + 0.0).numpy()
+    key = m.to(torch.float32).add_(0.0).numpy()
     sizes, ties = (a_norms * b_norms).to(torch.float32).tolist(), p.tolist()
-    order = sorted(range(len(m)), key=lambda i: (-sizes[i], key[i].tobytes(), ties[i]))
-    return Units(m[order], p[order], a_norms[order], a.shape[1])
+    order = sorted(live, key=lambda i: (-sizes[i], key[i].tobytes(), ties[i]))
+    return Units(m[order], p[order], a_norms[order], d_in)
 
 
 def merge(
@@ -165,7 +166,7 @@ def merge_layers(
     reweight : {"least-squares", "paper", "none"}
         See the module's description.
     seed : int
-        The run's seed.
+        The run's seed, from which A of ranks without a cluster is drawn.
 
     Returns
     -------
@@ -178,7 +179,7 @@ def merge_layers(
     merged: dict[str, LoraFactors] = {}
     for k, layers in _batches(updates, current, rank):
         pools = {layer: pool([u.factors[layer] for u in updates], weights) for layer in layers}
-        clusters = _cluster(pools, k, seed)
+        clusters = _cluster(pools, k)
         for layer, units in pools.items():
             labels, signs = clusters[layer]
             f = current.factors[layer]
@@ -197,25 +198,29 @@ def _batches(
         groups[rank or f.rank, f.A.shape[1], f.B.shape[0]].append(layer)
     for (k, d_in, d_out), layers in groups.items():
         most = max(sum(u.factors[layer].rank for u in updates) for layer in layers)
-        at_once = max(1, BATCH_BYTES // (8 * most * (d_in + d_out)))
+        at_once = max(1, BATCH_BYTES // (8 * most * (d_in + d_out + most)))
         for start in range(0, len(layers), at_once):
             yield k, layers[start : start + at_once]
 
 
-def _cluster(pools: Mapping[str, Units], k: int, seed: int) -> dict[str, tuple[Tensor, Tensor]]:
+def _cluster(pools: Mapping[str, Units], k: int) -> dict[str, tuple[Tensor, Tensor]]:
     """Return each layer's cluster labels and signs; where k units or fewer are live, each is its own cluster."""
     clusters = {layer: (torch.arange(len(u.m)), torch.ones(len(u.m))) for layer, u in pools.items()}
     crowded = [layer for layer, units in pools.items() if len(units.m) > k]
-    if crowded:
-        draws = [generator(seed, "lora-lego", "start", layer).random((k, CANDIDATES)) for layer in crowded]
-        labels, signs = axial_kmeans(
-            torch.nn.utils.rnn.pad_sequence([pools[layer].m for layer in crowded], batch_first=True),
-            torch.nn.utils.rnn.pad_sequence([pools[layer].weights for layer in crowded], batch_first=True),
-            torch.stack([torch.from_numpy(draw) for draw in draws]),
-        )
-        for i, layer in enumerate(crowded):
-            live = len(pools[layer].m)
-            clusters[layer] = labels[i, :live], signs[i, :live]
+    if not crowded:
+        return clusters
+    most = max(len(pools[layer].m) for layer in crowded)
+    gram = torch.zeros(len(crowded), most, most, dtype=torch.float64)
+    weights = torch.zeros(len(crowded), most, dtype=torch.float64)
+    for i, layer in enumerate(crowded):
+        units = pools[layer]
+        live = len(units.m)
+        gram[i, :live, :live] = units.m @ units.m.T
+        weights[i, :live] = units.weights
+    labels, signs = axial_kmeans(gram, weights, k)
+    for i, layer in enumerate(crowded):
+        live = len(pools[layer].m)
+        clusters[layer] = labels[i, :live], signs[i, :live]
     return clusters
 
 
