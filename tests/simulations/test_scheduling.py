@@ -156,13 +156,15 @@ def test_a_stream_may_be_opened_while_another_pulls_its_jobs() -> None:
     assert list(dispatcher.stream(jobs())) == results([0, 1, 2, 3])
 
 
-def test_jobs_that_are_done_do_not_keep_their_workers_idle_while_the_consumer_works() -> None:
-    pool = FakePool(workers=2)
+def test_workers_get_new_jobs_while_results_that_came_early_are_used() -> None:
+    pool = FakePool(workers=2, pick=max)  # everything behind the first job is done before it
     pool.eager = True
-    stream = Dispatcher[int, str](pool, window=6).stream(range(6))
-    for _ in range(4):
+    stream = Dispatcher[int, str](pool, window=8).stream(range(30))
+    next(stream)
+    for _ in range(10):
+        begun = len(pool.started)
         next(stream)
-        assert pool.free() == 0
+        assert len(pool.started) > begun
 
 
 @given(st.integers(1, 4), st.randoms(use_true_random=False))
@@ -190,14 +192,30 @@ def test_what_is_not_done_in_time_has_no_result_and_is_stopped() -> None:
 
     pool = SlowPool(workers=3)
     pool.held = {1, 4}
-    pulled = []
-    dispatcher = Dispatcher[int, str](pool, window=5, clock=lambda: now[0])
-    stream = dispatcher.stream((pulled.append(job) or job for job in range(99)), timeout=10.0)  # type: ignore[func-returns-value]
+    stream = Dispatcher[int, str](pool, window=5, clock=lambda: now[0]).stream(range(99), timeout=10.0)
     assert list(stream) == results([0, 2, 3, 5])
     assert now == [10.0]
     assert pool.stopped == [1, 4]
-    assert pulled == [0, 1, 2, 3, 4, 5]
     assert not pool.running
+
+
+def test_when_the_consumer_takes_all_the_time_only_what_is_done_by_then_follows() -> None:
+    now = [0.0]
+    pool = FakePool(workers=2, pick=max)
+    pool.held = {3}
+    pulled = []
+
+    def jobs() -> Iterator[int]:
+        for job in range(99):
+            pulled.append(job)
+            yield job
+
+    stream = Dispatcher[int, str](pool, window=4, clock=lambda: now[0]).stream(jobs(), timeout=10.0)
+    used = [next(stream)]
+    now[0] = 11.0
+    used += stream
+    assert used == results([0, 1, 2])
+    assert (pulled, pool.stopped) == ([0, 1, 2, 3], [3])
 
 
 def test_a_stream_that_is_closed_early_leaves_the_pool_to_others() -> None:
