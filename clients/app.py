@@ -79,7 +79,7 @@ def train(message: Message, context: Context) -> Message:
     sent = _decoded(message.content.array_records[ARRAYS])
     if lacking := set(adapted.trained) - set(adapted.personal) - sent.keys():
         raise AdapterError(f"the message lacks {min(lacking)}")
-    adapted.load({**frozen, **personal, **sent}, float(settings[SCALING]))  # type: ignore[arg-type]
+    adapted.load({**sent, **frozen, **personal}, float(settings[SCALING]))  # type: ignore[arg-type]
     rows = client_rows(home, context.node_config)
     with num_threads(_run_config(context).simulation.threads_per_worker):
         result = train_locally(

@@ -20,7 +20,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from pydantic import ValidationError
 from torch import Tensor
 
-from fedpeft.config import Section, cohort_size, describe
+from fedpeft.config import AdapterConfig, Section, cohort_size, describe
 from fedpeft.errors import ConfigError, DeploymentError, TooFewClientsError, nearest
 from fedpeft.seeds import generator
 from fedpeft.state import A_SUFFIX, AdapterState, ClientUpdate, fingerprint
@@ -152,6 +152,10 @@ class AdapterStrategy(Strategy):
             return cls.Options.model_validate(dict(options))
         except ValidationError as error:
             raise ConfigError(describe(error, "strategy")) from None
+
+    @classmethod
+    def check(cls, options: Any, adapter: AdapterConfig) -> None:
+        """Raise ConfigError if these options cannot work with this adapter; a method that minds overrides it."""
 
     # --- what a method defines -----------------------------------------------------------------------------------
 

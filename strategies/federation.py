@@ -57,7 +57,9 @@ class Outcome:
 def with_typed_options(config: RunConfig) -> RunConfig:
     """Check strategy name and options, and return the configuration with every option spelled out."""
     method = find(config.strategy.name)
-    options = method.parse_options(config.strategy.options).model_dump(mode="json", exclude_none=True)
+    parsed = method.parse_options(config.strategy.options)
+    method.check(parsed, config.adapter)
+    options = parsed.model_dump(mode="json", exclude_none=True)
     return config.model_copy(update={"strategy": StrategyConfig(name=config.strategy.name, **options)})
 
 

@@ -37,6 +37,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from fedpeft.config import AdapterConfig
 from fedpeft.errors import ConfigError
 from fedpeft.seeds import generator
 from fedpeft.state import AdapterState, ClientUpdate, LoraFactors
@@ -253,6 +254,15 @@ def merge_frozen(updates: Sequence[ClientUpdate], current: AdapterState, reweigh
     return AdapterState(merged, mean.dense)
 
 
+def refuse_other_rank(rank: int | None, frozen_rank: int) -> None:
+    """Raise ConfigError if `strategy.rank` differs from the rank of a frozen A, which is sent back as it is."""
+    if rank not in (None, frozen_rank):
+        raise ConfigError(
+            f"strategy.rank = {rank}, but a frozen A (adapter.kind = 'ffa-lora') keeps its rank {frozen_rank}; "
+            "leave strategy.rank unset"
+        )
+
+
 class LoraLegoOptions(StrategyOptions):
     """Options of LoRA-LEGO."""
 
@@ -275,22 +285,24 @@ class LoraLego(AdapterStrategy):
     Options = LoraLegoOptions
     options: LoraLegoOptions
 
+    @classmethod
+    def check(cls, options: LoraLegoOptions, adapter: AdapterConfig) -> None:
+        """Raise ConfigError if a frozen A is to change its rank."""
+        if adapter.kind == "ffa-lora":
+            refuse_other_rank(options.rank, adapter.rank)
+
     def aggregate(self, updates: Iterable[ClientUpdate], current: AdapterState) -> AdapterState:
         """Pool, cluster and reweight the cohort's ranks; see `merge_layers` and `merge_frozen`.
 
         Raises
         ------
         ConfigError
-            `strategy.rank` differs from the rank of a frozen A, which must be sent back as it is.
+            See `refuse_other_rank`.
         """
         cohort = list(updates)
         rank, reweight = self.options.rank, self.options.reweight
         if self.trains_a:
             return AdapterState(merge_layers(cohort, current, rank, reweight, self.seed), mean_dense(cohort, current))
         for f in current.factors.values():
-            if rank not in (None, f.rank):
-                raise ConfigError(
-                    f"strategy.rank = {rank}, but a frozen A (adapter.kind = 'ffa-lora') keeps its rank {f.rank}; "
-                    "leave strategy.rank unset"
-                )
+            refuse_other_rank(rank, f.rank)
         return merge_frozen(cohort, current, reweight)

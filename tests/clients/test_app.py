@@ -1,0 +1,154 @@
+"""The ClientApp by itself: one message in, one message out."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedpeft.clients.app import ClientFailedError, app
+from fedpeft.config import RunConfig
+from fedpeft.resident import resident
+from fedpeft.state import fingerprint
+from fedpeft.wire import (
+    ARRAYS,
+    CLIENT_ID,
+    CONFIG,
+    FROZEN,
+    FROZEN_HASH,
+    METRICS,
+    NEEDS_FROZEN,
+    NUM_EXAMPLES,
+    NUM_ROUNDS,
+    ROUND,
+    SCALING,
+    to_record,
+    to_tensors,
+)
+
+Make = Callable[..., RunConfig]
+
+
+@pytest.fixture(autouse=True)
+def identity() -> None:
+    """Messages ask the process who it is."""
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 0, 1
+
+
+def context(config: RunConfig, **node_config: str | int | bool) -> Context:
+    settings = {name.replace("_", "-"): value for name, value in node_config.items()}
+    return Context(1, 1, settings, RecordDict(), dict(config.to_flat()))
+
+
+def share(config: RunConfig, index: int = 0) -> Context:
+    return context(config, partition_id=index, num_partitions=3)
+
+
+def order(config: RunConfig, frozen_hash: str | None = None, **records: object) -> Message:
+    adapted = resident(config).adapted
+    settings = ConfigRecord(
+        {
+            ROUND: 1,
+            NUM_ROUNDS: 2,
+            SCALING: adapted.scaling,
+            FROZEN_HASH: adapted.frozen_hash if frozen_hash is None else frozen_hash,
+        }
+    )
+    sent = to_record({name: adapted.initial[name] for name in adapted.trained})
+    return Message(RecordDict({ARRAYS: sent, CONFIG: settings, **records}), 1, MessageType.TRAIN)  # type: ignore[dict-item]
+
+
+def test_a_client_trains_and_sends_back_what_it_was_sent(text_config: Make) -> None:
+    config = text_config()
+    message = order(config)
+    reply = app(message, share(config))
+    sent, back = (to_tensors(each.content.array_records[ARRAYS]) for each in (message, reply))
+    assert sent.keys() == back.keys()
+    assert any(not torch.equal(sent[name], back[name]) for name in sent)
+    assert reply.content.metric_records[METRICS][NUM_EXAMPLES] == len(resident(config).partition.indices[0])
+
+
+def test_a_client_says_its_name(text_config: Make) -> None:
+    config = text_config()
+    reply = app(Message(RecordDict(), 1, MessageType.QUERY), share(config, 2))
+    assert reply.content.config_records[CONFIG][CLIENT_ID] == "site-2"
+
+
+def test_the_same_message_twice_gives_the_same_bytes(text_config: Make) -> None:
+    config = text_config(adapter__dropout=0.2)
+    replies = [app(order(config), share(config)) for _ in range(2)]
+    one, two = (fingerprint(to_tensors(reply.content.array_records[ARRAYS])) for reply in replies)
+    assert one == two
+
+
+def test_a_client_with_another_frozen_draw_asks_for_it_and_trains_with_it(text_config: Make) -> None:
+    config = text_config(adapter__kind="ffa-lora")
+    adapted = resident(config).adapted
+    other = {name: adapted.initial[name] + 1 for name in adapted.frozen}
+    asked = app(order(config, fingerprint(other)), share(config))
+    assert asked.content.config_records[CONFIG][NEEDS_FROZEN] is True
+    reply = app(order(config, fingerprint(other), **{FROZEN: to_record(other)}), share(config))
+    plain = app(order(config), share(config))
+    assert not any("lora_A" in name for name in reply.content.array_records[ARRAYS])
+    given, own = (fingerprint(to_tensors(each.content.array_records[ARRAYS])) for each in (reply, plain))
+    assert given != own
+    with pytest.raises(ClientFailedError, match="AdapterError"):
+        app(order(config, "0" * 64, **{FROZEN: to_record(other)}), share(config))
+
+
+def test_a_personal_head_is_kept_and_not_sent(text_config: Make) -> None:
+    config = text_config(adapter__head="local")
+    held = share(config)
+    reply = app(order(config), held)
+    assert not any("classifier" in name for name in reply.content.array_records[ARRAYS])
+    first = to_tensors(held.state.array_records["personal"])
+    app(order(config), held)
+    assert fingerprint(to_tensors(held.state.array_records["personal"])) != fingerprint(first)
+
+
+def test_only_the_class_of_an_error_leaves_a_client(text_config: Make, tmp_path: Path) -> None:
+    config = text_config(data__labels="no,yes")
+    path = tmp_path / "secret.csv"
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([["text", "label"], ["w1", "a secret diagnosis"], ["w2", "no"]])
+    with pytest.raises(ClientFailedError) as caught:
+        app(order(config), context(config, data=str(path)))
+    assert str(caught.value) == "DataError"
+    assert "a secret diagnosis" in str(caught.value.__cause__)
+
+
+def test_a_site_trains_on_its_own_file_under_its_own_name(text_config: Make, text_csv: Path, tmp_path: Path) -> None:
+    config = text_config(data__labels="no,yes")
+    path = tmp_path / "north.csv"
+    path.write_text("".join(text_csv.read_text().splitlines(keepends=True)[:11]))
+    held = context(config, data=str(path))
+    assert app(order(config), held).content.metric_records[METRICS][NUM_EXAMPLES] == 10
+    asked = app(Message(RecordDict(), 1, MessageType.QUERY), held)
+    assert asked.content.config_records[CONFIG][CLIENT_ID] == "north"
+    asked = app(Message(RecordDict(), 1, MessageType.QUERY), context(config, data=str(path), client_id="n"))
+    assert asked.content.config_records[CONFIG][CLIENT_ID] == "n"
+
+
+@pytest.mark.parametrize(
+    "node_config",
+    [{}, {"partition_id": 0, "num_partitions": 5}, {"partition_id": 3, "num_partitions": 3}, {"partition_id": 0}],
+)
+def test_a_node_that_does_not_know_its_rows_says_so(node_config: dict[str, int], text_config: Make) -> None:
+    config = text_config()
+    with pytest.raises(ClientFailedError, match="DeploymentError"):
+        app(order(config), context(config, **node_config))
+
+
+def test_a_server_cannot_make_a_site_run_a_models_code(text_config: Make) -> None:
+    config = text_config(model__trust_remote_code=True)
+    plain = order(text_config())
+    with pytest.raises(ClientFailedError, match="DeploymentError") as caught:
+        app(plain, share(config))
+    assert "this site has not agreed" in str(caught.value.__cause__)
+    agreed = context(config, partition_id=0, num_partitions=3, trust_remote_code=True)
+    assert app(plain, agreed).has_content()

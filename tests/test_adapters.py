@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import PeftModel
+
+from fedpeft.adapters import AdaptedModel, choose_targets
+from fedpeft.config import RunConfig, nest, resolve
+from fedpeft.errors import AdapterError, ModelError
+from fedpeft.models import load_base, locate
+from fedpeft.state import AdapterState
+
+Make = Callable[..., RunConfig]
+SMALL: dict[str, Any] = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
+BASES: dict[str, Callable[[], Any]] = {
+    "bert": lambda: transformers.BertModel(transformers.BertConfig(vocab_size=40, **SMALL)),
+    "bert-without-pooler": lambda: transformers.BertModel(
+        transformers.BertConfig(vocab_size=40, **SMALL), add_pooling_layer=False
+    ),
+    "roberta": lambda: transformers.RobertaModel(transformers.RobertaConfig(vocab_size=40, **SMALL)),
+    "distilbert": lambda: transformers.DistilBertModel(
+        transformers.DistilBertConfig(vocab_size=40, dim=16, n_layers=1, n_heads=2, hidden_dim=24)
+    ),
+    "llama": lambda: transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(vocab_size=40, num_key_value_heads=1, pad_token_id=0, **SMALL)
+    ),
+    "gpt2": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_positions=32, pad_token_id=0)
+    ),
+    "vit": lambda: transformers.ViTForImageClassification(
+        transformers.ViTConfig(image_size=8, patch_size=4, num_labels=5, **SMALL)
+    ),
+}
+CASES = [
+    ("bert", "sequence-classification"),
+    ("bert-without-pooler", "sequence-classification"),
+    ("roberta", "sequence-classification"),
+    ("distilbert", "sequence-classification"),
+    ("llama", "sequence-classification"),
+    ("gpt2", "sequence-classification"),
+    ("vit", "image-classification"),
+    ("llama", "causal-lm"),
+    ("gpt2", "causal-lm"),
+]
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bases")
+    for name, make in BASES.items():
+        torch.manual_seed(0)
+        make().save_pretrained(folder / name)
+    return folder
+
+
+def adapted(folder: Path, task: str, **settings: object) -> tuple[AdaptedModel, RunConfig]:
+    own = {name.replace("__", "."): value for name, value in settings.items()}
+    config = resolve([nest({"model.name": str(folder), "model.task": task, "adapter.rank": 2, **own})])
+    labels = () if task == "causal-lm" else ("a", "b", "c")
+    return AdaptedModel(load_base(config, locate(config.model), labels), config), config
+
+
+def logits(model: Any, task: str) -> torch.Tensor:
+    torch.manual_seed(1)
+    inputs = {"pixel_values": torch.randn(2, 3, 8, 8)} if task.startswith("image") else None
+    inputs = inputs or {"input_ids": torch.randint(1, 40, (2, 6)), "attention_mask": torch.ones(2, 6, dtype=torch.long)}
+    model.eval()
+    with torch.no_grad():
+        return model(**inputs).logits  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("name", "task"), CASES)
+def test_what_is_saved_loads_with_peft_and_computes_the_same(name: str, task: str, bases: Path, tmp_path: Path) -> None:
+    live, config = adapted(bases / name, task)
+    moved = {key: tensor + 0.1 for key, tensor in live.initial.items()}
+    live.load(moved, 1.5)
+    live.save(tmp_path, AdapterState.from_tensors(moved, 1.5), ("a", "b", "c"))
+    again, _ = adapted(bases / name, task, run__seed=9)  # another seed draws another head
+    base = load_base(
+        config.model_copy(update={"run": config.run.model_copy(update={"seed": 9})}),
+        bases / name,
+        () if task == "causal-lm" else ("a", "b", "c"),
+    )
+    loaded = PeftModel.from_pretrained(base.model, str(tmp_path))
+    assert torch.equal(logits(loaded, task), logits(live.model, task))
+    assert not torch.equal(logits(again.model, task), logits(live.model, task))
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["lora_alpha"] == 3.0
+
+
+def test_an_adapter_of_another_rank_takes_the_place_of_the_first_and_back(bases: Path, tmp_path: Path) -> None:
+    live, _ = adapted(bases / "bert", "sequence-classification")
+    before = logits(live.model, "sequence-classification")
+    torch.manual_seed(3)
+    wider = {
+        name: torch.randn(5, t.shape[1]) if "lora_A" in name else torch.randn(t.shape[0], 5) if "lora_B" in name else t
+        for name, t in live.initial.items()
+    }
+    live.load(wider, 0.7)
+    after = logits(live.model, "sequence-classification")
+    assert not torch.equal(before, after)
+    live.save(tmp_path, AdapterState.from_tensors(wider, 0.7), ("a", "b", "c"))
+    fresh, config = adapted(bases / "bert", "sequence-classification")
+    base = load_base(config, bases / "bert", ("a", "b", "c"))
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(base.model, str(tmp_path)), "seq"), after)
+    live.load(live.initial, live.scaling)
+    assert torch.equal(logits(live.model, "sequence-classification"), before)
+    assert fresh.frozen_hash == ""
+
+
+def test_the_seed_draws_the_same_adapter_in_any_process_and_another_seed_another(bases: Path) -> None:
+    draws = [
+        adapted(bases / "bert", "sequence-classification", adapter__kind="ffa-lora", run__seed=seed)[0].frozen_hash
+        for seed in (0, 0, 1)
+    ]
+    assert draws[0] == draws[1] != draws[2]
+
+
+def test_targets_come_from_the_models_real_names(bases: Path) -> None:
+    config = resolve([nest({"model.name": str(bases / "vit"), "model.task": "image-classification"})])
+    base = load_base(config, bases / "vit", ("a", "b"))
+    assert choose_targets(base, None, 2) == [
+        "vit.layers.0.attention.q_proj",
+        "vit.layers.0.attention.v_proj",
+    ]
+    assert len(choose_targets(base, ["all-linear"], 2)) == 6  # the head is not among them
+    with pytest.raises(AdapterError, match=r"'query' matches no linear module.*Allowed: .*q_proj"):
+        choose_targets(base, ["query"], 2)
+    with pytest.raises(AdapterError, match=r"rank = 17 is larger than layer .* at most 16"):
+        choose_targets(base, None, 17)
+
+
+def test_a_base_for_another_task_is_refused_in_one_line(bases: Path) -> None:
+    for name, task in (("bert", "causal-lm"), ("vit", "sequence-classification")):
+        with pytest.raises(ModelError) as caught:
+            adapted(bases / name, task)
+        assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_tensor_is_not_loaded(bases: Path) -> None:
+    live, _ = adapted(bases / "bert", "sequence-classification")
+    with pytest.raises(AdapterError, match="does not belong to this adapter"):
+        live.load({"nonsense": torch.ones(1)}, 1.0)
