@@ -41,7 +41,7 @@ def main(grid: Grid, context: Context) -> None:
         out, config, num_bytes(home.adapted.initial.values()), {"presets": preset_provenance(config)}
     )
     _wait_for_nodes(grid, expected, config.federation.round_timeout)
-    outcome = federate(config, grid, directory, listener=_log_event)
+    outcome = federate(config, grid, directory, listener=_log_event, timeout=config.federation.round_timeout)
     if outcome.error is not None:
         raise outcome.error
     print(f"run directory: {Path(out).resolve()}", flush=True)

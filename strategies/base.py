@@ -130,7 +130,7 @@ class AdapterStrategy(Strategy):
         self._frozen_hash = ""
         self._needs_frozen: set[str] = set()
         self._state: AdapterState | None = None
-        self._timeout = 3600.0
+        self._timeout: float | None = 3600.0
         self._started = time.perf_counter()
         self._grid: Grid | None = None
         self._sent: list[Message] = []
@@ -260,7 +260,7 @@ class AdapterStrategy(Strategy):
         grid: Grid,
         initial_arrays: ArrayRecord,
         num_rounds: int = 3,
-        timeout: float = 3600,
+        timeout: float | None = 3600,
         train_config: ConfigRecord | None = None,
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
@@ -277,8 +277,8 @@ class AdapterStrategy(Strategy):
             The whole adapter by PEFT's names, frozen tensors included.
         num_rounds : int
             Rounds of training.
-        timeout : float
-            Seconds to wait for a round's replies.
+        timeout : float, optional
+            Seconds to wait for a round's replies; None waits for all.
         train_config : flwr.app.ConfigRecord, optional
             Passed on to clients.
         evaluate_config : flwr.app.ConfigRecord, optional

@@ -85,6 +85,7 @@ def federate(
     listener: Listener,
     client_ids: Mapping[int, str] | None = None,
     personal: Personal | None = None,
+    timeout: float | None = None,
 ) -> Outcome:
     """Run all rounds on a grid, and leave a complete run directory whatever happens.
 
@@ -102,8 +103,10 @@ def federate(
         Client id of each node, where the grid is a simulation's.
     personal : callable, optional
         Gives the clients' personal tensors, where the server may see them: in a simulation.
+    timeout : float, optional
+        Seconds to wait for a round's replies; None waits for all.
     """
-    return _Run(config, grid, directory, listener, client_ids, personal).go()
+    return _Run(config, grid, directory, listener, client_ids, personal).go(timeout)
 
 
 class _Run:
@@ -132,14 +135,14 @@ class _Run:
         self.state = AdapterState.from_tensors(self.initial, adapted.scaling)
         self.outcome = Outcome(directory.path)
 
-    def go(self) -> Outcome:
+    def go(self, timeout: float | None) -> Outcome:
         config, outcome = self.config, self.outcome
         try:
             self.strategy.start(
                 self.grid,
                 to_record(self.initial),
                 config.federation.rounds,
-                config.federation.round_timeout,
+                timeout,
                 evaluate_fn=self.evaluate,
                 observer=self.observe,
             )
