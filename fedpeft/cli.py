@@ -125,6 +125,8 @@ def simulate(
 
     if out is not None:
         check_vacant(out)
+    if not json_lines:
+        _introduce(config)
     with JsonListener() if json_lines else TerminalListener(config) as listener:
         from fedpeft.simulations.simulate import simulate as run
 
@@ -135,6 +137,15 @@ def simulate(
         raise typer.Exit(outcome.error.exit_code)  # the summary has said why
     if outcome.reason == "interrupted":
         raise typer.Exit(INTERRUPTED)
+
+
+def _introduce(config: RunConfig) -> None:
+    """Say what an embedded base model is, a toy where it is one, before anybody reads a score."""
+    from fedpeft.presets import PRESETS
+
+    for name, preset in PRESETS.items():
+        if config.model.name == f"preset:{name}":
+            print(f"preset {name}: {preset.description}")
 
 
 def _write_report(path: Path, listener: Any) -> None:
