@@ -59,10 +59,19 @@ class Resident:
         """Who holds which training rows."""
         return partition(self.config, self.data.train)
 
+    def check(self) -> None:
+        """Find model and rows and divide them, which raises what is wrong with them."""
+        _ = self.folder, self.partition
+
     @cached_property
     def adapted(self) -> AdaptedModel:
         """The base and its adapter, as drawn from the run's seed."""
         return AdaptedModel(load_base(self.config, self.folder, self.labels), self.config)
+
+
+def presets_of(config: RunConfig) -> list[str]:
+    """Return the ``preset:NAME`` values of a configuration."""
+    return [name for name in (config.model.name, config.data.source, config.data.test) if _is_preset(name)]
 
 
 def with_preset_paths(config: RunConfig) -> RunConfig:
@@ -76,12 +85,8 @@ def with_preset_paths(config: RunConfig) -> RunConfig:
 
 def preset_provenance(config: RunConfig) -> dict[str, Any]:
     """Return what is known of the presets that a configuration names: versions, and hashes of weights and rows."""
-    names = {name.removeprefix(PRESET_PREFIX) for name in _named(config)}
+    names = {name.removeprefix(PRESET_PREFIX) for name in presets_of(config)}
     return {name: materialize(name).provenance for name in sorted(names)}
-
-
-def _named(config: RunConfig) -> list[str]:
-    return [name for name in (config.model.name, config.data.source, config.data.test) if _is_preset(name)]
 
 
 def _is_preset(name: str | None) -> TypeGuard[str]:

@@ -13,7 +13,7 @@ from fedpeft.chatter import silence
 from fedpeft.clients.app import PERSONAL, TRUST_REMOTE_CODE
 from fedpeft.clients.app import app as client_app
 from fedpeft.config import RunConfig
-from fedpeft.resident import Resident, preset_provenance, resident
+from fedpeft.resident import Resident, preset_provenance, presets_of, resident
 from fedpeft.runs import Event, Listener, RunDirectory, check_vacant, default_directory
 from fedpeft.simulations.inline_grid import InlineGrid
 from fedpeft.simulations.ray_grid import RayGrid
@@ -71,6 +71,8 @@ def simulate(
         verbose=verbose,
     )
     with grid:
+        if not presets_of(config):  # mistakes are in models and rows of one's own: let them come out before Ray starts
+            resident(config).check()
         grid.start()  # its processes start while this one loads model and rows
         return _run(config, out, listener, grid)
 
