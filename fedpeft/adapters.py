@@ -47,7 +47,8 @@ def adaptable_modules(base: BaseModel) -> dict[str, tuple[int, int]]:
     from transformers.pytorch_utils import Conv1D
 
     found: dict[str, tuple[int, int]] = {}
-    output = base.model.get_output_embeddings() if hasattr(base.model, "get_output_embeddings") else None
+    model: Any = base.model  # a transformers model, which has this method
+    output = model.get_output_embeddings()
     for name, module in base.model.named_modules():
         if module is output or any(name == head or name.startswith(f"{head}.") for head in base.head):
             continue
