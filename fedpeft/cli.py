@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,8 @@ import typer
 from fedpeft.errors import ConfigError, FedpeftError
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from fedpeft.config import RunConfig
 
 INTERRUPTED = 130
@@ -166,20 +169,21 @@ def _quiet(verbose: bool) -> None:
 
 
 def _dry_run(config: RunConfig, json_lines: bool) -> None:
-    from fedpeft.report.tables import dry_run_table
+    from fedpeft.report.planned import dry_run_table
     from fedpeft.strategies.plan import plan
 
     planned = plan(config)
+    _show(planned.to_dict(), lambda _: dry_run_table(planned), json_lines)
+
+
+def _show(facts: Any, table: Callable[[Any], RenderableType], json_lines: bool) -> None:
+    """Print facts for machines, or the table that shows them."""
     if json_lines:
-        print(json.dumps(planned.to_dict()))
-    else:
-        _print(dry_run_table(planned))
-
-
-def _print(renderable: Any) -> None:
+        print(json.dumps(facts))
+        return
     from rich.console import Console
 
-    Console().print(renderable)
+    Console().print(table(facts))
 
 
 @app.command()
@@ -199,10 +203,7 @@ def evaluate(
     from fedpeft.rescoring import rescore
 
     scores = rescore(run, parse_overrides(words or ()))
-    if json_lines:
-        print(json.dumps(scores))
-    else:
-        _print(scores_table(scores))
+    _show(scores, scores_table, json_lines)
 
 
 @app.command()
@@ -219,15 +220,12 @@ def partition(
     config = configure(words, preset=preset, clients=clients, seed=seed)
     _quiet(verbose)
     from fedpeft.data.partition import partition_table, plot_partition
-    from fedpeft.report.tables import partition_view
+    from fedpeft.report.holdings import partition_view
     from fedpeft.resident import resident
 
     home = resident(config)
     table = partition_table(home.partition, home.data.train, home.data.labels)
-    if json_lines:
-        print(json.dumps(table))
-    else:
-        _print(partition_view(table))
+    _show(table, partition_view, json_lines)
     if plot is not None:
         try:
             plot_partition(plot, home.partition, home.data.train, home.data.labels)
@@ -241,10 +239,7 @@ def strategies(json_lines: Json = False) -> None:
     _quiet(False)
     from fedpeft.report.tables import strategies_dict, strategies_table
 
-    if json_lines:
-        print(json.dumps(strategies_dict()))
-    else:
-        _print(strategies_table())
+    _show(strategies_dict(), strategies_table, json_lines)
 
 
 @app.command()
@@ -255,10 +250,7 @@ def env(json_lines: Json = False) -> None:
     from fedpeft.runs import environment
 
     facts = environment()
-    if json_lines:
-        print(json.dumps(facts))
-    else:
-        _print(environment_table(facts))
+    _show(facts, environment_table, json_lines)
 
 
 @app.command()
@@ -266,13 +258,10 @@ def runs(
     folder: Annotated[Path, typer.Argument(help="Where run directories are.")] = Path("runs"), json_lines: Json = False
 ) -> None:
     """List runs."""
-    from fedpeft.report.tables import runs_list, runs_table
+    from fedpeft.report.runs import runs_list, runs_table
 
     found = runs_list(folder)
-    if json_lines:
-        print(json.dumps(found))
-    else:
-        _print(runs_table(found, folder))
+    _show(found, lambda runs: runs_table(runs, folder), json_lines)
 
 
 @presets_app.callback()
@@ -286,10 +275,7 @@ def presets(context: typer.Context, json_lines: Json = False) -> None:
     from fedpeft.report.tables import presets_table
 
     found = [asdict(preset) for preset in PRESETS.values()]
-    if json_lines:
-        print(json.dumps(found))
-    else:
-        _print(presets_table(found))
+    _show(found, presets_table, json_lines)
 
 
 @presets_app.command()

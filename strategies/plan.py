@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedpeft.config import RunConfig
-from fedpeft.report.tables import DryRun
+from fedpeft.report.planned import DryRun
 from fedpeft.resident import resident
 from fedpeft.state import A_SUFFIX, B_SUFFIX, num_bytes
 from fedpeft.strategies import find

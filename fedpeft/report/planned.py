@@ -1,0 +1,167 @@
+"""What a run would do, as ``fedpeft simulate --dry-run`` prints it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from fedpeft.report.formats import NONE, size
+from fedpeft.report.holdings import rows_summary
+from fedpeft.report.layout import as_typed, cell, new_table, pairs
+
+if TYPE_CHECKING:
+    from fedpeft.config import RunConfig
+
+HEADS = {
+    "shared": "averaged over the clients, as the adapter is",
+    "local": "stays with each client; scores are the mean over the clients' own models",
+    "frozen": "left as drawn from the seed; nobody trains it",
+}
+NO_HEAD = "none: a causal language model keeps its own"
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a run would do.
+
+    Parameters
+    ----------
+    config : RunConfig
+        Resolved, the strategy's options spelled out.
+    parameters : int
+        Of the frozen base, its head included.
+    trainable : int
+        What a client trains: factors, and the head unless it is frozen.
+    layers : int
+        Adapted layers.
+    bytes_up, bytes_down : int
+        Array values that one client sends and receives in one round.
+    client_rows : mapping of str to int
+        Training rows of each client.
+    test_rows : int
+        Rows of the test split.
+    paper, exact : str
+        The method's, see `fedpeft.strategies.base.Capabilities`.
+    needs_single_factors : bool
+        Whether the server must see single clients' factors.
+    head_parameters : int
+        Of the classifier head; 0 where there is none.
+    device : str
+        Where models would run.
+    """
+
+    config: RunConfig
+    parameters: int
+    trainable: int
+    layers: int
+    bytes_up: int
+    bytes_down: int
+    client_rows: Mapping[str, int]
+    test_rows: int
+    paper: str
+    exact: str
+    needs_single_factors: bool
+    head_parameters: int = 0
+    device: str = "cpu"
+
+    @property
+    def cohort(self) -> int:
+        """Clients drawn each round."""
+        federation, clients = self.config.federation, len(self.client_rows)
+        return min(clients, max(1, federation.min_clients, round(federation.fraction * clients)))
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of the whole run, both ways, if no client has to be asked twice."""
+        return (self.bytes_up + self.bytes_down) * self.cohort * self.config.federation.rounds
+
+    @property
+    def head(self) -> str:
+        """What happens to the classifier head, in words."""
+        return HEADS[self.config.adapter.head] if self.head_parameters else NO_HEAD
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data, for ``--json``."""
+        return {
+            "config": self.config.model_dump(mode="json", exclude_none=True),
+            "task": self.config.task,
+            "parameters": self.parameters,
+            "trainable": self.trainable,
+            "layers": self.layers,
+            "bytes_up_per_client": self.bytes_up,
+            "bytes_down_per_client": self.bytes_down,
+            "total_bytes": self.total_bytes,
+            "cohort": self.cohort,
+            "client_rows": dict(self.client_rows),
+            "test_rows": self.test_rows,
+            "paper": self.paper,
+            "exact": self.exact,
+            "needs_single_factors": self.needs_single_factors,
+            "head": self.config.adapter.head if self.head_parameters else None,
+            "head_parameters": self.head_parameters,
+            "device": self.device,
+        }
+
+
+def dry_run_table(planned: DryRun) -> RenderableType:
+    """Lay out what a run would do."""
+    config = planned.config
+    adapter, train, federation = config.adapter, config.train, config.federation
+    options = "".join(f", {name} {as_typed(value)}" for name, value in config.strategy.options.items())
+    targets = ", ".join(adapter.targets) if adapter.targets else "query and value"
+    length = _several(train.local_steps, "step") if train.local_steps else _several(train.local_epochs or 1, "epoch")
+    sees = "must see each client's factors" if planned.needs_single_factors else "needs sums over clients only"
+    share = 100 * planned.trainable / max(1, planned.parameters)
+    rows = list(planned.client_rows.values())
+    facts: list[tuple[str, object]] = [
+        (
+            "model",
+            f"{config.model.name or NONE} ({config.task}, {planned.parameters:,} parameters, on {planned.device})",
+        ),
+        ("data", f"{config.data.source or NONE} ({sum(rows):,} training rows, {planned.test_rows:,} test rows)"),
+        ("strategy", f"{config.strategy.name}{options}"),
+        ("", f"{planned.paper}; exact: {planned.exact}"),
+        ("server", sees),
+        (
+            "adapter",
+            f"{adapter.kind}, rank {adapter.rank}, alpha {adapter.alpha:g}, {planned.layers} layers ({targets})",
+        ),
+        ("trainable", f"{planned.trainable:,} parameters a client ({share:.2g} % of the base)"),
+        ("head", f"{planned.head}" + (f" ({planned.head_parameters:,} parameters)" if planned.head_parameters else "")),
+        (
+            "a round trains",
+            f"{length} with batches of {train.batch_size}, {train.optimizer}, learning rate {train.learning_rate:g}",
+        ),
+        ("partition", f"{config.partition.scheme}{_partition_options(config)}"),
+        ("clients", rows_summary(rows)),
+        ("rounds", f"{federation.rounds}, with {planned.cohort} of {len(rows)} clients each"),
+        ("a client moves", f"{size(planned.bytes_up)} up and {size(planned.bytes_down)} down a round"),
+        ("in all", f"{size(planned.total_bytes)} for {federation.rounds} rounds"),
+        ("seed", config.run.seed),
+    ]
+    parts: list[RenderableType] = [pairs(facts)]
+    if 1 < len(rows) <= 12:
+        table = new_table("client", "rows", right=("rows",))
+        for client, count in planned.client_rows.items():
+            table.add_row(cell(client, "bold cyan"), str(count))
+        parts += [Text(), table]
+    return Group(*parts, Text(), Text("Nothing was trained and nothing was written.", "dim"))
+
+
+def _several(count: int, what: str) -> str:
+    return f"{count} {what}" + ("s" if count > 1 else "")
+
+
+def _partition_options(config: RunConfig) -> str:
+    held = config.partition
+    words = {
+        "dirichlet": f", alpha {held.concentration:g}",
+        "pathological": f", {held.classes_per_client} labels a client",
+        "shard": f", {held.shards_per_client} shards a client",
+        "natural": f", by {held.by}",
+    }
+    return words.get(held.scheme, "")

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from fedpeft.config import RunConfig
+from fedpeft.report.planned import DryRun, dry_run_table
+from tests.report.printing import joined, printed
+
+Config = Callable[..., RunConfig]
+
+
+def planned(config: RunConfig, **facts: Any) -> DryRun:
+    known: dict[str, Any] = {
+        "parameters": 22_700_000, "trainable": 74_112, "layers": 12, "bytes_up": 296_448, "bytes_down": 300_000,
+        "client_rows": {"a": 10, "b": 20, "c": 30, "d": 40}, "test_rows": 25, "paper": "arXiv 2411.14961",
+        "exact": "closest", "needs_single_factors": True, "head_parameters": 384,
+    }  # fmt: skip
+    return DryRun(config=config, **(known | facts))
+
+
+def test_a_dry_run_shows_what_would_be_trained_and_moved(config: Config) -> None:
+    plan = planned(
+        config(federation__rounds=10, federation__fraction=0.5, strategy__name="lora-fair", strategy__solver="cosine")
+    )
+    assert plan.cohort == 2
+    assert plan.total_bytes == 10 * 2 * 596_448
+    text = joined(printed(dry_run_table(plan)))
+    for expected in (
+        "lora-fair, solver cosine",
+        "must see each client's factors",
+        "74,112 parameters a client",
+        "averaged over the clients",
+        "4 clients, 100 rows: 10 to 40 each",
+        "10, with 2 of 4 clients each",
+        "296.4 kB up and 300.0 kB down a round",
+        "11.9 MB for 10 rounds",
+        "Nothing was trained",
+    ):
+        assert expected in text
+    facts = plan.to_dict()
+    assert json.loads(json.dumps(facts)) == facts
+    assert facts["bytes_up_per_client"] == 296_448
+
+
+@pytest.mark.parametrize(
+    ("head", "words"), [("shared", "averaged"), ("local", "stays with each client"), ("frozen", "left as drawn")]
+)
+def test_a_dry_run_says_what_the_head_does(config: Config, head: str, words: str) -> None:
+    assert words in joined(printed(dry_run_table(planned(config(adapter__head=head)))))
+    without = planned(config(adapter__head=head, model__task="causal-lm"), head_parameters=0)
+    assert "none: a causal language model" in joined(printed(dry_run_table(without)))
+    assert without.to_dict()["head"] is None
+
+
+def test_the_cohort_is_at_least_min_clients_and_at_most_all(config: Config) -> None:
+    assert planned(config(federation__fraction=0.01)).cohort == 1
+    assert planned(config(federation__fraction=0.01, federation__min_clients=3)).cohort == 3
+    assert planned(config()).cohort == 4
