@@ -125,9 +125,11 @@ def simulate(
         return
     from fedpeft.report.terminal import JsonListener, TerminalListener
     from fedpeft.runs import check_vacant
+    from fedpeft.strategies import with_typed_options
 
     if out is not None:
         check_vacant(out)
+    config = with_typed_options(config)
     if not json_lines:
         _introduce(config)
     with JsonListener() if json_lines else TerminalListener(config) as listener:

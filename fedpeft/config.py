@@ -132,7 +132,8 @@ class AdapterConfig(Section):
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout before A while training")
     targets: Names | None = Field(None, description="module names to adapt, or all-linear; query and value if unset")
     head: Literal["shared", "local", "frozen"] = Field(
-        "shared", description="the classifier head: averaged, kept by each client, or left as drawn"
+        "shared",
+        description="the classifier head (with an untrained pooler): averaged, kept by each client, or left as drawn",
     )
 
     @property

@@ -56,7 +56,7 @@ def init_app(directory: Path, config: RunConfig, out: Path | None) -> str:
     # this reaches up to the strategies, and loads torch; clients import this module for `run_config` alone
     from fedpeft.resident import resident
     from fedpeft.runs import default_directory
-    from fedpeft.strategies.federation import with_typed_options
+    from fedpeft.strategies import with_typed_options
 
     config = with_typed_options(config)
     named = config.task == "causal-lm" or config.data.label_names is not None

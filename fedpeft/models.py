@@ -15,10 +15,9 @@ from torch import nn
 from fedpeft.config import ModelConfig, RunConfig, Task
 from fedpeft.data.tokens import load_tokenizer
 from fedpeft.errors import ConfigError, ModelError
-from fedpeft.presets import materialize
+from fedpeft.presets import PREFIX, is_preset, materialize
 from fedpeft.seeds import derive_seed
 
-PRESET_PREFIX = "preset:"
 # what a base may be made of: never pickle, and no code
 HUB_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
@@ -78,8 +77,8 @@ def locate(model: ModelConfig) -> Path:
     """
     if model.name is None:
         raise ConfigError("no base model. Give model.name=FOLDER_OR_HUB_ID, or --preset (see `fedpeft presets`).")
-    if model.name.startswith(PRESET_PREFIX):
-        return materialize(model.name.removeprefix(PRESET_PREFIX)).model
+    if is_preset(model.name):
+        return materialize(model.name.removeprefix(PREFIX)).model
     folder = Path(model.name).expanduser()
     if not folder.is_dir():
         folder = _fetch(model)
@@ -186,6 +185,9 @@ def _head_modules(model: nn.Module, info: dict[str, Any], task: Task) -> tuple[s
         head = [
             name for name, child in model.named_children() if name != trunk and any(True for _ in child.parameters())
         ]
+        head += [
+            name for name, module in model.named_modules() if name.endswith(".pooler.dense") and _untrained(module)
+        ]
     mismatched = [entry[0] if isinstance(entry, tuple) else entry for entry in info.get("mismatched_keys", ())]
     for key in [*info.get("missing_keys", ()), *mismatched]:
         module = key.rpartition(".")[0]
@@ -196,3 +198,13 @@ def _head_modules(model: nn.Module, info: dict[str, Any], task: Task) -> tuple[s
             f"'{model.name_or_path}' lacks weights for {', '.join(head)}; it is no complete causal language model."
         )
     return tuple(head)
+
+
+def _untrained(module: nn.Module) -> bool:
+    """Tell a layer that nobody has trained: its bias is still the zeros that it was made with.
+
+    Sentence encoders such as all-MiniLM average the tokens, and ship BERT's pooler as it was drawn. Frozen, it would
+    hide from the classifier what the text is about.
+    """
+    bias = getattr(module, "bias", None)
+    return isinstance(bias, torch.Tensor) and not bias.any()

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from fedpeft.adapters import AdaptedModel
 from fedpeft.config import FederationConfig, RunConfig, RunSection, SimulationConfig, StrategyConfig
 from fedpeft.data.encoding import EncodedData, EncodedSplit, encode, encode_rows
 from fedpeft.data.partition import Partition, partition
-from fedpeft.models import PRESET_PREFIX, load_base, locate
-from fedpeft.presets import materialize
+from fedpeft.models import load_base, locate
+from fedpeft.presets import PREFIX, is_preset, materialize, presets_of
 
 
 class Resident:
@@ -69,28 +69,17 @@ class Resident:
         return AdaptedModel(load_base(self.config, self.folder, self.labels), self.config)
 
 
-def presets_of(config: RunConfig) -> list[str]:
-    """Return the ``preset:NAME`` values of a configuration."""
-    return [name for name in (config.model.name, config.data.source, config.data.test) if _is_preset(name)]
-
-
 def with_preset_paths(config: RunConfig) -> RunConfig:
     """Replace ``preset:NAME`` as a source of rows by the folder that the preset was written to."""
     rows = {"source": config.data.source, "test": config.data.test}
-    folders = {
-        key: str(materialize(name.removeprefix(PRESET_PREFIX)).data) for key, name in rows.items() if _is_preset(name)
-    }
+    folders = {key: str(materialize(name.removeprefix(PREFIX)).data) for key, name in rows.items() if is_preset(name)}
     return config.model_copy(update={"data": config.data.model_copy(update=folders)})
 
 
 def preset_provenance(config: RunConfig) -> dict[str, Any]:
     """Return what is known of the presets that a configuration names: versions, and hashes of weights and rows."""
-    names = {name.removeprefix(PRESET_PREFIX) for name in presets_of(config)}
+    names = {name.removeprefix(PREFIX) for name in presets_of(config)}
     return {name: materialize(name).provenance for name in sorted(names)}
-
-
-def _is_preset(name: str | None) -> TypeGuard[str]:
-    return name is not None and name.startswith(PRESET_PREFIX)
 
 
 def resident(config: RunConfig) -> Resident:

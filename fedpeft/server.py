@@ -19,7 +19,8 @@ from fedpeft.errors import DeploymentError
 from fedpeft.resident import preset_provenance, resident
 from fedpeft.runs import Event, RunDirectory, check_vacant
 from fedpeft.state import num_bytes
-from fedpeft.strategies.federation import federate, with_typed_options
+from fedpeft.strategies import with_typed_options
+from fedpeft.strategies.federation import federate
 
 log = logging.getLogger("flwr")
 

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 from importlib.metadata import entry_points
 
+from fedpeft.config import RunConfig, StrategyConfig
 from fedpeft.errors import ConfigError, nearest
 from fedpeft.strategies.base import AdapterStrategy, Capabilities, StrategyOptions
 from fedpeft.strategies.fedit import FedIt
 from fedpeft.strategies.lora_fair import LoraFair
 from fedpeft.strategies.lora_lego import LoraLego
 
-__all__ = ["STRATEGIES", "AdapterStrategy", "Capabilities", "FedIt", "LoraFair", "LoraLego", "StrategyOptions", "find"]
+__all__ = [
+    "STRATEGIES",
+    "AdapterStrategy",
+    "Capabilities",
+    "FedIt",
+    "LoraFair",
+    "LoraLego",
+    "StrategyOptions",
+    "available",
+    "find",
+    "with_typed_options",
+]
 
 STRATEGIES: dict[str, type[AdapterStrategy]] = {method.name: method for method in (FedIt, LoraFair, LoraLego)}
 
@@ -38,3 +50,12 @@ def find(name: str) -> type[AdapterStrategy]:
     if name not in methods:
         raise ConfigError(f"unknown strategy '{name}'. {nearest(name, methods)}")
     return methods[name]
+
+
+def with_typed_options(config: RunConfig) -> RunConfig:
+    """Check strategy name and options, and return the configuration with every option spelled out."""
+    method = find(config.strategy.name)
+    parsed = method.parse_options(config.strategy.options)
+    method.check(parsed, config.adapter)
+    options = parsed.model_dump(mode="json", exclude_none=True)
+    return config.model_copy(update={"strategy": StrategyConfig(name=config.strategy.name, **options)})

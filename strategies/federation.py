@@ -14,7 +14,7 @@ from flwr.app import ArrayRecord, MetricRecord
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from fedpeft.config import RunConfig, StrategyConfig
+from fedpeft.config import RunConfig
 from fedpeft.errors import FedpeftError, TooFewClientsError
 from fedpeft.evaluation import Scores, client_metrics, mean_metrics, score, spread
 from fedpeft.resident import Resident, resident
@@ -54,15 +54,6 @@ class Outcome:
     error: FedpeftError | None = None
 
 
-def with_typed_options(config: RunConfig) -> RunConfig:
-    """Check strategy name and options, and return the configuration with every option spelled out."""
-    method = find(config.strategy.name)
-    parsed = method.parse_options(config.strategy.options)
-    method.check(parsed, config.adapter)
-    options = parsed.model_dump(mode="json", exclude_none=True)
-    return config.model_copy(update={"strategy": StrategyConfig(name=config.strategy.name, **options)})
-
-
 def build_strategy(config: RunConfig, home: Resident, client_ids: Mapping[int, str] | None) -> AdapterStrategy:
     """Make the configured method for this adapter."""
     return find(config.strategy.name)(
@@ -92,7 +83,7 @@ def federate(
     Parameters
     ----------
     config : RunConfig
-        Resolved, see `with_typed_options`.
+        Resolved, see `fedpeft.strategies.with_typed_options`.
     grid : flwr.serverapp.Grid
         Where the clients are.
     directory : RunDirectory

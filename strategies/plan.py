@@ -6,8 +6,7 @@ from fedpeft.config import RunConfig
 from fedpeft.report.planned import DryRun
 from fedpeft.resident import resident
 from fedpeft.state import A_SUFFIX, B_SUFFIX, num_bytes
-from fedpeft.strategies import find
-from fedpeft.strategies.federation import with_typed_options
+from fedpeft.strategies import find, with_typed_options
 
 
 def plan(config: RunConfig) -> DryRun:

@@ -146,3 +146,16 @@ def test_an_unknown_tensor_is_not_loaded(bases: Path) -> None:
     live, _ = adapted(bases / "bert", "sequence-classification")
     with pytest.raises(AdapterError, match="does not belong to this adapter"):
         live.load({"nonsense": torch.ones(1)}, 1.0)
+
+
+def test_a_pooler_that_nobody_has_trained_is_trained_with_the_head(tmp_path: Path) -> None:
+    model = BASES["bert"]()
+    for bias, name in ((0.0, "drawn"), (0.01, "trained")):
+        torch.nn.init.constant_(model.pooler.dense.bias, bias)
+        model.save_pretrained(tmp_path / name)
+    drawn, _ = adapted(tmp_path / "drawn", "sequence-classification")
+    trained, _ = adapted(tmp_path / "trained", "sequence-classification")
+    assert drawn.base.head == ("classifier", "bert.pooler.dense")
+    assert trained.base.head == ("classifier",)
+    pooler = drawn.initial["base_model.model.bert.pooler.dense.weight"]
+    assert torch.equal(pooler, model.pooler.dense.weight)  # as the checkpoint has it, and as all clients do

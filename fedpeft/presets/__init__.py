@@ -14,10 +14,10 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeGuard, cast
 
 from fedpeft.cache import cache_dir, locked, publishing
-from fedpeft.config import Layer, Task
+from fedpeft.config import Layer, RunConfig, Task
 from fedpeft.errors import ConfigError, nearest
 
 PREFIX = "preset:"  # before a preset's name, as a model or a source of rows
@@ -113,6 +113,16 @@ PRESETS: dict[str, Preset] = {
         ),
     )
 }
+
+
+def is_preset(name: str | None) -> TypeGuard[str]:
+    """Tell ``preset:NAME`` from the name of a model or of a source of rows."""
+    return name is not None and name.startswith(PREFIX)
+
+
+def presets_of(config: RunConfig) -> list[str]:
+    """Return the ``preset:NAME`` values of a configuration."""
+    return [name for name in (config.model.name, config.data.source, config.data.test) if is_preset(name)]
 
 
 def find(name: str) -> Preset:

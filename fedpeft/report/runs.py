@@ -11,6 +11,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from fedpeft.errors import FedpeftError, RunDirectoryError
+from fedpeft.presets import PREFIX, is_preset
 from fedpeft.report.formats import NONE, finite, number, one_line
 from fedpeft.report.history import History
 from fedpeft.report.layout import cell, new_table
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from fedpeft.config import RunConfig
 
 Facts = dict[str, Any]
-PRESET_PREFIX = "preset:"
 ABANDONED_SECONDS = 3600.0  # at least this long without an event, and a run without an end is no longer called running
 
 
@@ -88,8 +88,8 @@ def _run_facts(path: Path, now: float) -> Facts:
 
 def _preset(config: RunConfig) -> str | None:
     for value in (config.data.source, config.model.name):
-        if value is not None and value.startswith(PRESET_PREFIX):
-            return value.removeprefix(PRESET_PREFIX)
+        if is_preset(value):
+            return value.removeprefix(PREFIX)
     return None
 
 

