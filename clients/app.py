@@ -5,6 +5,7 @@ A message brings the adapter and a few numbers; base model, tokenizer and rows a
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -15,32 +16,35 @@ from torch import Tensor
 from fedpeft.clients.rows import client_rows
 from fedpeft.config import RunConfig, Scalar
 from fedpeft.deployment import run_config
-from fedpeft.errors import AdapterError, DeploymentError
+from fedpeft.errors import DeploymentError
 from fedpeft.models import num_threads
 from fedpeft.resident import Resident, resident
-from fedpeft.state import fingerprint
+from fedpeft.state import fingerprint, role_of
 from fedpeft.training import train_locally
 from fedpeft.wire import (
     ARRAYS,
     CLIENT_ID,
     CONFIG,
-    FROZEN,
-    FROZEN_HASH,
+    HELD_HASH,
+    KEPT,
     METRICS,
-    NEEDS_FROZEN,
+    NEEDS_ARRAYS,
     NUM_EXAMPLES,
     NUM_ROUNDS,
+    PERSONAL,
     ROUND,
     SCALING,
     SECONDS,
     STEPS,
     TRAIN_LOSS,
+    TRAINED,
     to_record,
     to_tensors,
 )
 
 TRUST_REMOTE_CODE = "trust-remote-code"  # key of the node's own config: a server cannot decide this for a site
-PERSONAL = "personal"  # record of a client's own state: tensors that never leave it
+# records of a client's own state: tensors that never leave it, and tensors that it need not be sent again
+OWN_PERSONAL, OWN_KEPT = "personal", "kept"
 
 app = ClientApp()
 
@@ -68,18 +72,17 @@ def identify(message: Message, context: Context) -> Message:
 def train(message: Message, context: Context) -> Message:
     """Train the adapter that the message brings, and send back what was trained."""
     home = _home(context)
-    settings = message.content.config_records[CONFIG]
-    frozen = _frozen(home, message)
-    if frozen is None:
-        return Message(RecordDict({CONFIG: ConfigRecord({NEEDS_FROZEN: True})}), reply_to=message)
     adapted, config = home.adapted, home.config
-    personal = {name: adapted.initial[name] for name in adapted.personal}
-    if PERSONAL in context.state:
-        personal = to_tensors(context.state.array_records[PERSONAL])
+    settings = message.content.config_records[CONFIG]
     sent = _decoded(message.content.array_records[ARRAYS])
-    if lacking := set(adapted.trained) - set(adapted.personal) - sent.keys():
-        raise AdapterError(f"the message lacks {min(lacking)}")
-    adapted.load({**sent, **frozen, **personal}, float(settings[SCALING]))  # type: ignore[arg-type]
+    personal = _stored(context, OWN_PERSONAL, home, _names(home, settings, PERSONAL) + list(adapted.personal))
+    held = _stored(context, OWN_KEPT, home, adapted.initial.keys() - sent.keys() - personal.keys())
+    if _fingerprint(home, held) != settings[HELD_HASH]:
+        return Message(RecordDict({CONFIG: ConfigRecord({NEEDS_ARRAYS: True})}), reply_to=message)
+    adapted.load({**sent, **held, **personal}, float(settings[SCALING]))  # type: ignore[arg-type]
+    if kept := _names(home, settings, KEPT):
+        context.state[OWN_KEPT] = to_record(adapted.tensors(kept))
+    trained = [name for name in _names(home, settings, TRAINED) if name in adapted.trained]
     rows = client_rows(home, context.node_config)
     with num_threads(_run_config(context).simulation.threads_per_worker):
         result = train_locally(
@@ -87,18 +90,19 @@ def train(message: Message, context: Context) -> Message:
             rows.split,
             rows.indices,
             config.train,
+            names=trained,
             seed=config.run.seed,
             client_id=rows.client_id,
             server_round=int(settings[ROUND]),  # type: ignore[arg-type]
             num_rounds=int(settings[NUM_ROUNDS]),  # type: ignore[arg-type]
         )
-    if adapted.personal:
-        context.state[PERSONAL] = to_record(adapted.tensors(adapted.personal))
-    trained = adapted.tensors([name for name in adapted.trained if name not in adapted.personal])
+    if personal:
+        context.state[OWN_PERSONAL] = to_record(adapted.tensors(personal))
+    sent_up = adapted.tensors([name for name in trained if name not in personal])
     metrics = MetricRecord(
         {NUM_EXAMPLES: len(rows.indices), TRAIN_LOSS: result.loss, STEPS: result.steps, SECONDS: result.seconds}
     )
-    return Message(RecordDict({ARRAYS: to_record(trained), METRICS: metrics}), reply_to=message)
+    return Message(RecordDict({ARRAYS: to_record(sent_up), METRICS: metrics}), reply_to=message)
 
 
 @lru_cache(maxsize=4)
@@ -120,18 +124,24 @@ def _home(context: Context) -> Resident:
     return resident(config)
 
 
-def _frozen(home: Resident, message: Message) -> dict[str, Tensor] | None:
-    """Return the frozen tensors to train with: its own draw if that has the server's hash, else those sent."""
-    wanted = str(message.content.config_records[CONFIG].get(FROZEN_HASH, ""))
-    own = {name: home.adapted.initial[name] for name in home.adapted.frozen}
-    if wanted == home.adapted.frozen_hash:
-        return own
-    if FROZEN not in message.content.array_records:
-        return None
-    sent = to_tensors(message.content.array_records[FROZEN])
-    if fingerprint(sent) != wanted:
-        raise AdapterError("the frozen tensors sent are not those whose hash was announced")
-    return sent
+def _names(home: Resident, settings: ConfigRecord, key: str) -> list[str]:
+    """Return the names of the tensors whose roles a message lists."""
+    roles = settings[key]
+    assert isinstance(roles, list)
+    return [name for name in home.adapted.initial if role_of(name) in roles]
+
+
+def _stored(context: Context, record: str, home: Resident, names: Iterable[str]) -> dict[str, Tensor]:
+    """Return the client's own copy of tensors, or else what is drawn from the run's seed."""
+    own = to_tensors(context.state.array_records[record]) if record in context.state else {}
+    return {name: own.get(name, home.adapted.initial[name]) for name in sorted(names)}
+
+
+def _fingerprint(home: Resident, held: Mapping[str, Tensor]) -> str:
+    drawn = home.adapted
+    if held.keys() == set(drawn.frozen) and all(held[name] is drawn.initial[name] for name in held):
+        return drawn.frozen_hash  # computed once, not for every message
+    return fingerprint(held) if held else ""
 
 
 _last: tuple[ArrayRecord, dict[str, Tensor]] | None = None

@@ -161,8 +161,6 @@ class AdaptedModel:
         frozen = set(head) if config.adapter.head == "frozen" else set()
         if config.adapter.kind == "ffa-lora":
             frozen |= {name for name in self._parameters if name.endswith(A_SUFFIX)}
-        for name, parameter in self._parameters.items():
-            parameter.requires_grad_(name not in frozen)
         self.frozen = tuple(sorted(frozen))
         self.trained = tuple(sorted(self._parameters.keys() - frozen))
         self.personal = tuple(sorted(head - frozen)) if config.adapter.head == "local" else ()
@@ -173,8 +171,10 @@ class AdaptedModel:
         on: torch.device = next(self.model.parameters()).device
         return on
 
-    def parameters(self, names: Sequence[str]) -> list[nn.Parameter]:
-        """Return the live parameters of these names."""
+    def begin_training(self, names: Sequence[str]) -> list[nn.Parameter]:
+        """Let these tensors, and no others, have gradients; return the live parameters."""
+        for name, parameter in self._parameters.items():
+            parameter.requires_grad_(name in names)
         return [self._parameters[name] for name in names]
 
     def tensors(self, names: Sequence[str] | Mapping[str, object]) -> dict[str, Tensor]:

@@ -56,9 +56,14 @@ def init_app(directory: Path, config: RunConfig, out: Path | None) -> str:
     # this reaches up to the strategies, and loads torch; clients import this module for `run_config` alone
     from fedpeft.resident import resident
     from fedpeft.runs import default_directory
-    from fedpeft.strategies import with_typed_options
+    from fedpeft.strategies import find, with_typed_options
 
     config = with_typed_options(config)
+    if personal := find(config.strategy.name).capabilities.personal:
+        raise DeploymentError(
+            f"strategy '{config.strategy.name}' leaves {', '.join(sorted(personal))} with the clients and works in "
+            "simulations only: a SuperNode would lose it with each restart."
+        )
     named = config.task == "causal-lm" or config.data.label_names is not None
     home = resident(config)
     clients = config.federation.clients or len(home.partition.client_ids)

@@ -9,12 +9,26 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 import torch
 from torch import Tensor
 
 A_SUFFIX = ".lora_A.weight"
 B_SUFFIX = ".lora_B.weight"
+
+
+class Role(StrEnum):
+    """What a tensor of an adapter is: a factor, or a part of the head, which is all else."""
+
+    A = "A"
+    B = "B"
+    HEAD = "head"
+
+
+def role_of(name: str) -> Role:
+    """Return the role of a tensor by its name."""
+    return Role.A if name.endswith(A_SUFFIX) else Role.B if name.endswith(B_SUFFIX) else Role.HEAD
 
 
 @dataclass(frozen=True)

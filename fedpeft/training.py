@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -90,6 +90,7 @@ def train_locally(
     rows: NDArray[np.int64],
     train: TrainConfig,
     *,
+    names: Sequence[str] | None = None,
     seed: int,
     client_id: str,
     server_round: int,
@@ -109,6 +110,8 @@ def train_locally(
         Which of them are this client's.
     train : TrainConfig
         How.
+    names : sequence of str, optional
+        What is trained; all of ``adapted.trained`` if not given.
     seed : int
         The run's seed.
     client_id : str
@@ -117,8 +120,7 @@ def train_locally(
         Place of this round, from 1, for the learning rate's schedule.
     """
     started = time.perf_counter()
-    names = adapted.trained
-    parameters = adapted.parameters(names)
+    parameters = adapted.begin_training(adapted.trained if names is None else names)
     start = [parameter.detach().clone() for parameter in parameters] if train.proximal_mu else []
     optimizer = _optimizer(train, parameters)
     steps = num_steps(train, len(rows))

@@ -11,11 +11,12 @@ from flwr.app import Array, ArrayRecord, Message
 from torch import Tensor
 
 # records of a message
-ARRAYS, FROZEN, CONFIG, METRICS = "arrays", "frozen", "config", "metrics"
+ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 # keys of the server's config record
-ROUND, NUM_ROUNDS, SCALING, FROZEN_HASH = "server-round", "num-rounds", "scaling", "frozen-hash"
+ROUND, NUM_ROUNDS, SCALING, HELD_HASH = "server-round", "num-rounds", "scaling", "held-hash"
+TRAINED, PERSONAL, KEPT = "trained", "personal", "kept"  # lists of roles
 # keys of a client's config record
-CLIENT_ID, NEEDS_FROZEN = "client-id", "needs-frozen"
+CLIENT_ID, NEEDS_ARRAYS = "client-id", "needs-arrays"
 # keys of a client's metric record
 NUM_EXAMPLES, TRAIN_LOSS, STEPS, SECONDS = "num-examples", "train_loss", "steps", "seconds"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from flwr.app import Context, Message, RecordDict
 from torch import Tensor
 
-from fedpeft.clients.app import PERSONAL, TRUST_REMOTE_CODE
+from fedpeft.clients.app import OWN_PERSONAL, TRUST_REMOTE_CODE
 from fedpeft.config import RunConfig
 from fedpeft.resident import Resident, preset_provenance, resident
 from fedpeft.runs import Listener, RunDirectory
@@ -52,9 +52,9 @@ def drive(config: RunConfig, out: Path, listener: Listener, grid: InlineGrid | R
 
     def personal() -> Mapping[str, Mapping[str, Tensor]]:
         return {
-            client_ids[node]: to_tensors(context.state.array_records[PERSONAL])
+            client_ids[node]: to_tensors(context.state.array_records[OWN_PERSONAL])
             for node, context in contexts.items()
-            if PERSONAL in context.state
+            if OWN_PERSONAL in context.state
         }
 
     return federate(config, grid, directory, listener=listener, client_ids=client_ids, personal=personal)

@@ -8,23 +8,31 @@ from fedpeft.config import RunConfig, StrategyConfig
 from fedpeft.errors import ConfigError, nearest
 from fedpeft.strategies.base import AdapterStrategy, Capabilities, StrategyOptions
 from fedpeft.strategies.fedit import FedIt
+from fedpeft.strategies.fedsa_lora import FedSaLora
+from fedpeft.strategies.fedsvd import FedSvd
 from fedpeft.strategies.lora_fair import LoraFair
 from fedpeft.strategies.lora_lego import LoraLego
+from fedpeft.strategies.rolora import RoLora
 
 __all__ = [
     "STRATEGIES",
     "AdapterStrategy",
     "Capabilities",
     "FedIt",
+    "FedSaLora",
+    "FedSvd",
     "LoraFair",
     "LoraLego",
+    "RoLora",
     "StrategyOptions",
     "available",
     "find",
     "with_typed_options",
 ]
 
-STRATEGIES: dict[str, type[AdapterStrategy]] = {method.name: method for method in (FedIt, LoraFair, LoraLego)}
+STRATEGIES: dict[str, type[AdapterStrategy]] = {
+    method.name: method for method in (FedIt, LoraFair, LoraLego, RoLora, FedSaLora, FedSvd)
+}
 
 ENTRY_POINTS = "fedpeft.strategies"
 

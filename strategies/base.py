@@ -18,12 +18,12 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from pydantic import ValidationError
-from torch import Tensor
 
 from fedpeft.config import AdapterConfig, Section, cohort_size, describe
 from fedpeft.errors import ConfigError, DeploymentError, TooFewClientsError, nearest
 from fedpeft.seeds import generator
-from fedpeft.state import A_SUFFIX, AdapterState, ClientUpdate, fingerprint
+from fedpeft.state import A_SUFFIX, AdapterState, ClientUpdate, Role
+from fedpeft.strategies.exchange import Deliveries, Exchange
 from fedpeft.strategies.factors import aggregation_error
 from fedpeft.strategies.rounds import Fault, Observer, RoundReport, client_order, error_class, in_order, require_enough
 from fedpeft.strategies.updates import RefusedUpdateError, read_update
@@ -31,13 +31,15 @@ from fedpeft.wire import (
     ARRAYS,
     CLIENT_ID,
     CONFIG,
-    FROZEN,
-    FROZEN_HASH,
-    NEEDS_FROZEN,
+    HELD_HASH,
+    KEPT,
+    NEEDS_ARRAYS,
     NUM_ROUNDS,
+    PERSONAL,
     ROUND,
     SCALING,
     TRAIN_LOSS,
+    TRAINED,
     payload_bytes,
     to_record,
     to_tensors,
@@ -64,12 +66,18 @@ class Capabilities:
         When the sent product equals the weighted mean of the clients' products.
     needs_single_factors : bool
         Whether the server must see single clients' factors; if not, sums suffice.
+    trains : str
+        What clients train, besides the head.
+    personal : frozenset of Role
+        What stays with each client; where there is such, scores are means over the clients' own models.
     """
 
     paper: str
     sends: str
     exact: str
     needs_single_factors: bool
+    trains: str = "A, B"
+    personal: frozenset[Role] = frozenset()
 
 
 class AdapterStrategy(Strategy):
@@ -90,7 +98,7 @@ class AdapterStrategy(Strategy):
         alpha / r of the clients' adapters.
     frozen : collection of str
         Names in the initial arrays that nobody trains, such as FFA-LoRA's A: only their hash travels, unless a client
-        turns out to hold others.
+        turns out to have drawn others.
     client_ids : mapping of int to str, optional
         Client id of each node; where it is not given, each node is asked once by a ``query`` message.
     measure_error : bool
@@ -126,9 +134,8 @@ class AdapterStrategy(Strategy):
         self.trains_a = not any(name.endswith(A_SUFFIX) for name in self.frozen_names)
         self.report: RoundReport | None = None
         self.on_update: Callable[[int, ClientUpdate], None] | None = None  # called as each good update arrives
-        self._frozen: dict[str, Tensor] = {}
-        self._frozen_hash = ""
-        self._needs_frozen: set[str] = set()
+        self.server_round = 0  # of the last round begun
+        self._deliveries: Deliveries | None = None
         self._state: AdapterState | None = None
         self._timeout: float | None = 3600.0
         self._started = time.perf_counter()
@@ -159,6 +166,11 @@ class AdapterStrategy(Strategy):
 
     # --- what a method defines -----------------------------------------------------------------------------------
 
+    @classmethod
+    def exchange(cls, server_round: int) -> Exchange:
+        """Say what the clients of a round train, keep and send; all of it, unless a method says otherwise."""
+        return Exchange()
+
     def aggregate(self, updates: Iterable[ClientUpdate], current: AdapterState) -> AdapterState:
         """Merge the cohort's updates, in their order, into the adapter that the next round starts from.
 
@@ -181,20 +193,40 @@ class AdapterStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Draw the round's cohort and address one message to each member, in the order of client ids."""
+        assert self._deliveries is not None, "start() sets what clients hold at first"
+        self.server_round = server_round
         nodes = {client: node for node, client in self._clients(grid).items()}
         everyone = sorted(nodes, key=client_order)
         require_enough(len(everyone), self.min_clients)
         size = cohort_size(len(everyone), self.fraction_train, self.min_clients)
         drawn = generator(self.seed, "cohort", server_round).choice(len(everyone), size, replace=False)
-        settings = ConfigRecord({**config, ROUND: server_round, SCALING: self.scaling, FROZEN_HASH: self._frozen_hash})
+        exchange = self.exchange(server_round)
+        contents: dict[frozenset[str], RecordDict] = {}  # clients that lack the same share one content
         messages = []
-        for index in sorted(drawn):
-            client = everyone[index]
-            content = RecordDict({ARRAYS: arrays, CONFIG: settings})
-            if client in self._needs_frozen:
-                content[FROZEN] = to_record(self._frozen)
-            messages.append(Message(content, nodes[client], MessageType.TRAIN, group_id=str(server_round)))
+        for client in (everyone[index] for index in sorted(drawn)):
+            names = frozenset(self._deliveries.lacking(client, exchange))
+            if names not in contents:
+                contents[names] = self._content(names, arrays, config, exchange)
+            messages.append(Message(contents[names], nodes[client], MessageType.TRAIN, group_id=str(server_round)))
         return messages
+
+    def _content(
+        self, names: Collection[str], arrays: ArrayRecord, config: ConfigRecord, exchange: Exchange
+    ) -> RecordDict:
+        assert self._deliveries is not None
+        settings = ConfigRecord(
+            {
+                **config,
+                ROUND: self.server_round,
+                SCALING: self.scaling,
+                HELD_HASH: self._deliveries.held_hash(names, exchange),
+                TRAINED: _listed(exchange.trained),
+                PERSONAL: _listed(exchange.personal),
+                KEPT: _listed(exchange.kept),
+            }
+        )
+        sent = ArrayRecord({name: array for name, array in arrays.items() if name in names})
+        return RecordDict({ARRAYS: sent, CONFIG: settings})
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -204,19 +236,21 @@ class AdapterStrategy(Strategy):
         report = self.report = RoundReport(server_round)
         started = self._started
         kept: list[ClientUpdate] = []
-        expected = {name: tensor for name, tensor in self._state.to_tensors().items() if name not in self.frozen_names}
+        measured = self.measure_error and not self.exchange(server_round).personal & {Role.A, Role.B}
+        held = self._state.to_tensors()
+        expected = {name: held.pop(name) for name in self._sent_up(server_round)}
 
         def good() -> Iterator[ClientUpdate]:
             for client, reply in self._answers(replies, report):
                 try:
-                    update = read_update(reply, client, expected, self._frozen, self.scaling)
+                    update = read_update(reply, client, expected, held, self.scaling)
                 except RefusedUpdateError as error:
                     report.faults.append(Fault(client, f"update refused: {error}"))
                     continue
                 report.updates.append(ClientUpdate(client, update.num_examples, {}, {}, update.metrics))
                 if self.on_update is not None:
                     self.on_update(server_round, report.updates[-1])
-                if self.measure_error:
+                if measured:
                     kept.append(ClientUpdate(client, update.num_examples, update.factors))
                 yield update
 
@@ -238,12 +272,14 @@ class AdapterStrategy(Strategy):
                 f"round {server_round}: the merged adapter holds NaN or infinity in {bad[0]}; "
                 "lower train.learning_rate. What was done before this round is saved."
             )
-        if self.measure_error:
+        if measured:
             report.aggregation_error = aggregation_error(kept, merged)
         report.seconds = time.perf_counter() - started
         self._state = merged
+        if self._deliveries is not None:
+            self._deliveries.update(tensors)
         metrics = MetricRecord({} if report.train_loss is None else {TRAIN_LOSS: report.train_loss})
-        return self._wire(), metrics
+        return to_record(tensors), metrics
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -301,15 +337,14 @@ class AdapterStrategy(Strategy):
             raise ConfigError(
                 f"frozen names '{min(strangers)}', which the initial arrays lack. {nearest(min(strangers), tensors)}"
             )
-        self._frozen = {name: tensors[name] for name in sorted(self.frozen_names)}
-        self._frozen_hash = fingerprint(self._frozen) if self._frozen else ""
         self._state = AdapterState.from_tensors(tensors, self.scaling)
+        self._deliveries = Deliveries(self._state.to_tensors(), self.exchange(1), self.frozen_names)
         self._grid, self._timeout = grid, timeout
         config = ConfigRecord({**(train_config or {}), NUM_ROUNDS: num_rounds})
         result = Result()
         if evaluate_fn is not None and (scores := evaluate_fn(0, initial_arrays)) is not None:
             result.evaluate_metrics_serverapp[0] = scores
-        arrays = self._wire()
+        arrays = initial_arrays
         for server_round in range(1, num_rounds + 1):
             self._started = time.perf_counter()
             self._sent = list(self.configure_train(server_round, arrays, config, grid))
@@ -318,22 +353,19 @@ class AdapterStrategy(Strategy):
             assert merged is not None
             assert metrics is not None
             assert self.report is not None
-            arrays = merged
-            whole = to_record(self._state.to_tensors())
-            result.arrays = whole
+            result.arrays = arrays = merged
             result.train_metrics_clientapp[server_round] = metrics
             if observer is not None:
                 observer(self.report, self._state)
-            if evaluate_fn is not None and (scores := evaluate_fn(server_round, whole)) is not None:
+            if evaluate_fn is not None and (scores := evaluate_fn(server_round, arrays)) is not None:
                 result.evaluate_metrics_serverapp[server_round] = scores
         return result
 
     # --- clients and their answers -------------------------------------------------------------------------------
 
-    def _wire(self) -> ArrayRecord:
-        """Pack what clients train; frozen tensors travel as a hash."""
+    def _sent_up(self, server_round: int) -> list[str]:
         assert self._state is not None
-        return to_record({n: t for n, t in self._state.to_tensors().items() if n not in self.frozen_names})
+        return self.exchange(server_round).sent_up(list(self._state.to_tensors()), self.frozen_names)
 
     def _clients(self, grid: Grid) -> dict[int, str]:
         """Return the client id of each node, asking those that are new."""
@@ -366,9 +398,8 @@ class AdapterStrategy(Strategy):
             client = (self.client_ids or {})[message.metadata.dst_node_id]
             report.bytes_down += payload_bytes(message)
             reply = first
-            if reply is not None and self._wants_frozen(reply):
-                self._needs_frozen.add(client)
-                message = self._again(message, RecordDict({**message.content, FROZEN: to_record(self._frozen)}), report)
+            if reply is not None and self._needs_arrays(reply):
+                message = self._again(message, self._everything(client, message), report)
                 reply = self._ask(message)
             raised = False
             if reply is not None and reply.has_error() and reply.error.code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION:
@@ -380,9 +411,12 @@ class AdapterStrategy(Strategy):
             elif reply.has_error():
                 twice = "raised twice: " if raised else "failed: "
                 report.faults.append(Fault(client, twice + error_class(reply.error.reason or "no reason given")))
-            elif self._wants_frozen(reply):
-                report.faults.append(Fault(client, "does not take the frozen tensors it was sent"))
+            elif self._needs_arrays(reply):
+                report.faults.append(Fault(client, "asks for tensors that it was sent"))
             else:
+                if self._deliveries is not None:
+                    exchange = self.exchange(self.server_round)
+                    self._deliveries.delivered(client, list(message.content.array_records[ARRAYS]), exchange)
                 report.bytes_up += payload_bytes(reply)
                 yield client, reply
 
@@ -396,10 +430,22 @@ class AdapterStrategy(Strategy):
         replies = list(self._grid.send_and_receive([message], timeout=self._timeout))
         return replies[0] if replies else None
 
+    def _everything(self, client: str, message: Message) -> RecordDict:
+        """Return the content of a message with all that a client can be sent."""
+        assert self._state is not None
+        assert self._deliveries is not None
+        names = self._deliveries.holds_others(client, self.exchange(self.server_round))
+        config = message.content.config_records[CONFIG]
+        return self._content(names, to_record(self._state.to_tensors()), config, self.exchange(self.server_round))
+
     @staticmethod
-    def _wants_frozen(reply: Message) -> bool:
+    def _needs_arrays(reply: Message) -> bool:
         answer = reply.content.config_records.get(CONFIG) if reply.has_content() else None
-        return answer is not None and bool(answer.get(NEEDS_FROZEN, False))
+        return answer is not None and bool(answer.get(NEEDS_ARRAYS, False))
+
+
+def _listed(roles: Collection[Role]) -> list[str]:
+    return sorted(str(role) for role in roles)
 
 
 def _chain(first: ClientUpdate, rest: Iterator[ClientUpdate]) -> Iterator[ClientUpdate]:

@@ -5,7 +5,7 @@ Simulation and deployment both come through `federate`; they differ in the grid 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,13 @@ from flwr.app import ArrayRecord, MetricRecord
 from flwr.serverapp import Grid
 from torch import Tensor
 
+from fedpeft.adapters import AdaptedModel
 from fedpeft.config import RunConfig
 from fedpeft.errors import FedpeftError, TooFewClientsError
 from fedpeft.evaluation import Scores, client_metrics, mean_metrics, score, spread
 from fedpeft.resident import Resident, resident
 from fedpeft.runs import Event, Listener, RunDirectory
-from fedpeft.state import AdapterState, ClientUpdate
+from fedpeft.state import AdapterState, ClientUpdate, role_of
 from fedpeft.strategies import find
 from fedpeft.strategies.base import AdapterStrategy
 from fedpeft.strategies.rounds import RoundReport
@@ -66,6 +67,12 @@ def build_strategy(config: RunConfig, home: Resident, client_ids: Mapping[int, s
         measure_error=config.run.aggregation_error,
         **config.strategy.options,
     )
+
+
+def personal_names(method: AdapterStrategy | type[AdapterStrategy], adapted: AdaptedModel) -> list[str]:
+    """Return the names of the tensors that stay with each client: the method's, and a local head."""
+    roles = method.capabilities.personal
+    return [name for name in adapted.trained if role_of(name) in roles or name in adapted.personal]
 
 
 def federate(
@@ -121,8 +128,9 @@ class _Run:
         self.strategy = build_strategy(config, self.home, client_ids)
         self.strategy.on_update = self.client_done
         adapted = self.home.adapted
-        self.shared_names = [name for name in adapted.initial if name not in adapted.personal]
-        self.initial = {name: adapted.initial[name] for name in self.shared_names}
+        self.personal_names = personal_names(self.strategy, adapted)
+        # a personal factor is part of the server's adapter too, as drawn, since there is no layer without it
+        self.initial = {name: tensor for name, tensor in adapted.initial.items() if name not in adapted.personal}
         self.state = AdapterState.from_tensors(self.initial, adapted.scaling)
         self.outcome = Outcome(directory.path)
 
@@ -203,21 +211,21 @@ class _Run:
     def score(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, float], dict[str, Any]]:
         """Return the test metrics, and those by domain and client."""
         adapted, test = self.home.adapted, self.home.test
-        if not adapted.personal:
+        if not self.personal_names:
             adapted.load(tensors, adapted.scaling)
             scores = score(adapted.model, test, self.config)
             return scores.metrics(), self.details([scores])
-        # a personal head: the score is the mean over the clients' own models
+        # personal parts: the score is the mean over the clients' own models
         held = self.personal() if self.personal is not None else {}
-        drawn = {name: adapted.initial[name] for name in adapted.personal}
+        drawn = {name: adapted.initial[name] for name in self.personal_names}
         every: list[Scores] = []
         for own in list(held.values()) or [drawn]:
             adapted.load({**tensors, **own}, adapted.scaling)
             every.append(score(adapted.model, test, self.config))
-        return mean_metrics([scores.metrics() for scores in every]), self.details(every)
+        return mean_metrics([scores.metrics() for scores in every]), self.details(every, list(held))
 
-    def details(self, every: Iterable[Scores]) -> dict[str, Any]:
-        """Break test scores down by domain, and by client if asked."""
+    def details(self, every: Iterable[Scores], owners: Sequence[str] = ()) -> dict[str, Any]:
+        """Break test scores down by domain, and by client if asked: by its own model, where each has an owner."""
         models, test = list(every), self.home.test
         found: dict[str, Any] = {}
         if test.domains is not None:
@@ -225,7 +233,10 @@ class _Run:
             found["domains"] = {name: mean_metrics([groups[name] for groups in by_domain]) for name in by_domain[0]}
         if self.config.run.evaluate_clients:
             by_client = [client_metrics(scores, test, self.home.data.train, self.home.partition) for scores in models]
-            clients = {name: mean_metrics([groups[name] for groups in by_client]) for name in by_client[0]}
+            if owners:
+                clients = {name: own[name] for name, own in zip(owners, by_client, strict=True) if name in own}
+            else:
+                clients = {name: mean_metrics([groups[name] for groups in by_client]) for name in by_client[0]}
             key = "perplexity" if self.config.task == "causal-lm" else "accuracy"
             found["clients"] = {key: spread(clients, key), "scores": clients}
         return found
@@ -238,7 +249,7 @@ class _Run:
         whole = AdapterState(self.state.factors, {**self.state.dense, **drawn})
         self.directory.write_adapter(lambda path: adapted.save(path, whole, labels))
         for client, own in sorted((self.personal() if self.personal is not None else {}).items()):
-            personal = AdapterState(self.state.factors, {**self.state.dense, **own})
+            personal = AdapterState.from_tensors({**whole.to_tensors(), **own}, adapted.scaling)
             self.directory.write_adapter(
                 lambda path, state=personal: adapted.save(path, state, labels), f"clients/{client}/adapter"
             )

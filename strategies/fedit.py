@@ -81,7 +81,9 @@ def mean_dense(updates: Iterable[ClientUpdate], current: AdapterState) -> dict[s
     return _dense_like(running.mean(), current)
 
 
-def weighted_mean(updates: Iterable[ClientUpdate], current: AdapterState, trains_a: bool = True) -> AdapterState:
+def weighted_mean(
+    updates: Iterable[ClientUpdate], current: AdapterState, trains_a: bool = True, trains_b: bool = True
+) -> AdapterState:
     """Average A, B and the other trained tensors over clients, each weighted with its number of rows.
 
     Parameters
@@ -90,8 +92,8 @@ def weighted_mean(updates: Iterable[ClientUpdate], current: AdapterState, trains
         The cohort; consumed once, one update held at a time.
     current : AdapterState
         The adapter that the clients started from. The result has its scalings and types.
-    trains_a : bool
-        False where A is frozen and shared: the result then has A of `current`, bit by bit.
+    trains_a, trains_b : bool
+        False where a factor is shared and not trained: the result then has that of `current`, bit by bit.
 
     Returns
     -------
@@ -107,14 +109,14 @@ def weighted_mean(updates: Iterable[ClientUpdate], current: AdapterState, trains
     """
     factors, dense = RunningMean(), RunningMean()
     for update in updates:
-        factors.add(_on_one_scale(update, current, trains_a), update.num_examples, update.client_id)
+        factors.add(_on_one_scale(update, current, trains_a, trains_b), update.num_examples, update.client_id)
         dense.add(update.dense, update.num_examples, update.client_id)
         del update  # else it lives on while the next one is read
     means = factors.mean()
     merged = {
         layer: LoraFactors(
             means[layer + A_SUFFIX].to(f.A) if trains_a else f.A,  # (r, d_in)
-            means[layer + B_SUFFIX].to(f.B),  # (d_out, r)
+            means[layer + B_SUFFIX].to(f.B) if trains_b else f.B,  # (d_out, r)
             f.scaling,
         )
         for layer, f in current.factors.items()
@@ -122,15 +124,16 @@ def weighted_mean(updates: Iterable[ClientUpdate], current: AdapterState, trains
     return AdapterState(merged, _dense_like(dense.mean(), current))
 
 
-def _on_one_scale(update: ClientUpdate, current: AdapterState, trains_a: bool) -> dict[str, Tensor]:
-    """Return A_k and B_k s_k / s of all layers; without A where it is frozen."""
+def _on_one_scale(update: ClientUpdate, current: AdapterState, trains_a: bool, trains_b: bool) -> dict[str, Tensor]:
+    """Return A_k and B_k s_k / s of all layers; without what is not trained."""
     require_layers(update, current)
     tensors: dict[str, Tensor] = {}
     for layer, f in update.factors.items():
         if trains_a:
             tensors[layer + A_SUFFIX] = f.A
-        ratio = f.scaling / current.factors[layer].scaling
-        tensors[layer + B_SUFFIX] = f.B if ratio == 1 else f.B.to(torch.float64) * ratio
+        if trains_b:
+            ratio = f.scaling / current.factors[layer].scaling
+            tensors[layer + B_SUFFIX] = f.B if ratio == 1 else f.B.to(torch.float64) * ratio
     return tensors
 
 

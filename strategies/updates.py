@@ -17,7 +17,7 @@ class RefusedUpdateError(ValueError):
 
 
 def read_update(
-    reply: Message, client_id: str, expected: Mapping[str, Tensor], frozen: Mapping[str, Tensor], scaling: float
+    reply: Message, client_id: str, expected: Mapping[str, Tensor], held: Mapping[str, Tensor], scaling: float
 ) -> ClientUpdate:
     """Read one client's reply, or refuse it by name.
 
@@ -28,9 +28,9 @@ def read_update(
     client_id : str
         Who sent it.
     expected : mapping of str to Tensor
-        What was sent to be trained: names, shapes and types must agree.
-    frozen : mapping of str to Tensor
-        Tensors of the adapter that nobody trains; they complete the update.
+        What the client is to send back, as it was before training: names, shapes and types must agree.
+    held : mapping of str to Tensor
+        The adapter's other tensors, which the client had and did not send; they complete the update.
     scaling : float
         Of the client's adapter.
 
@@ -59,8 +59,8 @@ def read_update(
             )
         if not torch.isfinite(tensor).all():
             raise RefusedUpdateError(f"{name} holds NaN or infinity")
-    state = AdapterState.from_tensors({**frozen, **tensors}, scaling)
-    dense = {name: tensor for name, tensor in state.dense.items() if name not in frozen}
+    state = AdapterState.from_tensors({**held, **tensors}, scaling)
+    dense = {name: tensor for name, tensor in state.dense.items() if name not in held}
     reported = metrics[METRICS]
     return ClientUpdate(client_id, _num_examples(reported), state.factors, dense, _scalars(reported))
 

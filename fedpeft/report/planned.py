@@ -39,7 +39,7 @@ class DryRun:
     layers : int
         Adapted layers.
     bytes_up, bytes_down : int
-        Array values that one client sends and receives in one round.
+        Array values that one client sends and receives in the whole run, if it is drawn every round and once each.
     client_rows : mapping of str to int
         Training rows of each client.
     test_rows : int
@@ -77,7 +77,7 @@ class DryRun:
     @property
     def total_bytes(self) -> int:
         """Bytes of the whole run, both ways, if no client has to be asked twice."""
-        return (self.bytes_up + self.bytes_down) * self.cohort * self.config.federation.rounds
+        return (self.bytes_up + self.bytes_down) * self.cohort
 
     @property
     def head(self) -> str:
@@ -92,8 +92,8 @@ class DryRun:
             "parameters": self.parameters,
             "trainable": self.trainable,
             "layers": self.layers,
-            "bytes_up_per_client": self.bytes_up,
-            "bytes_down_per_client": self.bytes_down,
+            "bytes_up_per_client": self.bytes_up // self.config.federation.rounds,
+            "bytes_down_per_client": self.bytes_down // self.config.federation.rounds,
             "total_bytes": self.total_bytes,
             "cohort": self.cohort,
             "client_rows": dict(self.client_rows),
@@ -117,6 +117,7 @@ def dry_run_table(planned: DryRun) -> RenderableType:
     sees = "must see each client's factors" if planned.needs_single_factors else "needs sums over clients only"
     share = 100 * planned.trainable / max(1, planned.parameters)
     rows = list(planned.client_rows.values())
+    up, down = (moved / federation.rounds for moved in (planned.bytes_up, planned.bytes_down))  # means
     facts: list[tuple[str, object]] = [
         (
             "model",
@@ -139,7 +140,7 @@ def dry_run_table(planned: DryRun) -> RenderableType:
         ("partition", f"{config.partition.scheme}{_partition_options(config)}"),
         ("clients", rows_summary(rows)),
         ("rounds", f"{federation.rounds}, with {planned.cohort} of {len(rows)} clients each"),
-        ("a client moves", f"{size(planned.bytes_up)} up and {size(planned.bytes_down)} down a round"),
+        ("a client moves", f"{size(up)} up and {size(down)} down a round"),
         ("in all", f"{size(planned.total_bytes)} for {federation.rounds} rounds"),
         ("seed", config.run.seed),
     ]

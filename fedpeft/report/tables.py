@@ -39,6 +39,8 @@ def strategies_dict(methods: Mapping[str, type[AdapterStrategy]] | None = None) 
             "sends": method.capabilities.sends,
             "exact": method.capabilities.exact,
             "needs_single_factors": method.capabilities.needs_single_factors,
+            "trains": method.capabilities.trains,
+            "personal": sorted(method.capabilities.personal),
             "options": _options(method),
         }
         for name, method in methods.items()
@@ -86,7 +88,9 @@ def strategies_table(methods: Sequence[Facts] | None = None) -> RenderableType:
         sees = "each client's factors" if method["needs_single_factors"] else "sums suffice"
         name = cell(method["name"], "bold cyan")
         table.add_row(name, cell(method["paper"]), cell(method["sends"]), cell(sees))
-        facts: list[tuple[str, object]] = [("exact", method["exact"])]
+        facts: list[tuple[str, object]] = [("trained", method["trains"]), ("exact", method["exact"])]
+        if method["personal"]:
+            facts.append(("personal", f"{', '.join(method['personal'])} stays with each client"))
         for option in method["options"]:
             default = "required" if option["required"] else f"default {as_typed(option['default'])}"
             facts.append((option["name"], f"{option['allowed']}, {default}. {option['description']}"))

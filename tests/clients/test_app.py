@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,19 +14,21 @@ from flwr.supercore.task_identity import TaskIdentity
 from fedpeft.clients.app import ClientFailedError, app
 from fedpeft.config import RunConfig
 from fedpeft.resident import resident
-from fedpeft.state import fingerprint
+from fedpeft.state import Role, fingerprint, role_of
 from fedpeft.wire import (
     ARRAYS,
     CLIENT_ID,
     CONFIG,
-    FROZEN,
-    FROZEN_HASH,
+    HELD_HASH,
+    KEPT,
     METRICS,
-    NEEDS_FROZEN,
+    NEEDS_ARRAYS,
     NUM_EXAMPLES,
     NUM_ROUNDS,
+    PERSONAL,
     ROUND,
     SCALING,
+    TRAINED,
     to_record,
     to_tensors,
 )
@@ -49,18 +51,32 @@ def share(config: RunConfig, index: int = 0) -> Context:
     return context(config, partition_id=index, num_partitions=3)
 
 
-def order(config: RunConfig, frozen_hash: str | None = None, **records: object) -> Message:
+def order(
+    config: RunConfig,
+    held_hash: str | None = None,
+    others: Mapping[str, torch.Tensor] | None = None,
+    *,
+    trained: Sequence[str] = ("A", "B", "head"),
+    personal: Sequence[str] = (),
+    kept: Sequence[str] = (),
+    without: Sequence[str] = (),
+) -> Message:
     adapted = resident(config).adapted
     settings = ConfigRecord(
         {
             ROUND: 1,
             NUM_ROUNDS: 2,
             SCALING: adapted.scaling,
-            FROZEN_HASH: adapted.frozen_hash if frozen_hash is None else frozen_hash,
+            HELD_HASH: adapted.frozen_hash if held_hash is None else held_hash,
+            TRAINED: list(trained),
+            PERSONAL: list(personal),
+            KEPT: list(kept),
         }
     )
-    sent = to_record({name: adapted.initial[name] for name in adapted.trained})
-    return Message(RecordDict({ARRAYS: sent, CONFIG: settings, **records}), 1, MessageType.TRAIN)  # type: ignore[dict-item]
+    shared = {name: adapted.initial[name] for name in adapted.trained if role_of(name) not in (*personal, *without)}
+    return Message(
+        RecordDict({ARRAYS: to_record({**shared, **(others or {})}), CONFIG: settings}), 1, MessageType.TRAIN
+    )
 
 
 def test_a_client_trains_and_sends_back_what_it_was_sent(text_config: Make) -> None:
@@ -91,14 +107,44 @@ def test_a_client_with_another_frozen_draw_asks_for_it_and_trains_with_it(text_c
     adapted = resident(config).adapted
     other = {name: adapted.initial[name] + 1 for name in adapted.frozen}
     asked = app(order(config, fingerprint(other)), share(config))
-    assert asked.content.config_records[CONFIG][NEEDS_FROZEN] is True
-    reply = app(order(config, fingerprint(other), **{FROZEN: to_record(other)}), share(config))
+    assert asked.content.config_records[CONFIG][NEEDS_ARRAYS] is True
+    reply = app(order(config, "", other), share(config))
     plain = app(order(config), share(config))
     assert not any("lora_A" in name for name in reply.content.array_records[ARRAYS])
     given, own = (fingerprint(to_tensors(each.content.array_records[ARRAYS])) for each in (reply, plain))
     assert given != own
-    with pytest.raises(ClientFailedError, match="AdapterError"):
-        app(order(config, "0" * 64, **{FROZEN: to_record(other)}), share(config))
+
+
+@pytest.mark.parametrize(("trained", "sent"), [(["A"], {Role.A}), (["B", "head"], {Role.B, Role.HEAD})])
+def test_a_client_trains_what_the_message_says_and_nothing_else(
+    text_config: Make, trained: list[str], sent: set[Role]
+) -> None:
+    config = text_config()
+    reply = app(order(config, trained=trained), share(config))
+    assert {role_of(name) for name in reply.content.array_records[ARRAYS]} == sent
+    initial, adapted = resident(config).adapted.initial, resident(config).adapted
+    moved = {role_of(n) for n, tensor in adapted.tensors(initial).items() if not torch.equal(tensor, initial[n])}
+    assert moved <= sent  # A has no gradient while B is zero
+
+
+def test_a_client_keeps_what_it_is_asked_to_keep_and_need_not_be_sent_it_again(text_config: Make) -> None:
+    config = text_config()
+    initial = resident(config).adapted.initial
+    moved = {name: tensor + 0.5 for name, tensor in initial.items() if role_of(name) == Role.B}
+    held = share(config)
+    app(order(config, "", moved, trained=["A"], kept=["A", "B"]), held)
+    again = order(config, fingerprint(moved), trained=["A"], kept=["A", "B"], without=["B"])
+    assert ARRAYS in app(again, held).content.array_records
+    asked = app(again, share(config))  # a client that was not there before
+    assert asked.content.config_records[CONFIG][NEEDS_ARRAYS] is True
+
+
+def test_a_personal_factor_never_leaves_its_client(text_config: Make) -> None:
+    config = text_config()
+    held = share(config)
+    reply = app(order(config, personal=["B"]), held)
+    assert {role_of(name) for name in reply.content.array_records[ARRAYS]} == {Role.A, Role.HEAD}
+    assert {role_of(name) for name in held.state.array_records["personal"]} == {Role.B}
 
 
 def test_a_personal_head_is_kept_and_not_sent(text_config: Make) -> None:

@@ -15,7 +15,7 @@ Config = Callable[..., RunConfig]
 
 def planned(config: RunConfig, **facts: Any) -> DryRun:
     known: dict[str, Any] = {
-        "parameters": 22_700_000, "trainable": 74_112, "layers": 12, "bytes_up": 296_448, "bytes_down": 300_000,
+        "parameters": 22_700_000, "trainable": 74_112, "layers": 12, "bytes_up": 2_964_480, "bytes_down": 3_000_000,
         "client_rows": {"a": 10, "b": 20, "c": 30, "d": 40}, "test_rows": 25, "paper": "arXiv 2411.14961",
         "exact": "closest", "needs_single_factors": True, "head_parameters": 384,
     }  # fmt: skip
@@ -27,7 +27,7 @@ def test_a_dry_run_shows_what_would_be_trained_and_moved(config: Config) -> None
         config(federation__rounds=10, federation__fraction=0.5, strategy__name="lora-fair", strategy__solver="cosine")
     )
     assert plan.cohort == 2
-    assert plan.total_bytes == 10 * 2 * 596_448
+    assert plan.total_bytes == 2 * 5_964_480
     text = joined(printed(dry_run_table(plan)))
     for expected in (
         "lora-fair, solver cosine",

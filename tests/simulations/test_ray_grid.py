@@ -294,6 +294,8 @@ def test_an_interrupt_from_the_terminal_ends_a_round_and_leaves_nothing(tmp_path
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            # a shell's background jobs, and what they start, ignore interrupts
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
         try:
             while not started.exists():

@@ -21,10 +21,9 @@ from fedpeft.wire import (
     ARRAYS,
     CLIENT_ID,
     CONFIG,
-    FROZEN,
-    FROZEN_HASH,
+    HELD_HASH,
     METRICS,
-    NEEDS_FROZEN,
+    NEEDS_ARRAYS,
     NUM_EXAMPLES,
     TRAIN_LOSS,
     to_record,
@@ -228,16 +227,15 @@ def test_more_clients_needed_than_there_are_is_an_error() -> None:
 
 
 def with_own_frozen(a: Tensor) -> Client:
-    """Make an FFA client that draws its own A, and says so if the server's hash is another one."""
+    """Make an FFA client that draws its own A, and says so if the server expects another one."""
 
     def client(message: Message) -> Message:
-        wanted = message.content.config_records[CONFIG][FROZEN_HASH]
-        if fingerprint({A: a}) != wanted:
-            if FROZEN not in message.content.array_records:
-                return Message(RecordDict({CONFIG: ConfigRecord({NEEDS_FROZEN: True})}), reply_to=message)
-            assert fingerprint(to_tensors(message.content.array_records[FROZEN])) == wanted
-        assert A not in message.content.array_records[ARRAYS]
-        return adding(1.0)(message)
+        sent = to_tensors(message.content.array_records[ARRAYS])
+        held = {A: a} if A not in sent else {}
+        if (fingerprint(held) if held else "") != message.content.config_records[CONFIG][HELD_HASH]:
+            return Message(RecordDict({CONFIG: ConfigRecord({NEEDS_ARRAYS: True})}), reply_to=message)
+        trained = {name: tensor + 1.0 for name, tensor in sent.items() if name != A}
+        return reply_with(message, trained)
 
     return client
 
@@ -248,7 +246,7 @@ def test_frozen_tensors_travel_as_a_hash_and_only_to_those_who_draw_others() -> 
     assert torch.equal(final[A], initial()[A])
     torch.testing.assert_close(final[B], initial()[B] + 2.0)
     assert [len(report.updates) for report in reports] == [3, 3]
-    carried = [message.metadata.dst_node_id for message in grid.log if FROZEN in message.content.array_records]
+    carried = [message.metadata.dst_node_id for message in grid.log if A in message.content.array_records[ARRAYS]]
     assert carried == [2, 2]  # repeated at once in round 1, sent along in round 2
     values = 4 * (3 * 2 + 2 * 3)
     assert reports[1].bytes_up == 3 * values

@@ -1,0 +1,52 @@
+"""FedSA-LoRA: A is shared, B stays with its client.
+
+P. Guo et al., "Selective Aggregation for Low-Rank Adaptation in Federated Learning", arXiv 2410.01463. Clients train
+both factors and send A alone; the server sends
+
+    Abar = sum_k p_k A_k,
+
+and client k goes on from (Abar, B_k). A is found to hold what clients have in common, B what is their own. So there is
+one model a client and no global one: a run's score is the mean over the personal models, and what a client has not
+trained yet is the B that all start from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from fedpeft.config import AdapterConfig
+from fedpeft.errors import ConfigError
+from fedpeft.state import AdapterState, ClientUpdate, Role
+from fedpeft.strategies.base import AdapterStrategy, Capabilities, StrategyOptions
+from fedpeft.strategies.exchange import Exchange
+from fedpeft.strategies.fedit import weighted_mean
+
+
+class FedSaLora(AdapterStrategy):
+    """The weighted mean of A; B is personal (arXiv 2410.01463)."""
+
+    name = "fedsa-lora"
+    capabilities = Capabilities(
+        paper="arXiv 2410.01463",
+        sends="Abar",
+        exact="does not apply: there is no global update",
+        needs_single_factors=False,
+        personal=frozenset({Role.B}),
+    )
+
+    @classmethod
+    def check(cls, options: StrategyOptions, adapter: AdapterConfig) -> None:
+        """Raise ConfigError if A is frozen: nothing would be left to share."""
+        if adapter.kind == "ffa-lora":
+            raise ConfigError(
+                "strategy 'fedsa-lora' shares A, which adapter.kind = 'ffa-lora' freezes; use adapter.kind = 'lora'"
+            )
+
+    @classmethod
+    def exchange(cls, server_round: int) -> Exchange:
+        """Train everything, and leave B where it is."""
+        return Exchange(personal=cls.capabilities.personal)
+
+    def aggregate(self, updates: Iterable[ClientUpdate], current: AdapterState) -> AdapterState:
+        """Average A as it arrives."""
+        return weighted_mean(updates, current, trains_b=False)

@@ -1,0 +1,78 @@
+"""FedSVD: B is trained and averaged, and an SVD of the product gives A its turn.
+
+S. Lee et al., "FedSVD: Adaptive Orthogonalization for Private Federated Learning with LoRA", arXiv 2505.12805. Clients
+share A and train B alone, so that Bbar A is the exact mean of products. Then the server factors it anew,
+
+    Bbar A = U S V^T,    A <- V_r^T,    B <- U_r S_r,
+
+which changes no product, and moves A into the directions that the clients' updates use, with orthonormal rows.
+
+The SVD is of the small matrix Bbar R^T, where A^T = QR: then U S W^T = Bbar R^T gives V^T = W^T Q^T, orthonormal even
+where the product has lost rank or, in the first round, A is still as drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+
+from fedpeft.config import AdapterConfig
+from fedpeft.errors import ConfigError
+from fedpeft.state import AdapterState, ClientUpdate, LoraFactors, Role
+from fedpeft.strategies.base import AdapterStrategy, Capabilities, StrategyOptions
+from fedpeft.strategies.exchange import Exchange
+from fedpeft.strategies.fedit import weighted_mean
+
+
+def refactor(f: LoraFactors) -> LoraFactors:
+    """Return the same product with orthonormal rows of A, in the order of their singular values.
+
+    Parameters
+    ----------
+    f : LoraFactors
+        A ``(r, d_in)`` and B ``(d_out, r)``, r at most d_in.
+
+    Returns
+    -------
+    LoraFactors
+        V^T ``(r, d_in)`` and U S ``(d_out, r)``, of the same types and scaling.
+    """
+    Q, R = torch.linalg.qr(f.A.to(torch.float64).T)  # (d_in, r), (r, r)
+    core = f.B.to(torch.float64) @ R.T  # (d_out, r)
+    # B W = U S needs no U, which is undetermined where a singular value is zero; W is square whatever d_out is
+    Wt = torch.linalg.svd(core, full_matrices=core.shape[0] < core.shape[1]).Vh  # (r, r)
+    return replace(f, A=(Wt @ Q.T).to(f.A), B=(core @ Wt.T).to(f.B))
+
+
+class FedSvd(AdapterStrategy):
+    """The mean of B, refactored by an SVD (arXiv 2505.12805)."""
+
+    name = "fedsvd"
+    capabilities = Capabilities(
+        paper="arXiv 2505.12805",
+        sends="A = V^T, B = U S of the SVD of Bbar A",
+        exact="always: A is shared",
+        needs_single_factors=False,
+        trains="B",
+    )
+
+    @classmethod
+    def check(cls, options: StrategyOptions, adapter: AdapterConfig) -> None:
+        """Raise ConfigError if A may not change even between rounds."""
+        if adapter.kind == "ffa-lora":
+            raise ConfigError(
+                "strategy 'fedsvd' changes A between rounds, which adapter.kind = 'ffa-lora' forbids; "
+                "use adapter.kind = 'lora' (fedsvd's clients train B alone)"
+            )
+
+    @classmethod
+    def exchange(cls, server_round: int) -> Exchange:
+        """Train B; A is new in every round."""
+        return Exchange(trained=frozenset({Role.B, Role.HEAD}), refactored=frozenset({Role.A}))
+
+    def aggregate(self, updates: Iterable[ClientUpdate], current: AdapterState) -> AdapterState:
+        """Average B as it arrives, then refactor every layer; see `refactor`."""
+        mean = weighted_mean(updates, current, trains_a=False)
+        return AdapterState({layer: refactor(f) for layer, f in mean.factors.items()}, mean.dense)

@@ -1,0 +1,103 @@
+"""What travels: by plan, and as measured on clients that hold no more than they may."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from flwr.app import ConfigRecord, Message, RecordDict
+from torch import Tensor
+
+from fedpeft.state import AdapterState, fingerprint, role_of
+from fedpeft.strategies import STRATEGIES
+from fedpeft.strategies.base import AdapterStrategy
+from fedpeft.strategies.exchange import Deliveries, sent_down
+from fedpeft.strategies.rolora import RoLora
+from fedpeft.strategies.rounds import RoundReport
+from fedpeft.wire import ARRAYS, CONFIG, HELD_HASH, KEPT, NEEDS_ARRAYS, PERSONAL, TRAINED, to_record, to_tensors
+from tests.strategies.test_base import HEAD, A, B, Client, FunctionGrid, initial, reply_with
+
+ROUNDS = 4
+SIZES = {name: tensor.numel() * 4 for name, tensor in initial().items()}
+
+
+def honest(amount: float, forgets: bool = False) -> Client:
+    """Make a client that holds what it drew and what it was told to keep, and trains what it is told to train."""
+    own: dict[str, Tensor] = {}
+
+    def client(message: Message) -> Message:
+        settings = message.content.config_records[CONFIG]
+        sent = to_tensors(message.content.array_records[ARRAYS])
+        personal = {n for n in initial() if role_of(n) in settings[PERSONAL]}  # type: ignore[operator]
+        held = {n: own.get(n, t) for n, t in initial().items() if n not in sent and n not in personal}
+        if (fingerprint(held) if held else "") != settings[HELD_HASH]:
+            return Message(RecordDict({CONFIG: ConfigRecord({NEEDS_ARRAYS: True})}), reply_to=message)
+        start = {**held, **sent, **{n: own.get(n, initial()[n]) for n in personal}}
+        if not forgets:
+            own.update({n: t for n, t in start.items() if role_of(n) in settings[KEPT]})  # type: ignore[operator]
+        trained = {n: t + amount for n, t in start.items() if role_of(n) in settings[TRAINED]}  # type: ignore[operator]
+        own.update({n: t for n, t in trained.items() if n in personal})
+        return reply_with(message, {n: t for n, t in trained.items() if n not in personal})
+
+    return client
+
+
+def run(method: type[AdapterStrategy], clients: dict[int, Client]) -> tuple[dict[str, Tensor], list[RoundReport]]:
+    strategy = method(client_ids={node: str(node) for node in clients}, scaling=2.0)
+    reports: list[RoundReport] = []
+    result = strategy.start(
+        FunctionGrid(clients), to_record(initial()), ROUNDS, observer=lambda report, state: reports.append(report)
+    )
+    return to_tensors(result.arrays), reports
+
+
+@pytest.mark.parametrize("method", STRATEGIES.values(), ids=STRATEGIES)
+def test_measured_bytes_are_the_planned_ones(method: type[AdapterStrategy]) -> None:
+    _, reports = run(method, {1: honest(0.1), 2: honest(0.3)})
+    for report in reports:
+        number = report.server_round
+        assert report.bytes_up == 2 * sum(SIZES[n] for n in method.exchange(number).sent_up(list(SIZES), ()))
+        assert report.bytes_down == 2 * sum(SIZES[n] for n in sent_down(method.exchange, list(SIZES), (), number))
+
+
+def closed_form(method: str, server_round: int) -> tuple[int, int]:
+    """Return the values that a client of rank r sends and receives of one layer, as the papers count them."""
+    (r, d_in), (d_out, _) = initial()[A].shape, initial()[B].shape
+    a, b = r * d_in, r * d_out
+    return {
+        "fedit": (a + b, a + b),
+        "lora-fair": (a + b, a + b),
+        "lora-lego": (a + b, a + b),
+        "fedsa-lora": (a, a),
+        "fedsvd": (b, b if server_round == 1 else a + b),  # the first A is drawn from the seed
+        "rolora": (b if server_round % 2 else a, b if server_round == 1 or server_round % 2 == 0 else a),
+    }[method]
+
+
+@pytest.mark.parametrize("name", ["fedit", "lora-fair", "lora-lego", "fedsa-lora", "fedsvd", "rolora"])
+def test_measured_bytes_are_the_closed_form_counts(name: str) -> None:
+    _, reports = run(STRATEGIES[name], {1: honest(0.1)})
+    for report in reports:
+        up, down = closed_form(name, report.server_round)
+        assert (report.bytes_up, report.bytes_down) == (4 * up + SIZES[HEAD], 4 * down + SIZES[HEAD])
+
+
+def test_a_client_that_forgets_what_it_kept_is_sent_everything_and_the_result_is_the_same() -> None:
+    kept, _ = run(RoLora, {1: honest(0.1), 2: honest(0.3)})
+    forgotten, reports = run(RoLora, {1: honest(0.1), 2: honest(0.3, forgets=True)})
+    assert all(torch.equal(kept[name], forgotten[name]) for name in kept)
+    assert [len(report.updates) for report in reports] == [2] * ROUNDS
+
+
+def test_a_client_that_missed_a_round_is_sent_what_changed_in_it() -> None:
+    tensors = AdapterState.from_tensors(initial(), 1.0).to_tensors()
+    deliveries = Deliveries(tensors, RoLora.exchange(1), ())
+    for client in ("there", "away"):
+        assert set(deliveries.lacking(client, RoLora.exchange(1))) == {B, HEAD}
+    deliveries.delivered("there", [B, HEAD], RoLora.exchange(1))
+    for number, moved in ((2, B), (3, A)):
+        tensors = {n: t + 1 if n in (moved, HEAD) else t for n, t in tensors.items()}
+        deliveries.update(tensors)
+        lacking = set(deliveries.lacking("there", RoLora.exchange(number)))
+        assert lacking == {moved, HEAD}
+        deliveries.delivered("there", lacking, RoLora.exchange(number))
+    assert set(deliveries.lacking("away", RoLora.exchange(3))) == {A, B, HEAD}
