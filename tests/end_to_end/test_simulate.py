@@ -81,6 +81,24 @@ def test_the_number_of_workers_does_not_change_a_byte(
     assert events(run, "evaluate") == events(reference, "evaluate")
 
 
+@pytest.mark.parametrize("strategy", ["rolora", "fedsa-lora"])
+def test_what_clients_keep_from_round_to_round_does_not_depend_on_workers(
+    strategy: str, text_config: Make, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"strategy__name": strategy, "federation__rounds": 4, "federation__fraction": 0.67}
+    runs = [
+        simulate(text_config(**settings, simulation__workers=workers), tmp_path / str(workers)).path
+        for workers in (0, 2)
+    ]
+    one, two = ({path.relative_to(run): path.read_bytes() for path in run.rglob("*.safetensors")} for run in runs)
+    assert one == two
+    assert [events(run, "evaluate") for run in runs[:1]] == [events(run, "evaluate") for run in runs[1:]]
+    moved = [[(e["bytes_up"], e["bytes_down"]) for e in events(run, "round")] for run in runs]
+    assert moved[0] == moved[1]
+    personal = list((runs[0] / "clients").glob("*/adapter/adapter_model.safetensors"))
+    assert (len(personal) == 3) == (strategy == "fedsa-lora")
+
+
 def kill_a_busy_worker(done: list[int]) -> None:
     """Wait until some Ray actor of ours answers a message, and kill it in the middle of that."""
     deadline = time.monotonic() + 120
