@@ -35,6 +35,7 @@ QUERY_VALUE = (
 )
 ALL_LINEAR = "all-linear"
 LABELS = "labels.json"
+PEFT_PREFIX = "base_model.model."  # of all names in a PEFT model
 PEFT_TASKS: dict[Task, TaskType | None] = {
     "sequence-classification": TaskType.SEQ_CLS,
     "image-classification": None,
@@ -218,21 +219,23 @@ class AdaptedModel:
         directory : Path
             Made if it does not exist.
         state : AdapterState
-            Every tensor of the adapter, the head included; all layers of one rank and scaling.
+            Every tensor of the adapter, the head included; layers may differ in rank and scaling.
         labels : sequence of str
             Label names in the order of their ids, written to labels.json.
         """
-        ranks = {f.rank for f in state.factors.values()}
-        scalings = {f.scaling for f in state.factors.values()}
-        if len(ranks) != 1 or len(scalings) != 1:
-            raise AdapterError(
-                f"layers differ in rank {sorted(ranks)} or scaling {sorted(scalings)}; one adapter has one of each"
-            )
-        rank, scaling = ranks.pop(), scalings.pop()
+        # PEFT has one rank and one alpha, and patterns for the layers that differ
+        rank, scaling = Counter((f.rank, f.scaling) for f in state.factors.values()).most_common(1)[0][0]
+        others = {
+            layer.removeprefix(PEFT_PREFIX): f
+            for layer, f in state.factors.items()
+            if (f.rank, f.scaling) != (rank, scaling)
+        }
         directory.mkdir(parents=True, exist_ok=True)
         written: dict[str, Any] = self.peft_config.to_dict() | {
             "r": rank,
             "lora_alpha": scaling * rank,
+            "rank_pattern": {layer: f.rank for layer, f in others.items()},
+            "alpha_pattern": {layer: f.scaling * f.rank for layer, f in others.items()},
             "inference_mode": True,
         }
         written["target_modules"] = sorted(written["target_modules"])  # a set otherwise, whose order is no order

@@ -8,8 +8,11 @@ from fedpeft.config import RunConfig, StrategyConfig
 from fedpeft.errors import ConfigError, nearest
 from fedpeft.strategies.base import AdapterStrategy, Capabilities, StrategyOptions
 from fedpeft.strategies.fedit import FedIt
+from fedpeft.strategies.fedrot_lora import FedRotLora
 from fedpeft.strategies.fedsa_lora import FedSaLora
 from fedpeft.strategies.fedsvd import FedSvd
+from fedpeft.strategies.flexlora import FlexLora
+from fedpeft.strategies.florist import Florist
 from fedpeft.strategies.lora_fair import LoraFair
 from fedpeft.strategies.lora_lego import LoraLego
 from fedpeft.strategies.rolora import RoLora
@@ -19,8 +22,11 @@ __all__ = [
     "AdapterStrategy",
     "Capabilities",
     "FedIt",
+    "FedRotLora",
     "FedSaLora",
     "FedSvd",
+    "FlexLora",
+    "Florist",
     "LoraFair",
     "LoraLego",
     "RoLora",
@@ -31,7 +37,8 @@ __all__ = [
 ]
 
 STRATEGIES: dict[str, type[AdapterStrategy]] = {
-    method.name: method for method in (FedIt, LoraFair, LoraLego, RoLora, FedSaLora, FedSvd)
+    method.name: method
+    for method in (FedIt, LoraFair, LoraLego, FlexLora, Florist, RoLora, FedSaLora, FedSvd, FedRotLora)
 }
 
 ENTRY_POINTS = "fedpeft.strategies"

@@ -70,6 +70,8 @@ class Capabilities:
         What clients train, besides the head.
     personal : frozenset of Role
         What stays with each client; where there is such, scores are means over the clients' own models.
+    changes_rank : bool
+        Whether what is sent may have another rank than the clients' adapters had at first.
     """
 
     paper: str
@@ -78,6 +80,7 @@ class Capabilities:
     needs_single_factors: bool
     trains: str = "A, B"
     personal: frozenset[Role] = frozenset()
+    changes_rank: bool = False
 
 
 class AdapterStrategy(Strategy):

@@ -281,6 +281,7 @@ class LoraLego(AdapterStrategy):
         sends="centroids of k clusters of ranks",
         exact="with least-squares at k = sum of the clients' ranks, and where A is frozen (ffa-lora)",
         needs_single_factors=True,
+        changes_rank=True,
     )
     Options = LoraLegoOptions
     options: LoraLegoOptions

@@ -14,7 +14,7 @@ from fedpeft.adapters import AdaptedModel, choose_targets
 from fedpeft.config import RunConfig, nest, resolve
 from fedpeft.errors import AdapterError, ModelError
 from fedpeft.models import load_base, locate
-from fedpeft.state import AdapterState
+from fedpeft.state import AdapterState, LoraFactors
 
 Make = Callable[..., RunConfig]
 SMALL: dict[str, Any] = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
@@ -159,3 +159,22 @@ def test_a_pooler_that_nobody_has_trained_is_trained_with_the_head(tmp_path: Pat
     assert trained.base.head == ("classifier",)
     pooler = drawn.initial["base_model.model.bert.pooler.dense.weight"]
     assert torch.equal(pooler, model.pooler.dense.weight)  # as the checkpoint has it, and as all clients do
+
+
+def test_layers_of_different_ranks_and_scalings_are_saved_as_peft_reads_them(bases: Path, tmp_path: Path) -> None:
+    live, config = adapted(bases / "llama", "causal-lm")
+    state = AdapterState.from_tensors(live.initial, 2.0)
+    torch.manual_seed(5)
+    ranks = dict(zip(state.factors, (3, 1), strict=True))
+    factors = {
+        layer: LoraFactors(torch.randn(r, f.A.shape[1]), torch.randn(f.B.shape[0], r), 0.5 * r)
+        for (layer, f), r in zip(state.factors.items(), ranks.values(), strict=True)
+    }
+    live.save(tmp_path, AdapterState(factors), ())
+    base = load_base(config, bases / "llama", ())
+    loaded = PeftModel.from_pretrained(base.model, str(tmp_path))
+    for layer, f in factors.items():
+        module = loaded.get_submodule(layer)
+        assert torch.equal(module.lora_A["default"].weight, f.A)
+        assert torch.equal(module.lora_B["default"].weight, f.B)
+        assert module.scaling["default"] == f.scaling

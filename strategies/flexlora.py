@@ -1,0 +1,227 @@
+"""FlexLoRA: the best approximation, at the adapter's rank, of the mean of products.
+
+J. Bai et al., "Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client Resources",
+arXiv 2402.11505. With DW = sum_k p_k s_k B_k A_k and its singular value decomposition
+
+    DW = U diag(S) V^T,    S_1 >= S_2 >= ...,
+
+the server keeps the first r singular directions, which no other product of rank r brings nearer to DW. A client of rank
+r_k takes the first r_k of them, its own best approximation: so the largest come first. Ranks and scalings may differ
+between clients. It is exact where r is no less than the rank of DW, at most R = sum_k r_k.
+
+What differs from the paper:
+
+* DW is never formed. With B* = Q_B R_B and (A*)^T = Q_A R_A, DW = Q_B (R_B R_A^T) Q_A^T, and only the core, of
+  min(d_out, R) x min(d_in, R), is decomposed. ``solver = "randomized"`` spares even that where R is large: N. Halko,
+  P. Martinsson, J. Tropp, "Finding Structure with Randomness", SIAM Review 53, 2011, applied to B* A* in factor space.
+* Any split of S between B and A is the same product. Here it is balanced, B = U sqrt(S) / s and A = sqrt(S) V^T, the s
+  that clients multiply with being on B alone. The largest entry of each left vector is positive: equal inputs give
+  equal bytes.
+* Where DW has fewer than r directions, the other ranks get b = 0 and a row of A that the clients had: with both zero
+  neither would ever get a gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fedpeft.seeds import generator
+from fedpeft.state import AdapterState, ClientUpdate, LoraFactors
+from fedpeft.strategies.base import AdapterStrategy, Capabilities, StrategyOptions
+from fedpeft.strategies.factors import client_weights, require_layers, stack
+from fedpeft.strategies.fedit import mean_dense, weighted_mean
+
+Solver = Literal["exact", "randomized"]
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The live part of DW = U diag(S) V^T, largest first; float64. What is rounding beside S_1 is left out."""
+
+    U: Tensor  # (d_out, q), the largest entry of each column positive
+    S: Tensor  # (q,), all positive
+    Vt: Tensor  # (q, d_in)
+
+
+def decompose(factors: Sequence[LoraFactors], weights: Sequence[float]) -> Spectrum:
+    """Decompose DW of one layer; `weights` are the clients' p_k."""
+    B, A = stack(factors, weights)
+    Q_B, R_B = torch.linalg.qr(B)  # (d_out, m), (m, R), m = min(d_out, R)
+    Q_A, R_A = torch.linalg.qr(A.T)  # (d_in, n), (n, R), n = min(d_in, R)
+    U, S, Vt = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
+    return _live(Q_B @ U, S, Vt @ Q_A.T, B.shape[1])
+
+
+def sketch(
+    factors: Sequence[LoraFactors],
+    weights: Sequence[float],
+    size: int,
+    power_iterations: int,
+    random: np.random.Generator,
+) -> Spectrum:
+    """Decompose the projection of DW on a range of at most `size` dimensions, found by products with random vectors.
+
+    Parameters
+    ----------
+    factors, weights
+        As for `decompose`.
+    size : int
+        Dimensions of the range, the wanted rank and some more; exact where it is no less than the rank of DW.
+    power_iterations : int
+        How often the range is multiplied by DW DW^T, which suppresses small singular values.
+    random : numpy.random.Generator
+        Where the random vectors come from.
+    """
+    B, A = stack(factors, weights)
+    size = min(size, B.shape[0], A.shape[1], B.shape[1])
+    start = torch.from_numpy(random.standard_normal((A.shape[1], size)))
+    Q = torch.linalg.qr(B @ (A @ start)).Q  # (d_out, size)
+    for _ in range(power_iterations):  # orthogonal at each step, else all columns turn into the first direction
+        Z = torch.linalg.qr(A.T @ (B.T @ Q)).Q  # (d_in, size)
+        Q = torch.linalg.qr(B @ (A @ Z)).Q
+    U, S, Vt = torch.linalg.svd((Q.T @ B) @ A, full_matrices=False)
+    return _live(Q @ U, S, Vt, B.shape[1])
+
+
+def _live(U: Tensor, S: Tensor, Vt: Tensor, total: int) -> Spectrum:
+    """Drop what rounding leaves of directions that DW lacks, and fix signs; `total` is R."""
+    noise = S.max() * max(U.shape[0], Vt.shape[1], total) * torch.finfo(torch.float64).eps
+    q = int(torch.gt(S, noise).sum())
+    U, S, Vt = U[:, :q], S[:q], Vt[:q]
+    signs = U.gather(0, U.abs().argmax(dim=0, keepdim=True))[0].sign()  # (q,)
+    return Spectrum(U * signs, S, signs[:, None] * Vt)
+
+
+def singular_values(factors: Sequence[LoraFactors], weights: Sequence[float]) -> Tensor:
+    """Return the singular values of DW that are not zero, largest first, ``(q,)``; q is the rank of DW."""
+    return decompose(factors, weights).S
+
+
+def truncate(spectrum: Spectrum, rank: int, current: LoraFactors) -> LoraFactors:
+    """Turn the first `rank` singular directions into factors.
+
+    Parameters
+    ----------
+    spectrum : Spectrum
+        DW, decomposed.
+    rank : int
+        Ranks of the result; those that the spectrum lacks must be no more than rows of ``current.A``.
+    current : LoraFactors
+        What the clients started from; the result has its scaling and types, and rows of its A where it must be filled.
+
+    Returns
+    -------
+    LoraFactors
+        A ``(rank, d_in)`` and B ``(d_out, rank)``, whose product with the scaling is the best approximation of DW.
+    """
+    U, S, Vt = spectrum.U[:, :rank], spectrum.S[:rank], spectrum.Vt[:rank]
+    root = S.sqrt()
+    spare = _spare_rows(Vt, current.A.to(torch.float64), rank - len(S))
+    A = torch.cat([root[:, None] * Vt, spare])
+    B = torch.cat([U * root / current.scaling, torch.zeros(U.shape[0], len(spare), dtype=torch.float64)], dim=1)
+    return LoraFactors(A.to(current.A), B.to(current.B), current.scaling)
+
+
+def _spare_rows(Vt: Tensor, rows: Tensor, count: int) -> Tensor:
+    """Choose `count` of the rows, each the one with most outside of the span of Vt and of those chosen before it.
+
+    Rows inside of that span would learn too, but what the adapter can reach would be smaller than it was.
+    """
+    residual = rows - (rows @ Vt.T) @ Vt
+    chosen: list[int] = []
+    for _ in range(count):
+        outside = residual.norm(dim=1)
+        outside[chosen] = -1.0
+        best = int(outside.argmax())
+        chosen.append(best)
+        if outside[best] > 0:
+            direction = residual[best] / outside[best]
+            residual = residual - torch.outer(residual @ direction, direction)
+    return rows[chosen]
+
+
+def best_rank(
+    factors: Sequence[LoraFactors],
+    weights: Sequence[float],
+    rank: int,
+    current: LoraFactors,
+    random: np.random.Generator | None = None,
+    oversampling: int = 8,
+    power_iterations: int = 2,
+) -> LoraFactors:
+    """Approximate DW of one layer by a product of `rank` ranks.
+
+    Parameters
+    ----------
+    factors : sequence of LoraFactors
+        The clients' factors; A_k ``(r_k, d_in)``, B_k ``(d_out, r_k)``.
+    weights : sequence of float
+        Their weights p_k.
+    rank : int
+        r, at most that of `current` where DW has fewer directions.
+    current : LoraFactors
+        See `truncate`.
+    random : numpy.random.Generator, optional
+        If given, the randomized solver draws from it; the decomposition is exact otherwise.
+    oversampling, power_iterations : int
+        Of the randomized solver: dimensions beyond `rank`, and see `sketch`.
+
+    Returns
+    -------
+    LoraFactors
+        A ``(rank, d_in)`` and B ``(d_out, rank)``. The first r_k ranks are the best approximation of rank r_k.
+    """
+    if random is None:
+        return truncate(decompose(factors, weights), rank, current)
+    return truncate(sketch(factors, weights, rank + oversampling, power_iterations, random), rank, current)
+
+
+class FlexLoraOptions(StrategyOptions):
+    """Options of FlexLoRA."""
+
+    solver: Solver = Field("exact", description="exact, or randomized: cheaper where many clients send many ranks")
+    oversampling: int = Field(8, ge=0, description="randomized: random vectors beyond the rank")
+    power_iterations: int = Field(2, ge=0, description="randomized: multiplications that sharpen slow spectra")
+
+
+class FlexLora(AdapterStrategy):
+    """Truncated singular value decomposition of the mean of products (arXiv 2402.11505)."""
+
+    name = "flexlora"
+    capabilities = Capabilities(
+        paper="arXiv 2402.11505",
+        sends="U sqrt(S), sqrt(S) V^T of the r largest singular values of DW",
+        exact="at r >= the rank of DW, and where A is frozen (ffa-lora); else the nearest product of rank r",
+        needs_single_factors=True,
+    )
+    Options = FlexLoraOptions
+    options: FlexLoraOptions
+
+    def aggregate(self, updates: Iterable[ClientUpdate], current: AdapterState) -> AdapterState:
+        """Decompose every layer's DW and keep its ranks; see `best_rank`."""
+        if not self.trains_a:  # rank r already, and A stays
+            return weighted_mean(updates, current, trains_a=False)
+        cohort = list(updates)
+        for update in cohort:
+            require_layers(update, current)
+        weights = client_weights(cohort)
+        options = self.options
+        merged = {}
+        for layer, f in current.factors.items():
+            merged[layer] = best_rank(
+                [update.factors[layer] for update in cohort],
+                weights,
+                f.rank,
+                f,
+                generator(self.seed, "flexlora", layer) if options.solver == "randomized" else None,
+                options.oversampling,
+                options.power_iterations,
+            )
+        return AdapterState(merged, mean_dense(cohort, current))

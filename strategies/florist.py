@@ -1,0 +1,90 @@
+"""FLoRIST: the mean of products at the smallest rank that keeps a given share of its energy.
+
+H. Ramesh, J. Dass, "FLoRIST: Singular Value Thresholding for Efficient and Accurate Federated Fine-Tuning of Large
+Language Models", arXiv 2506.09199. With DW = sum_k p_k s_k B_k A_k = U diag(S) V^T, each layer keeps its first
+
+    p = min { k : sum_{i <= k} S_i^2 / sum_i S_i^2 >= tau }
+
+singular directions. What is lost is |DW - sent|^2 <= (1 - tau) |DW|^2 in every layer; tau = 1 is exact. The rank of the
+result is not that of the adapter, differs between layers, and may grow up to that of DW, at most R = sum_k r_k.
+
+What differs from the paper:
+
+* The decomposition is FlexLoRA's here, a QR of each stack, not an SVD; so are the balanced split of S, signs and order.
+* tau = 0.9 is this project's default; the paper tunes tau to the task.
+* A layer whose DW is zero keeps one rank, with b = 0 and a row of A that the clients had, so that it can be trained.
+* Where A is frozen and shared (ffa-lora) it keeps its rank and tau does nothing: the weighted mean of B is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fedpeft.state import AdapterState, ClientUpdate
+from fedpeft.strategies.base import AdapterStrategy, Capabilities, StrategyOptions
+from fedpeft.strategies.factors import client_weights, require_layers
+from fedpeft.strategies.fedit import mean_dense, weighted_mean
+from fedpeft.strategies.flexlora import decompose, truncate
+
+
+def kept_rank(S: Tensor, threshold: float) -> int:
+    """Return the fewest of the largest singular values that hold a share of the energy.
+
+    Parameters
+    ----------
+    S : Tensor
+        Singular values, largest first, ``(q,)``.
+    threshold : float
+        tau in (0, 1]. 1 keeps all that are not zero.
+
+    Returns
+    -------
+    int
+        p >= 1, even where there is no energy at all.
+    """
+    if len(S) == 0 or S[0] == 0:
+        return 1
+    energy = (S.to(torch.float64) / S[0]).square()  # of a tiny S the square would be 0
+    # Summed from the small end: beside the large ones, values below 1e-8 would vanish, and tau = 1 would not be exact.
+    lost = energy.flip(0).cumsum(0).flip(0)  # (q,) energy of i and all after it, what keeping i alone leaves out
+    total = lost[0]
+    return max(1, int(torch.gt(lost, total - threshold * total).sum()))
+
+
+class FloristOptions(StrategyOptions):
+    """Options of FLoRIST."""
+
+    threshold: float = Field(0.9, gt=0, le=1, description="tau, share of each layer's squared norm kept; 1 is exact")
+
+
+class Florist(AdapterStrategy):
+    """Singular value thresholding of the mean of products (arXiv 2506.09199)."""
+
+    name = "florist"
+    capabilities = Capabilities(
+        paper="arXiv 2506.09199",
+        sends="U sqrt(S), sqrt(S) V^T of the singular values that hold tau of DW's energy",
+        exact="at tau = 1, and where A is frozen (ffa-lora)",
+        needs_single_factors=True,
+        changes_rank=True,
+    )
+    Options = FloristOptions
+    options: FloristOptions
+
+    def aggregate(self, updates: Iterable[ClientUpdate], current: AdapterState) -> AdapterState:
+        """Decompose every layer's DW and keep as many ranks as it needs; see `kept_rank`."""
+        if not self.trains_a:
+            return weighted_mean(updates, current, trains_a=False)
+        cohort = list(updates)
+        for update in cohort:
+            require_layers(update, current)
+        weights = client_weights(cohort)
+        merged = {}
+        for layer, f in current.factors.items():
+            spectrum = decompose([update.factors[layer] for update in cohort], weights)
+            merged[layer] = truncate(spectrum, kept_rank(spectrum.S, self.options.threshold), f)
+        return AdapterState(merged, mean_dense(cohort, current))
