@@ -18,6 +18,7 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from pydantic import ValidationError
+from torch import Tensor
 
 from fedpeft.config import AdapterConfig, Section, cohort_size, describe
 from fedpeft.errors import ConfigError, DeploymentError, TooFewClientsError, nearest
@@ -186,6 +187,13 @@ class AdapterStrategy(Strategy):
         """
         raise TypeError(f"{type(self).__name__} does not define aggregate")
 
+    def check_cohort(self, clients: int) -> None:
+        """Raise ConfigError if the method cannot merge a cohort of this size; called before anybody trains."""
+
+    def memory(self) -> dict[str, Tensor]:
+        """Return what the method remembers from round to round besides the adapter, for checkpoints."""
+        return {}
+
     # --- Flower's strategy ---------------------------------------------------------------------------------------
 
     def summary(self) -> None:
@@ -202,6 +210,7 @@ class AdapterStrategy(Strategy):
         everyone = sorted(nodes, key=client_order)
         require_enough(len(everyone), self.min_clients)
         size = cohort_size(len(everyone), self.fraction_train, self.min_clients)
+        self.check_cohort(size)
         drawn = generator(self.seed, "cohort", server_round).choice(len(everyone), size, replace=False)
         exchange = self.exchange(server_round)
         contents: dict[frozenset[str], RecordDict] = {}  # clients that lack the same share one content

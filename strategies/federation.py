@@ -196,7 +196,7 @@ class _Run:
         done, last = report.server_round, self.config.federation.rounds
         if done % self.config.run.checkpoint_every == 0 or done == last:
             facts = {"scaling": self.home.adapted.scaling, "strategy": self.strategy.name}
-            self.directory.checkpoint(done, state.to_tensors(), facts)
+            self.directory.checkpoint(done, state.to_tensors() | self.strategy.memory(), facts)
 
     def evaluate(self, server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
         """Score the adapter on the test split where this round is due."""

@@ -36,7 +36,7 @@ from fedpeft.errors import AdapterError
 from fedpeft.state import AdapterState, ClientUpdate, LoraFactors
 from fedpeft.strategies.base import AdapterStrategy, Capabilities, StrategyOptions
 from fedpeft.strategies.factors import require_layers
-from fedpeft.strategies.fedit import weighted_mean
+from fedpeft.strategies.means import weighted_mean
 
 Aligned = Literal["A", "B"]
 

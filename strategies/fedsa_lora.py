@@ -17,12 +17,12 @@ from collections.abc import Iterable
 from fedpeft.config import AdapterConfig
 from fedpeft.errors import ConfigError
 from fedpeft.state import AdapterState, ClientUpdate, Role
-from fedpeft.strategies.base import AdapterStrategy, Capabilities, StrategyOptions
+from fedpeft.strategies.averaging import AveragingStrategy
+from fedpeft.strategies.base import Capabilities, StrategyOptions
 from fedpeft.strategies.exchange import Exchange
-from fedpeft.strategies.fedit import weighted_mean
 
 
-class FedSaLora(AdapterStrategy):
+class FedSaLora(AveragingStrategy):
     """The weighted mean of A; B is personal (arXiv 2410.01463)."""
 
     name = "fedsa-lora"
@@ -49,4 +49,4 @@ class FedSaLora(AdapterStrategy):
 
     def aggregate(self, updates: Iterable[ClientUpdate], current: AdapterState) -> AdapterState:
         """Average A as it arrives."""
-        return weighted_mean(updates, current, trains_b=False)
+        return self.average(updates, current, trains_b=False)

@@ -23,7 +23,7 @@ from fedpeft.errors import ConfigError
 from fedpeft.state import AdapterState, ClientUpdate, LoraFactors, Role
 from fedpeft.strategies.base import AdapterStrategy, Capabilities, StrategyOptions
 from fedpeft.strategies.exchange import Exchange
-from fedpeft.strategies.fedit import weighted_mean
+from fedpeft.strategies.means import weighted_mean
 
 
 def refactor(f: LoraFactors) -> LoraFactors:

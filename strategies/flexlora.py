@@ -36,7 +36,7 @@ from fedpeft.seeds import generator
 from fedpeft.state import AdapterState, ClientUpdate, LoraFactors
 from fedpeft.strategies.base import AdapterStrategy, Capabilities, StrategyOptions
 from fedpeft.strategies.factors import client_weights, require_layers, stack
-from fedpeft.strategies.fedit import mean_dense, weighted_mean
+from fedpeft.strategies.means import mean_dense, weighted_mean
 
 Solver = Literal["exact", "randomized"]
 

@@ -27,8 +27,8 @@ from torch import Tensor
 from fedpeft.state import AdapterState, ClientUpdate
 from fedpeft.strategies.base import AdapterStrategy, Capabilities, StrategyOptions
 from fedpeft.strategies.factors import client_weights, require_layers
-from fedpeft.strategies.fedit import mean_dense, weighted_mean
 from fedpeft.strategies.flexlora import decompose, truncate
+from fedpeft.strategies.means import mean_dense, weighted_mean
 
 
 def kept_rank(S: Tensor, threshold: float) -> int:

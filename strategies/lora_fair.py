@@ -33,7 +33,7 @@ from torch import Tensor
 from fedpeft.state import AdapterState, ClientUpdate, LoraFactors
 from fedpeft.strategies.base import AdapterStrategy, Capabilities, StrategyOptions
 from fedpeft.strategies.factors import client_weights, norm, stack
-from fedpeft.strategies.fedit import weighted_mean
+from fedpeft.strategies.means import weighted_mean
 
 Solver = Literal["closed-form", "cosine"]
 

@@ -44,7 +44,7 @@ from fedpeft.state import AdapterState, ClientUpdate, LoraFactors
 from fedpeft.strategies.base import AdapterStrategy, Capabilities, StrategyOptions
 from fedpeft.strategies.clustering import axial_kmeans
 from fedpeft.strategies.factors import client_weights, require_layers
-from fedpeft.strategies.fedit import mean_dense, weighted_mean
+from fedpeft.strategies.means import mean_dense, weighted_mean
 
 Reweight = Literal["least-squares", "paper", "none"]
 

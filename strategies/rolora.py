@@ -18,9 +18,9 @@ from collections.abc import Iterable
 from fedpeft.config import AdapterConfig
 from fedpeft.errors import ConfigError
 from fedpeft.state import AdapterState, ClientUpdate, Role
-from fedpeft.strategies.base import AdapterStrategy, Capabilities, StrategyOptions
+from fedpeft.strategies.averaging import AveragingStrategy
+from fedpeft.strategies.base import Capabilities, StrategyOptions
 from fedpeft.strategies.exchange import Exchange
-from fedpeft.strategies.fedit import weighted_mean
 
 FACTORS = frozenset({Role.A, Role.B})
 
@@ -30,7 +30,7 @@ def trained_factor(server_round: int) -> Role:
     return Role.B if server_round % 2 else Role.A
 
 
-class RoLora(AdapterStrategy):
+class RoLora(AveragingStrategy):
     """B on odd rounds and A on even ones, averaged (arXiv 2409.02346)."""
 
     name = "rolora"
@@ -59,4 +59,4 @@ class RoLora(AdapterStrategy):
     def aggregate(self, updates: Iterable[ClientUpdate], current: AdapterState) -> AdapterState:
         """Average the factor that the round trained as it arrives."""
         trained = trained_factor(self.server_round)
-        return weighted_mean(updates, current, trains_a=trained is Role.A, trains_b=trained is Role.B)
+        return self.average(updates, current, trains_a=trained is Role.A, trains_b=trained is Role.B)

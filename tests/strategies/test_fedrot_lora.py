@@ -13,7 +13,6 @@ from torch import Tensor
 
 from fedpeft.errors import AdapterError, ConfigError
 from fedpeft.state import AdapterState, LoraFactors
-from fedpeft.strategies.fedit import weighted_mean
 from fedpeft.strategies.fedrot_lora import (
     Aligned,
     FedRotLora,
@@ -23,6 +22,7 @@ from fedpeft.strategies.fedrot_lora import (
     rotate,
     rotation,
 )
+from fedpeft.strategies.means import weighted_mean
 from tests.strategies.oracles import (
     LAYERS,
     Cohort,

@@ -16,8 +16,8 @@ from torch import Tensor
 from fedpeft.errors import AdapterError, ConfigError, TooFewClientsError
 from fedpeft.state import AdapterState, LoraFactors
 from fedpeft.strategies.factors import client_weights
-from fedpeft.strategies.fedit import mean_dense, weighted_mean
 from fedpeft.strategies.flexlora import FlexLora, best_rank, decompose, singular_values, sketch
+from fedpeft.strategies.means import mean_dense, weighted_mean
 from tests.strategies.oracles import (
     LAYERS,
     Cohort,

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from fedpeft.errors import AdapterError, ConfigError
 from fedpeft.state import AdapterState
-from fedpeft.strategies.fedit import mean_dense, weighted_mean
 from fedpeft.strategies.florist import Florist, kept_rank
+from fedpeft.strategies.means import mean_dense, weighted_mean
 from tests.strategies.oracles import (
     LAYERS,
     Cohort,

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fedpeft.errors import ConfigError, TooFewClientsError
 from fedpeft.state import AdapterState, LoraFactors
-from fedpeft.strategies.fedit import weighted_mean
 from fedpeft.strategies.lora_fair import LoraFair
+from fedpeft.strategies.means import weighted_mean
 from tests.strategies.oracles import (
     LAYERS,
     Cohort,

@@ -15,8 +15,8 @@ from torch import Tensor
 from fedpeft.errors import AdapterError, ConfigError, TooFewClientsError
 from fedpeft.state import AdapterState, ClientUpdate, LoraFactors
 from fedpeft.strategies import clustering, lora_lego
-from fedpeft.strategies.fedit import weighted_mean
 from fedpeft.strategies.lora_lego import LoraLego, merge_layers
+from fedpeft.strategies.means import weighted_mean
 from tests.strategies.oracles import (
     LAYERS,
     Cohort,
