@@ -9,13 +9,13 @@ from flwr.app import Context, Message, RecordDict
 from torch import Tensor
 
 from fedpeft.clients.app import OWN_PERSONAL, TRUST_REMOTE_CODE
-from fedpeft.config import RunConfig
+from fedpeft.config import RunConfig, cohort_size
 from fedpeft.resident import Resident, preset_provenance, resident
 from fedpeft.runs import Listener, RunDirectory
 from fedpeft.simulations.inline_grid import InlineGrid
 from fedpeft.simulations.ray_grid import RayGrid
 from fedpeft.state import num_bytes
-from fedpeft.strategies.federation import Outcome, federate
+from fedpeft.strategies.federation import Outcome, build_strategy, federate
 from fedpeft.strategies.rounds import require_enough
 from fedpeft.wire import to_tensors
 
@@ -36,7 +36,10 @@ def drive(config: RunConfig, out: Path, listener: Listener, grid: InlineGrid | R
     """
     home = resident(config)
     contexts, client_ids = client_contexts(config, home)
-    require_enough(len(contexts), config.federation.min_clients)
+    federation = config.federation
+    require_enough(len(contexts), federation.min_clients)
+    cohort = cohort_size(len(contexts), federation.fraction, federation.min_clients)
+    build_strategy(config, home, client_ids).check_cohort(cohort)
     adapter_bytes = num_bytes(home.adapted.initial.values())
     directory = RunDirectory(out, config, adapter_bytes, {"presets": preset_provenance(config)})
     grid.contexts = contexts

@@ -99,6 +99,15 @@ def test_what_clients_keep_from_round_to_round_does_not_depend_on_workers(
     assert (len(personal) == 3) == (strategy == "fedsa-lora")
 
 
+def test_a_cohort_that_the_method_cannot_merge_is_refused_before_anything_is_written(
+    text_config: Make, tmp_path: Path
+) -> None:
+    config = text_config(strategy__name="fedit", strategy__robust="krum")
+    with pytest.raises(ConfigError, match="3 clients are drawn"):
+        simulate(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def kill_a_busy_worker(done: list[int]) -> None:
     """Wait until some Ray actor of ours answers a message, and kill it in the middle of that."""
     deadline = time.monotonic() + 120
