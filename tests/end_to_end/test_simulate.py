@@ -85,7 +85,7 @@ def test_the_number_of_workers_does_not_change_a_byte(
 def test_what_clients_keep_from_round_to_round_does_not_depend_on_workers(
     strategy: str, text_config: Make, tmp_path: Path
 ) -> None:
-    settings: dict[str, Any] = {"strategy__name": strategy, "federation__rounds": 4, "federation__fraction": 0.67}
+    settings: dict[str, Any] = {"strategy__name": strategy, "federation__rounds": 3, "federation__fraction": 0.67}
     runs = [
         simulate(text_config(**settings, simulation__workers=workers), tmp_path / str(workers)).path
         for workers in (0, 2)
@@ -132,7 +132,7 @@ def title(process: psutil.Process) -> str:
 
 
 def test_a_worker_killed_in_mid_round_is_replaced_and_the_bytes_stay(text_config: Make, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"federation__rounds": 2, "train__local_steps": 80}
+    settings: dict[str, Any] = {"federation__rounds": 2, "train__local_steps": 40}
     whole = simulate(text_config(**settings), tmp_path / "whole").path
     killed: list[int] = []
 
