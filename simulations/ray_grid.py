@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
@@ -223,7 +224,7 @@ class RayGrid(SimulationGrid):
         self._leaving.set()
         if self._thread is not None:
             # nothing can interrupt a Ray that is starting: it ends itself as soon as it is up, or with this process
-            if not self._up.wait(1.0):
+            if not self._wait_until_up(1.0):
                 return
             self._thread.join()
         self._dispatcher = None
@@ -255,12 +256,26 @@ class RayGrid(SimulationGrid):
         except BaseException as error:
             self._failure = error
         finally:
-            self._up.set()
+            if not self._up.is_set():
+                self._up.set()
+
+    def _wait_until_up(self, timeout: float | None = None) -> bool:
+        """Wait until Ray has started, or failed to; False after `timeout` seconds.
+
+        An interrupt that strikes as `Event.wait` takes its lock leaves it taken for ever, and everybody after hangs.
+        Looking again and again takes no lock.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while not self._up.is_set():
+            if deadline is not None and time.monotonic() > deadline:
+                return False
+            time.sleep(0.01)
+        return True
 
     def _ready(self) -> Dispatcher[Message, ParcelledAnswer]:
         """Wait until Ray is there."""
         self.start()
-        self._up.wait()
+        self._wait_until_up()
         if self._failure is not None:
             raise self._failure
         assert self._dispatcher is not None
