@@ -122,7 +122,7 @@ class AveragingStrategy(AdapterStrategy):
             mean: Mapping[str, Tensor] = {name: state[name] for name in sent if name not in self.frozen_names}
         else:
             cohort = list(updates)
-            clients = [trained_tensors(update, current, trains_a, trains_b) | update.dense for update in cohort]
+            clients = [{**trained_tensors(update, current, trains_a, trains_b), **update.dense} for update in cohort]
             start = {name: tensor for name, tensor in current.to_tensors().items() if name in clients[0]}
             rows = [update.num_examples for update in cohort]
             mean = robust_mean(self._robustness.kind, clients, rows, start, self._robustness)
