@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
 
 from fedpeft.adapters import AdaptedModel
 from fedpeft.config import FederationConfig, RunConfig, RunSection, SimulationConfig, StrategyConfig
 from fedpeft.data.encoding import EncodedData, EncodedSplit, encode, encode_rows
 from fedpeft.data.partition import Partition, partition
 from fedpeft.models import load_base, locate
-from fedpeft.presets import PREFIX, is_preset, materialize, presets_of
+from fedpeft.presets import PREFIX, is_preset, materialize
 
 
 class Resident:
@@ -74,12 +73,6 @@ def with_preset_paths(config: RunConfig) -> RunConfig:
     rows = {"source": config.data.source, "test": config.data.test}
     folders = {key: str(materialize(name.removeprefix(PREFIX)).data) for key, name in rows.items() if is_preset(name)}
     return config.model_copy(update={"data": config.data.model_copy(update=folders)})
-
-
-def preset_provenance(config: RunConfig) -> dict[str, Any]:
-    """Return what is known of the presets that a configuration names: versions, and hashes of weights and rows."""
-    names = {name.removeprefix(PREFIX) for name in presets_of(config)}
-    return {name: materialize(name).provenance for name in sorted(names)}
 
 
 def resident(config: RunConfig) -> Resident:

@@ -16,7 +16,8 @@ from flwr.serverapp import Grid, ServerApp
 from fedpeft.chatter import silence
 from fedpeft.deployment import split_run_config
 from fedpeft.errors import DeploymentError
-from fedpeft.resident import preset_provenance, resident
+from fedpeft.presets import provenance
+from fedpeft.resident import resident
 from fedpeft.runs import Event, RunDirectory, check_vacant
 from fedpeft.state import num_bytes
 from fedpeft.strategies import with_typed_options
@@ -38,9 +39,7 @@ def main(grid: Grid, context: Context) -> None:
     check_vacant(out)
     home = resident(config)
     expected = len(home.partition.client_ids) if config.federation.clients is None else config.federation.clients
-    directory = RunDirectory(
-        out, config, num_bytes(home.adapted.initial.values()), {"presets": preset_provenance(config)}
-    )
+    directory = RunDirectory(out, config, num_bytes(home.adapted.initial.values()), {"presets": provenance(config)})
     _wait_for_nodes(grid, expected, config.federation.round_timeout)
     outcome = federate(config, grid, directory, listener=_log_event, timeout=config.federation.round_timeout)
     if outcome.error is not None:

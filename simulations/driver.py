@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fedpeft.clients.app import OWN_PERSONAL, TRUST_REMOTE_CODE
 from fedpeft.config import RunConfig, cohort_size
-from fedpeft.resident import Resident, preset_provenance, resident
+from fedpeft.presets import provenance
+from fedpeft.resident import Resident, resident
 from fedpeft.runs import Listener, RunDirectory
 from fedpeft.simulations.inline_grid import InlineGrid
 from fedpeft.simulations.ray_grid import RayGrid
@@ -41,7 +42,7 @@ def drive(config: RunConfig, out: Path, listener: Listener, grid: InlineGrid | R
     cohort = cohort_size(len(contexts), federation.fraction, federation.min_clients)
     build_strategy(config, home, client_ids).check_cohort(cohort)
     adapter_bytes = num_bytes(home.adapted.initial.values())
-    directory = RunDirectory(out, config, adapter_bytes, {"presets": preset_provenance(config)})
+    directory = RunDirectory(out, config, adapter_bytes, {"presets": provenance(config)})
     grid.contexts = contexts
     if isinstance(grid, RayGrid):
         grid.on_worker_death = lambda node, deaths: listener(

@@ -49,4 +49,5 @@ def plan(config: RunConfig) -> DryRun:
         needs_single_factors=facts.needs_single_factors,
         head_parameters=sum(adapted.initial[name].numel() for name in head),
         device=str(adapted.device),
+        changes_rank=facts.changes_rank,
     )

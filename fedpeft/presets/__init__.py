@@ -196,13 +196,10 @@ def fetch(name: str) -> str:
     return cast(Fetcher, preset.builder).report(_made(preset, folder_of(preset)))
 
 
-def provenance(*sources: str | None) -> dict[str, Any]:
-    """Return the provenance of the presets among `sources`, by ``preset:NAME``; they are made if they are not there."""
-    return {
-        source: materialize(source.removeprefix(PREFIX)).provenance
-        for source in sources
-        if source is not None and source.startswith(PREFIX)
-    }
+def provenance(config: RunConfig) -> dict[str, Any]:
+    """Return what is known of the presets that a configuration names: versions, and hashes of weights and rows."""
+    names = {name.removeprefix(PREFIX) for name in presets_of(config)}
+    return {name: materialize(name).provenance for name in sorted(names)}
 
 
 def _made(preset: Preset, folder: Path) -> PresetFiles:

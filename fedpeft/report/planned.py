@@ -52,6 +52,8 @@ class DryRun:
         Of the classifier head; 0 where there is none.
     device : str
         Where models would run.
+    changes_rank : bool
+        Whether the method may send another rank than the adapter's, so that bytes are not known before.
     """
 
     config: RunConfig
@@ -67,6 +69,7 @@ class DryRun:
     needs_single_factors: bool
     head_parameters: int = 0
     device: str = "cpu"
+    changes_rank: bool = False
 
     @property
     def cohort(self) -> int:
@@ -104,6 +107,7 @@ class DryRun:
             "head": self.config.adapter.head if self.head_parameters else None,
             "head_parameters": self.head_parameters,
             "device": self.device,
+            "changes_rank": self.changes_rank,
         }
 
 
@@ -118,6 +122,7 @@ def dry_run_table(planned: DryRun) -> RenderableType:
     share = 100 * planned.trainable / max(1, planned.parameters)
     rows = list(planned.client_rows.values())
     up, down = (moved / federation.rounds for moved in (planned.bytes_up, planned.bytes_down))  # means
+    at_rank = f" while the rank is {adapter.rank}, which the method may change" if planned.changes_rank else ""
     facts: list[tuple[str, object]] = [
         (
             "model",
@@ -140,7 +145,7 @@ def dry_run_table(planned: DryRun) -> RenderableType:
         ("partition", f"{config.partition.scheme}{_partition_options(config)}"),
         ("clients", rows_summary(rows)),
         ("rounds", f"{federation.rounds}, with {planned.cohort} of {len(rows)} clients each"),
-        ("a client moves", f"{size(up)} up and {size(down)} down a round"),
+        ("a client moves", f"{size(up)} up and {size(down)} down a round{at_rank}"),
         ("in all", f"{size(planned.total_bytes)} for {federation.rounds} rounds"),
         ("seed", config.run.seed),
     ]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fedpeft import presets
-from fedpeft.config import resolve
+from fedpeft.config import nest, resolve
 from fedpeft.errors import ConfigError
 from fedpeft.presets import PRESETS, Preset, PresetFiles, fetch, layer, materialize, provenance
 
@@ -137,9 +137,9 @@ def test_callers_at_the_same_time_build_once(stub: Stub) -> None:
 
 
 def test_provenance_speaks_of_presets_alone(stub: Stub) -> None:
-    facts = provenance("preset:digits", "some/folder", None, "preset:digits")
-    assert facts == {"preset:digits": {"preset": "digits", "built": 1, "ingredients": {"version": "1"}}}
-    assert provenance("some/folder", None) == {}
+    both = resolve([nest({"model.name": "preset:digits", "data.source": "preset:digits"})])
+    assert provenance(both) == {"digits": {"preset": "digits", "built": 1, "ingredients": {"version": "1"}}}
+    assert provenance(resolve([nest({"model.name": "some/folder", "data.source": "rows.csv"})])) == {}
 
 
 def test_a_preset_that_is_not_fetched_says_which_command_fetches_it(stub: Stub) -> None:

@@ -60,3 +60,9 @@ def test_the_cohort_is_at_least_min_clients_and_at_most_all(config: Config) -> N
     assert planned(config(federation__fraction=0.01)).cohort == 1
     assert planned(config(federation__fraction=0.01, federation__min_clients=3)).cohort == 3
     assert planned(config()).cohort == 4
+
+
+def test_bytes_that_depend_on_a_changing_rank_say_so(config: Config) -> None:
+    words = "down a round while the rank is 8, which the method may change"
+    assert words in joined(printed(dry_run_table(planned(config(), changes_rank=True))))
+    assert words not in joined(printed(dry_run_table(planned(config()))))
