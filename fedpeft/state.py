@@ -16,19 +16,33 @@ from torch import Tensor
 
 A_SUFFIX = ".lora_A.weight"
 B_SUFFIX = ".lora_B.weight"
+R_SUFFIX = ".lora_R.weight"  # LoRA-SB's square matrix between fixed factors
+# change of a layer's frozen weight before the last round, and in it
+BASE_EARLIER, BASE_LAST = ".base_earlier", ".base_last"
+BASE_A, BASE_B, BASE_DENSE = ".A", ".B", ".weight"
+# parts of the names of what PEFT's other adapters train or draw
+PARAMETERS = (".lora_magnitude_vector", ".lora_E", ".hada_", ".lokr_", ".vera_", ".miss_", ".randlora_")
 
 
 class Role(StrEnum):
-    """What a tensor of an adapter is: a factor, or a part of the head, which is all else."""
+    """What a tensor of a run is."""
 
     A = "A"
     B = "B"
-    HEAD = "head"
+    R = "R"
+    PARAMETER = "parameter"  # of an adapter, and no factor
+    HEAD = "head"  # and whatever else of the model is trained
+    BASE = "base"  # a change of the frozen base
 
 
 def role_of(name: str) -> Role:
     """Return the role of a tensor by its name."""
-    return Role.A if name.endswith(A_SUFFIX) else Role.B if name.endswith(B_SUFFIX) else Role.HEAD
+    for suffix, role in ((A_SUFFIX, Role.A), (B_SUFFIX, Role.B), (R_SUFFIX, Role.R)):
+        if name.endswith(suffix):
+            return role
+    if BASE_EARLIER in name or BASE_LAST in name:
+        return Role.BASE
+    return Role.PARAMETER if any(part in name for part in PARAMETERS) else Role.HEAD
 
 
 @dataclass(frozen=True)
@@ -43,11 +57,14 @@ class LoraFactors:
         Up projection, shape ``(d_out, r)``.
     scaling : float
         alpha / r (alpha / sqrt(r) for rank-stabilised LoRA).
+    R : Tensor, optional
+        Of LoRA-SB, between B and A, shape ``(r, r)``: then the update is ``scaling * B @ R @ A``.
     """
 
     A: Tensor  # (r, d_in)
     B: Tensor  # (d_out, r)
     scaling: float
+    R: Tensor | None = None  # (r, r)
 
     @property
     def rank(self) -> int:
@@ -56,33 +73,92 @@ class LoraFactors:
 
     def product(self) -> Tensor:
         """Return the dense update ``scaling * B @ A``, shape ``(d_out, d_in)``; for tests and small layers."""
-        return self.scaling * (self.B @ self.A)
+        plain = self.plain()
+        return plain.scaling * (plain.B @ plain.A)
+
+    def plain(self) -> LoraFactors:
+        """Return the same update without R, which is multiplied into A."""
+        return self if self.R is None else LoraFactors(self.R @ self.A, self.B, self.scaling)
+
+
+@dataclass(frozen=True)
+class BaseChange:
+    """How far one layer's frozen weight has moved, as factors of scaling 1 or, where that is smaller, dense.
+
+    Parameters
+    ----------
+    earlier : LoraFactors or Tensor or None
+        Before the last round; a Tensor is ``(d_out, d_in)``.
+    last : LoraFactors or Tensor or None
+        In the last round.
+    """
+
+    earlier: LoraFactors | Tensor | None = None
+    last: LoraFactors | Tensor | None = None
 
 
 @dataclass(frozen=True)
 class AdapterState:
-    """An adapter: factors by layer, and the other trained tensors, such as a classifier head, by name."""
+    """An adapter: factors by layer, the other trained tensors by name, and what became of the base.
+
+    Parameters
+    ----------
+    factors : mapping of str to LoraFactors
+        By layer.
+    dense : mapping of str to Tensor
+        Every other trained tensor, such as a classifier head.
+    base : mapping of str to BaseChange
+        By layer, for methods that change the base; empty else.
+    """
 
     factors: Mapping[str, LoraFactors]
     dense: Mapping[str, Tensor] = field(default_factory=dict)
+    base: Mapping[str, BaseChange] = field(default_factory=dict)
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], scaling: float) -> AdapterState:
         """Group tensors named as PEFT names them; the order of layers is that of their names."""
         layers = sorted(name.removesuffix(A_SUFFIX) for name in tensors if name.endswith(A_SUFFIX))
         factors = {
-            layer: LoraFactors(tensors[layer + A_SUFFIX], tensors[layer + B_SUFFIX], scaling) for layer in layers
+            layer: LoraFactors(
+                tensors[layer + A_SUFFIX], tensors[layer + B_SUFFIX], scaling, tensors.get(layer + R_SUFFIX)
+            )
+            for layer in layers
         }
-        paired = {layer + suffix for layer in layers for suffix in (A_SUFFIX, B_SUFFIX)}
-        return cls(factors, {name: tensors[name] for name in sorted(tensors) if name not in paired})
+        base = {
+            layer: BaseChange(_change(tensors, layer + BASE_EARLIER), _change(tensors, layer + BASE_LAST))
+            for layer in layers
+            if any(layer + part + end in tensors for part in (BASE_EARLIER, BASE_LAST) for end in (BASE_A, BASE_DENSE))
+        }
+        grouped = (Role.A, Role.B, Role.R, Role.BASE)
+        return cls(factors, {name: tensors[name] for name in sorted(tensors) if role_of(name) not in grouped}, base)
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Return all tensors under PEFT's names; what `from_tensors` reads."""
+        tensors = dict(self.adapter_tensors())
+        for layer, change in self.base.items():
+            for part, piece in ((BASE_EARLIER, change.earlier), (BASE_LAST, change.last)):
+                if isinstance(piece, LoraFactors):
+                    tensors |= {layer + part + BASE_A: piece.A, layer + part + BASE_B: piece.B}
+                elif piece is not None:
+                    tensors[layer + part + BASE_DENSE] = piece
+        return tensors
+
+    def adapter_tensors(self) -> dict[str, Tensor]:
+        """Return the tensors under PEFT's names, without changes of the base."""
         tensors: dict[str, Tensor] = {}
         for layer, f in self.factors.items():
             tensors[layer + A_SUFFIX] = f.A
             tensors[layer + B_SUFFIX] = f.B
+            if f.R is not None:
+                tensors[layer + R_SUFFIX] = f.R
         return tensors | dict(self.dense)
+
+
+def _change(tensors: Mapping[str, Tensor], stem: str) -> LoraFactors | Tensor | None:
+    if stem + BASE_A in tensors:
+        return LoraFactors(tensors[stem + BASE_A], tensors[stem + BASE_B], 1.0)
+    return tensors.get(stem + BASE_DENSE)
 
 
 @dataclass(frozen=True)
