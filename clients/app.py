@@ -13,11 +13,14 @@ from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable
 from torch import Tensor
 
+from fedpeft.adapters import AdaptedModel
 from fedpeft.clients.rows import client_rows
 from fedpeft.config import RunConfig, Scalar
 from fedpeft.deployment import run_config
+from fedpeft.draws import first_ranks
 from fedpeft.errors import DeploymentError
 from fedpeft.models import num_threads
+from fedpeft.pruning import Tail
 from fedpeft.resident import Resident, resident
 from fedpeft.state import fingerprint, role_of
 from fedpeft.training import train_locally
@@ -25,6 +28,7 @@ from fedpeft.wire import (
     ARRAYS,
     CLIENT_ID,
     CONFIG,
+    DRAW,
     HELD_HASH,
     KEPT,
     METRICS,
@@ -32,10 +36,13 @@ from fedpeft.wire import (
     NUM_EXAMPLES,
     NUM_ROUNDS,
     PERSONAL,
+    PRUNED_RANK,
+    RANK,
     ROUND,
     SCALING,
     SECONDS,
     STEPS,
+    TAIL_PENALTY,
     TRAIN_LOSS,
     TRAINED,
     to_record,
@@ -75,8 +82,11 @@ def train(message: Message, context: Context) -> Message:
     adapted, config = home.adapted, home.config
     settings = message.content.config_records[CONFIG]
     sent = _decoded(message.content.array_records[ARRAYS])
-    personal = _stored(context, OWN_PERSONAL, home, _names(home, settings, PERSONAL) + list(adapted.personal))
-    held = _stored(context, OWN_KEPT, home, adapted.initial.keys() - sent.keys() - personal.keys())
+    personal = _stored(
+        context, OWN_PERSONAL, adapted.initial, _names(home, settings, PERSONAL) + list(adapted.personal)
+    )
+    drawn = adapted.drawn(int(settings[DRAW]), int(settings[RANK]))  # type: ignore[arg-type]
+    held = _stored(context, OWN_KEPT, drawn, adapted.initial.keys() - sent.keys() - personal.keys())
     if _fingerprint(home, held) != settings[HELD_HASH]:
         return Message(RecordDict({CONFIG: ConfigRecord({NEEDS_ARRAYS: True})}), reply_to=message)
     adapted.load({**sent, **held, **personal}, float(settings[SCALING]))  # type: ignore[arg-type]
@@ -84,6 +94,8 @@ def train(message: Message, context: Context) -> Message:
         context.state[OWN_KEPT] = to_record(adapted.tensors(kept))
     trained = [name for name in _names(home, settings, TRAINED) if name in adapted.trained]
     rows = client_rows(home, context.node_config)
+    tail = _tail(adapted, settings)
+    tail_before = float(tail.size()) if tail else 0.0
     with num_threads(_run_config(context).simulation.threads_per_worker):
         result = train_locally(
             adapted,
@@ -95,10 +107,13 @@ def train(message: Message, context: Context) -> Message:
             client_id=rows.client_id,
             server_round=int(settings[ROUND]),  # type: ignore[arg-type]
             num_rounds=int(settings[NUM_ROUNDS]),  # type: ignore[arg-type]
+            penalty=tail.loss if tail else None,
         )
     if personal:
         context.state[OWN_PERSONAL] = to_record(adapted.tensors(personal))
     sent_up = adapted.tensors([name for name in trained if name not in personal])
+    if tail and float(tail.size()) < tail_before:
+        sent_up = first_ranks(sent_up, tail.kept)
     metrics = MetricRecord(
         {NUM_EXAMPLES: len(rows.indices), TRAIN_LOSS: result.loss, STEPS: result.steps, SECONDS: result.seconds}
     )
@@ -131,10 +146,17 @@ def _names(home: Resident, settings: ConfigRecord, key: str) -> list[str]:
     return [name for name in home.adapted.initial if role_of(name) in roles]
 
 
-def _stored(context: Context, record: str, home: Resident, names: Iterable[str]) -> dict[str, Tensor]:
+def _tail(adapted: AdaptedModel, settings: ConfigRecord) -> Tail | None:
+    """Return the ranks that the server would rather have pruned, if it says so."""
+    if PRUNED_RANK not in settings:
+        return None
+    return Tail.of(adapted, int(settings[PRUNED_RANK]), float(settings[TAIL_PENALTY]))  # type: ignore[arg-type]
+
+
+def _stored(context: Context, record: str, drawn: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
     """Return the client's own copy of tensors, or else what is drawn from the run's seed."""
     own = to_tensors(context.state.array_records[record]) if record in context.state else {}
-    return {name: own.get(name, home.adapted.initial[name]) for name in sorted(names)}
+    return {name: own.get(name, drawn[name]) for name in sorted(names)}
 
 
 def _fingerprint(home: Resident, held: Mapping[str, Tensor]) -> str:

@@ -14,10 +14,12 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fedpeft.base_change import BaseWeights
 from fedpeft.config import RunConfig, Task
+from fedpeft.draws import draw_a, first_ranks
 from fedpeft.errors import AdapterError, nearest
 from fedpeft.models import BaseModel, seeded
-from fedpeft.state import A_SUFFIX, AdapterState, fingerprint
+from fedpeft.state import A_SUFFIX, AdapterState, Role, base_changes, fingerprint, role_of
 
 # the query and value projections by the names that transformers gives them, in order of preference
 QUERY_VALUE = (
@@ -153,9 +155,17 @@ class AdaptedModel:
                 if parameter.dtype != torch.float32:
                     parameter.data = parameter.data.float()
         self._layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
+        self._base_weights = self._weights_of_layers()
         self._split(config)
+        self._seed = config.run.seed
         self.initial = self.tensors(self._parameters)
         self.frozen_hash = fingerprint({name: self.initial[name] for name in self.frozen}) if self.frozen else ""
+
+    def _weights_of_layers(self) -> BaseWeights:
+        layers = {name: module for name, module in self.model.named_modules() if isinstance(module, LoraLayer)}
+        transposed = frozenset(name for name, layer in layers.items() if getattr(layer, "fan_in_fan_out", False))
+        weights = {name: cast(nn.Parameter, layer.get_base_layer().weight) for name, layer in layers.items()}
+        return BaseWeights(weights, transposed)
 
     def _split(self, config: RunConfig) -> None:
         head = {name for name in self._parameters if ".lora_A." not in name and ".lora_B." not in name}
@@ -182,13 +192,36 @@ class AdaptedModel:
         """Return copies of these tensors, on the CPU."""
         return {name: self._parameters[name].detach().to("cpu", copy=True) for name in sorted(names)}
 
+    def drawn(self, draw: int, rank: int) -> dict[str, Tensor]:
+        """Return the adapter as it is drawn from the run's seed, on the CPU.
+
+        Parameters
+        ----------
+        draw : int
+            0 is what the run begins with; for others see `fedpeft.draws`: A anew, B zero.
+        rank : int
+            Ranks of A and B, the first of all; 0 means all.
+        """
+        tensors = dict(self.initial)
+        for name, tensor in self.initial.items():
+            role = role_of(name)
+            if draw and role is Role.A:
+                tensors[name] = draw_a(self._seed, draw, name.removesuffix(A_SUFFIX), *tensor.shape)
+            elif draw and role is Role.B:
+                tensors[name] = torch.zeros_like(tensor)
+        return first_ranks(tensors, rank) if rank else tensors
+
+    def parameter(self, name: str) -> nn.Parameter:
+        """Return a live parameter of the adapter."""
+        return self._parameters[name]
+
     def load(self, tensors: Mapping[str, Tensor], scaling: float) -> None:
         """Write these tensors into the resident adapter; ranks may differ from those before.
 
         Parameters
         ----------
         tensors : mapping of str to Tensor
-            By PEFT's names.
+            By PEFT's names; and changes of the base, which else is as the run began with it.
         scaling : float
             Of every layer's update from now on.
 
@@ -197,7 +230,10 @@ class AdaptedModel:
         AdapterError
             A name that this adapter does not have.
         """
+        self._base_weights.set(base_changes(tensors))
         for name, tensor in tensors.items():
+            if role_of(name) is Role.BASE:
+                continue
             if name not in self._parameters:
                 raise AdapterError(
                     f"tensor '{name}' does not belong to this adapter. {nearest(name, self._parameters)}"

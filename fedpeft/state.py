@@ -125,13 +125,12 @@ class AdapterState:
             )
             for layer in layers
         }
-        base = {
-            layer: BaseChange(_change(tensors, layer + BASE_EARLIER), _change(tensors, layer + BASE_LAST))
-            for layer in layers
-            if any(layer + part + end in tensors for part in (BASE_EARLIER, BASE_LAST) for end in (BASE_A, BASE_DENSE))
-        }
         grouped = (Role.A, Role.B, Role.R, Role.BASE)
-        return cls(factors, {name: tensors[name] for name in sorted(tensors) if role_of(name) not in grouped}, base)
+        return cls(
+            factors,
+            {name: tensors[name] for name in sorted(tensors) if role_of(name) not in grouped},
+            base_changes(tensors),
+        )
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Return all tensors under PEFT's names; what `from_tensors` reads."""
@@ -153,6 +152,15 @@ class AdapterState:
             if f.R is not None:
                 tensors[layer + R_SUFFIX] = f.R
         return tensors | dict(self.dense)
+
+
+def base_changes(tensors: Mapping[str, Tensor]) -> dict[str, BaseChange]:
+    """Return the changes of the base among named tensors, by layer."""
+    layers = {name.split(part)[0] for name in tensors for part in (BASE_EARLIER, BASE_LAST) if part in name}
+    return {
+        layer: BaseChange(_change(tensors, layer + BASE_EARLIER), _change(tensors, layer + BASE_LAST))
+        for layer in sorted(layers)
+    }
 
 
 def _change(tensors: Mapping[str, Tensor], stem: str) -> LoraFactors | Tensor | None:

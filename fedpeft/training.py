@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +25,7 @@ class LocalResult:
     Parameters
     ----------
     loss : float
-        Mean over the steps of the batch's mean loss, in nats, without the proximal term.
+        Mean over the steps of the batch's mean loss, in nats, without proximal term or penalty.
     steps : int
         Optimiser steps taken.
     seconds : float
@@ -95,6 +95,7 @@ def train_locally(
     client_id: str,
     server_round: int,
     num_rounds: int,
+    penalty: Callable[[], torch.Tensor] | None = None,
 ) -> LocalResult:
     """Train the loaded adapter on one client's rows, in place.
 
@@ -118,6 +119,8 @@ def train_locally(
         Whose round this is.
     server_round, num_rounds : int
         Place of this round, from 1, for the learning rate's schedule.
+    penalty : callable, optional
+        What to add to each step's loss; not part of the loss that is reported.
     """
     started = time.perf_counter()
     parameters = adapted.begin_training(adapted.trained if names is None else names)
@@ -136,7 +139,7 @@ def train_locally(
             with autocast:
                 loss = adapted.model(**inputs).loss
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            (loss if penalty is None else loss + penalty()).backward()
             for parameter, anchor in zip(parameters, start, strict=False):
                 # FedProx: the gradient of mu/2 |w - w_global|^2
                 assert parameter.grad is not None

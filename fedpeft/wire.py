@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -14,7 +14,9 @@ from torch import Tensor
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 # keys of the server's config record
 ROUND, NUM_ROUNDS, SCALING, HELD_HASH = "server-round", "num-rounds", "scaling", "held-hash"
+RANK, DRAW = "rank", "draw"  # rank 0 is the adapter's own; see fedpeft.strategies.exchange.Exchange for draws
 TRAINED, PERSONAL, KEPT = "trained", "personal", "kept"  # lists of roles
+PRUNED_RANK, TAIL_PENALTY = "pruned-rank", "tail-penalty"  # see fedpeft.pruning
 # keys of a client's config record
 CLIENT_ID, NEEDS_ARRAYS = "client-id", "needs-arrays"
 # keys of a client's metric record
@@ -31,12 +33,13 @@ def to_tensors(record: ArrayRecord) -> dict[str, Tensor]:
     return {name: torch.from_numpy(array.numpy()) for name, array in record.items()}
 
 
-def payload_bytes(message: Message) -> int:
-    """Return the bytes of all array values in a message, without headers."""
+def payload_bytes(message: Message, counts: Callable[[str], bool] = lambda name: True) -> int:
+    """Return the bytes of the array values in a message whose names count, without headers."""
     if not message.has_content():
         return 0
     return sum(
         math.prod(array.shape) * np.dtype(array.dtype).itemsize
         for record in message.content.array_records.values()
-        for array in record.values()
+        for name, array in record.items()
+        if counts(name)
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -23,20 +23,23 @@ from torch import Tensor
 from fedpeft.config import AdapterConfig, Section, cohort_size, describe
 from fedpeft.errors import ConfigError, DeploymentError, TooFewClientsError, nearest
 from fedpeft.seeds import generator
-from fedpeft.state import A_SUFFIX, AdapterState, ClientUpdate, Role
+from fedpeft.state import A_SUFFIX, BASE_EARLIER, AdapterState, ClientUpdate, Role
 from fedpeft.strategies.exchange import Deliveries, Exchange
-from fedpeft.strategies.factors import aggregation_error
+from fedpeft.strategies.factors import aggregation_error, sent_products
+from fedpeft.strategies.ranks import Ranks, cut
 from fedpeft.strategies.rounds import Fault, Observer, RoundReport, client_order, error_class, in_order, require_enough
 from fedpeft.strategies.updates import RefusedUpdateError, read_update
 from fedpeft.wire import (
     ARRAYS,
     CLIENT_ID,
     CONFIG,
+    DRAW,
     HELD_HASH,
     KEPT,
     NEEDS_ARRAYS,
     NUM_ROUNDS,
     PERSONAL,
+    RANK,
     ROUND,
     SCALING,
     TRAIN_LOSS,
@@ -73,6 +76,12 @@ class Capabilities:
         What stays with each client; where there is such, scores are means over the clients' own models.
     changes_rank : bool
         Whether what is sent may have another rank than the clients' adapters had at first.
+    mixed_ranks : bool
+        Whether clients may have different ranks.
+    changes_base : bool
+        Whether the frozen base moves too; clients are then sent its change.
+    init : str
+        The ``adapter.init`` that the method is defined with; any if empty.
     """
 
     paper: str
@@ -82,6 +91,9 @@ class Capabilities:
     trains: str = "A, B"
     personal: frozenset[Role] = frozenset()
     changes_rank: bool = False
+    mixed_ranks: bool = False
+    changes_base: bool = False
+    init: str = ""
 
 
 class AdapterStrategy(Strategy):
@@ -107,6 +119,10 @@ class AdapterStrategy(Strategy):
         Client id of each node; where it is not given, each node is asked once by a ``query`` message.
     measure_error : bool
         Whether to compute the aggregation error, which keeps all the cohort's factors until the end of the round.
+    ranks : sequence of int
+        Ranks of the clients, dealt in turn, where they differ; see `fedpeft.strategies.ranks`.
+    scaling_of : callable, optional
+        Scaling of a client of some rank; ``alpha / rank``, with the alpha that `scaling` speaks of, if not given.
     **options
         The method's own, see its ``Options``.
     """
@@ -125,6 +141,8 @@ class AdapterStrategy(Strategy):
         frozen: Collection[str] = (),
         client_ids: Mapping[int, str] | None = None,
         measure_error: bool = True,
+        ranks: Sequence[int] = (),
+        scaling_of: Callable[[int], float] | None = None,
         **options: Any,
     ) -> None:
         self.fraction_train = fraction_train
@@ -134,12 +152,16 @@ class AdapterStrategy(Strategy):
         self.frozen_names = frozenset(frozen)
         self.client_ids = None if client_ids is None else dict(client_ids)
         self.measure_error = measure_error
+        alpha = scaling * max(ranks, default=1)
+        self.ranks = Ranks(ranks, scaling_of or (lambda rank: alpha / rank)) if ranks else None
         self.options = self.parse_options(options)
         self.trains_a = not any(name.endswith(A_SUFFIX) for name in self.frozen_names)
         self.report: RoundReport | None = None
         self.on_update: Callable[[int, ClientUpdate], None] | None = None  # called as each good update arrives
         self.server_round = 0  # of the last round begun
-        self._deliveries: Deliveries | None = None
+        self._deliveries: dict[int, Deliveries] = {}  # by rank; 0 is the adapter's own
+        self._asked: dict[str, int] = {}  # the rank that each member of the cohort was sent
+        self._views: dict[int, AdapterState] = {}  # what clients of a rank are sent in this round
         self._state: AdapterState | None = None
         self._timeout: float | None = 3600.0
         self._started = time.perf_counter()
@@ -190,6 +212,33 @@ class AdapterStrategy(Strategy):
     def check_cohort(self, clients: int) -> None:
         """Raise ConfigError if the method cannot merge a cohort of this size; called before anybody trains."""
 
+    def view(self, state: AdapterState, rank: int, scaling: float) -> AdapterState:
+        """Return what a client of a rank below the adapter's is sent: the first ranks, unless a method says otherwise.
+
+        Parameters
+        ----------
+        state : AdapterState
+            The adapter at its full rank.
+        rank : int
+            The client's.
+        scaling : float
+            What the client multiplies its product with.
+        """
+        return cut(state, rank, scaling)
+
+    def accepted_ranks(self, rank: int) -> tuple[int, ...]:
+        """Return the ranks that a client may answer with that was sent `rank`; its scaling stays that of `rank`."""
+        return (rank,)
+
+    def client_settings(self, rank: int) -> dict[str, float]:
+        """Return what a client of a rank is told besides, under keys of `fedpeft.wire`."""
+        return {}
+
+    @classmethod
+    def step_size(cls, d_in: int, d_out: int, ranks: Sequence[int]) -> int:
+        """Return how many numbers of a layer's last change of the base are sent, for clients of these ranks."""
+        return 0
+
     def memory(self) -> dict[str, Tensor]:
         """Return what the method remembers from round to round besides the adapter, for checkpoints."""
         return {}
@@ -204,7 +253,6 @@ class AdapterStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Draw the round's cohort and address one message to each member, in the order of client ids."""
-        assert self._deliveries is not None, "start() sets what clients hold at first"
         self.server_round = server_round
         nodes = {client: node for node, client in self._clients(grid).items()}
         everyone = sorted(nodes, key=client_order)
@@ -212,50 +260,87 @@ class AdapterStrategy(Strategy):
         size = cohort_size(len(everyone), self.fraction_train, self.min_clients)
         self.check_cohort(size)
         drawn = generator(self.seed, "cohort", server_round).choice(len(everyone), size, replace=False)
-        exchange = self.exchange(server_round)
-        contents: dict[frozenset[str], RecordDict] = {}  # clients that lack the same share one content
+        if self.ranks is not None:
+            self.ranks.deal(everyone)
+        self._views = {0: self._require_state()}
+        records = {0: arrays}
+        contents: dict[tuple[int, frozenset[str]], RecordDict] = {}  # clients that lack the same share one content
         messages = []
         for client in (everyone[index] for index in sorted(drawn)):
-            names = frozenset(self._deliveries.lacking(client, exchange))
-            if names not in contents:
-                contents[names] = self._content(names, arrays, config, exchange)
-            messages.append(Message(contents[names], nodes[client], MessageType.TRAIN, group_id=str(server_round)))
+            rank = self._asked[client] = 0 if self.ranks is None else self.ranks.of[client]
+            if rank not in records:
+                records[rank] = to_record(self._view(rank).to_tensors())
+            names = frozenset(self._held_by(rank).lacking(client, self.exchange(server_round)))
+            if (rank, names) not in contents:
+                contents[rank, names] = self._content(rank, names, records[rank], config)
+            content = contents[rank, names]
+            messages.append(Message(content, nodes[client], MessageType.TRAIN, group_id=str(server_round)))
         return messages
 
-    def _content(
-        self, names: Collection[str], arrays: ArrayRecord, config: ConfigRecord, exchange: Exchange
-    ) -> RecordDict:
-        assert self._deliveries is not None
+    def _content(self, rank: int, names: Collection[str], arrays: ArrayRecord, config: ConfigRecord) -> RecordDict:
+        exchange = self.exchange(self.server_round)
         settings = ConfigRecord(
             {
                 **config,
                 ROUND: self.server_round,
-                SCALING: self.scaling,
-                HELD_HASH: self._deliveries.held_hash(names, exchange),
+                RANK: rank,
+                SCALING: self._scaling(rank),
+                HELD_HASH: self._held_by(rank).held_hash(names, exchange),
                 TRAINED: _listed(exchange.trained),
                 PERSONAL: _listed(exchange.personal),
                 KEPT: _listed(exchange.kept),
+                DRAW: exchange.draw,
+                **self.client_settings(rank),
             }
         )
         sent = ArrayRecord({name: array for name, array in arrays.items() if name in names})
         return RecordDict({ARRAYS: sent, CONFIG: settings})
 
+    # --- the adapter as clients of a rank see it; rank 0 is the whole ----------------------------------------------
+
+    def _require_state(self) -> AdapterState:
+        assert self._state is not None, "start() sets the adapter that the first round begins with"
+        return self._state
+
+    def _scaling(self, rank: int) -> float:
+        return self.ranks.scaling_of(rank) if rank and self.ranks is not None else self.scaling
+
+    def _view(self, rank: int) -> AdapterState:
+        if rank not in self._views:
+            self._views[rank] = self.view(self._require_state(), rank, self._scaling(rank))
+        return self._views[rank]
+
+    def _held_by(self, rank: int) -> Deliveries:
+        if rank not in self._deliveries:
+            self._deliveries[rank] = Deliveries(self._view(rank).to_tensors(), self.exchange(1), self.frozen_names)
+        return self._deliveries[rank]
+
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Validate each reply as it arrives, fold the good ones in, and finish the round."""
-        assert self._state is not None, "start() sets the adapter that replies are compared with"
+        state = self._require_state()
         report = self.report = RoundReport(server_round)
         started = self._started
         kept: list[ClientUpdate] = []
-        measured = self.measure_error and not self.exchange(server_round).personal & {Role.A, Role.B}
-        held = self._state.to_tensors()
-        expected = {name: held.pop(name) for name in self._sent_up(server_round)}
+        exchange = self.exchange(server_round)
+        measured = self.measure_error and bool(state.factors) and not exchange.personal & {Role.A, Role.B, Role.R}
+
+        def read(client: str, reply: Message) -> ClientUpdate:
+            asked = self._asked[client]
+            rank = self._answered_rank(asked, reply)
+            view = self._view(asked)
+            held = (view if rank == asked else cut(view, rank, self._scaling(asked))).adapter_tensors()
+            expected = {name: held.pop(name) for name in exchange.sent_up(list(held), self.frozen_names)}
+            update = read_update(reply, client, expected, held, self._scaling(asked))
+            if self.ranks is not None:
+                self.ranks.of[client] = rank
+            return update
 
         def good() -> Iterator[ClientUpdate]:
             for client, reply in self._answers(replies, report):
                 try:
-                    update = read_update(reply, client, expected, held, self.scaling)
+                    update = read(client, reply)
                 except RefusedUpdateError as error:
                     report.faults.append(Fault(client, f"update refused: {error}"))
                     continue
@@ -269,7 +354,7 @@ class AdapterStrategy(Strategy):
         stream = good()
         first = next(stream, None)
         if first is not None:
-            merged = self.aggregate(_chain(first, stream), self._state)
+            merged = self.aggregate(_chain(first, stream), state)
         report.seconds = time.perf_counter() - started
         if len(report.updates) < self.min_clients or first is None:
             reasons = "; ".join(f"client {fault.client_id}: {fault.reason}" for fault in report.faults[:3])
@@ -285,11 +370,12 @@ class AdapterStrategy(Strategy):
                 "lower train.learning_rate. What was done before this round is saved."
             )
         if measured:
-            report.aggregation_error = aggregation_error(kept, merged)
+            report.aggregation_error = aggregation_error(kept, sent_products(merged))
         report.seconds = time.perf_counter() - started
         self._state = merged
-        if self._deliveries is not None:
-            self._deliveries.update(tensors)
+        self._views = {0: merged}
+        for rank, deliveries in self._deliveries.items():
+            deliveries.update(self._view(rank).to_tensors())
         metrics = MetricRecord({} if report.train_loss is None else {TRAIN_LOSS: report.train_loss})
         return to_record(tensors), metrics
 
@@ -350,7 +436,7 @@ class AdapterStrategy(Strategy):
                 f"frozen names '{min(strangers)}', which the initial arrays lack. {nearest(min(strangers), tensors)}"
             )
         self._state = AdapterState.from_tensors(tensors, self.scaling)
-        self._deliveries = Deliveries(self._state.to_tensors(), self.exchange(1), self.frozen_names)
+        self._views, self._deliveries = {0: self._state}, {}
         self._grid, self._timeout = grid, timeout
         config = ConfigRecord({**(train_config or {}), NUM_ROUNDS: num_rounds})
         result = Result()
@@ -375,9 +461,11 @@ class AdapterStrategy(Strategy):
 
     # --- clients and their answers -------------------------------------------------------------------------------
 
-    def _sent_up(self, server_round: int) -> list[str]:
-        assert self._state is not None
-        return self.exchange(server_round).sent_up(list(self._state.to_tensors()), self.frozen_names)
+    def _answered_rank(self, asked: int, reply: Message) -> int:
+        """Return the rank of a reply's factors, where a client sent `asked` may answer with it."""
+        record = reply.content.array_records.get(ARRAYS, {})
+        found = {array.shape[0] for name, array in record.items() if name.endswith(A_SUFFIX) and array.shape}
+        return next((rank for rank in self.accepted_ranks(asked) if found == {rank}), asked)
 
     def _clients(self, grid: Grid) -> dict[int, str]:
         """Return the client id of each node, asking those that are new."""
@@ -408,7 +496,7 @@ class AdapterStrategy(Strategy):
         assert self._grid is not None
         for message, first in in_order(self._sent, replies):
             client = (self.client_ids or {})[message.metadata.dst_node_id]
-            report.bytes_down += payload_bytes(message)
+            self._count_down(message, report)
             reply = first
             if reply is not None and self._needs_arrays(reply):
                 message = self._again(message, self._everything(client, message), report)
@@ -426,16 +514,21 @@ class AdapterStrategy(Strategy):
             elif self._needs_arrays(reply):
                 report.faults.append(Fault(client, "asks for tensors that it was sent"))
             else:
-                if self._deliveries is not None:
-                    exchange = self.exchange(self.server_round)
-                    self._deliveries.delivered(client, list(message.content.array_records[ARRAYS]), exchange)
+                sent_names = list(message.content.array_records[ARRAYS])
+                deliveries = self._held_by(self._asked[client])
+                deliveries.delivered(client, sent_names, self.exchange(self.server_round))
                 report.bytes_up += payload_bytes(reply)
                 yield client, reply
 
     def _again(self, message: Message, content: RecordDict, report: RoundReport) -> Message:
         repeated = Message(content, message.metadata.dst_node_id, MessageType.TRAIN, group_id=message.metadata.group_id)
-        report.bytes_down += payload_bytes(repeated)
+        self._count_down(repeated, report)
         return repeated
+
+    @staticmethod
+    def _count_down(message: Message, report: RoundReport) -> None:
+        report.bytes_down += payload_bytes(message)
+        report.bytes_catch_up += payload_bytes(message, lambda name: BASE_EARLIER in name)
 
     def _ask(self, message: Message) -> Message | None:
         assert self._grid is not None
@@ -444,11 +537,10 @@ class AdapterStrategy(Strategy):
 
     def _everything(self, client: str, message: Message) -> RecordDict:
         """Return the content of a message with all that a client can be sent."""
-        assert self._state is not None
-        assert self._deliveries is not None
-        names = self._deliveries.holds_others(client, self.exchange(self.server_round))
+        rank = self._asked[client]
+        names = self._held_by(rank).holds_others(client, self.exchange(self.server_round))
         config = message.content.config_records[CONFIG]
-        return self._content(names, to_record(self._state.to_tensors()), config, self.exchange(self.server_round))
+        return self._content(rank, names, to_record(self._view(rank).to_tensors()), config)
 
     @staticmethod
     def _needs_arrays(reply: Message) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedpeft.state import Role, fingerprint, role_of
 
-EVERYTHING = frozenset(Role)
+EVERYTHING = frozenset(Role) - {Role.BASE}  # what clients may train
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,18 @@ class Exchange:
         What a client keeps from round to round, so that it is sent again only after it has changed.
     refactored : frozenset of Role
         What the server changes after the round though no client trained it.
+    drawn : frozenset of Role
+        What the round begins with as drawn from the run's seed, by each client itself, so that it is not sent.
+    draw : int
+        Which draw that is: 0 is the adapter as the run began with it, another number one of `fedpeft.draws`.
     """
 
     trained: frozenset[Role] = EVERYTHING
     personal: frozenset[Role] = frozenset()
     kept: frozenset[Role] = frozenset()
     refactored: frozenset[Role] = frozenset()
+    drawn: frozenset[Role] = frozenset()
+    draw: int = 0
 
     def sent_up(self, names: Collection[str], frozen: Collection[str]) -> list[str]:
         """Return those of `names` that a client sends back; `frozen` ones are trained by nobody."""
@@ -44,6 +50,8 @@ def sent_down(
     exchange: Callable[[int], Exchange], names: Collection[str], frozen: Collection[str], server_round: int
 ) -> list[str]:
     """Return what a client that missed no round is sent in a round, by plan; `Deliveries` decides it in fact.
+
+    Changes of the base are not among the names: see `fedpeft.strategies.base.AdapterStrategy.step_size`.
 
     Parameters
     ----------
@@ -60,7 +68,7 @@ def sent_down(
     earlier = [exchange(number) for number in range(1, server_round)]
     changed = [(each.trained - each.personal) | each.refactored for each in earlier]
     ever: frozenset[Role] = frozenset().union(*changed)
-    roles = ((ever - now.kept) | (changed[-1] & now.kept)) - now.personal
+    roles = ((ever - now.kept) | (changed[-1] & now.kept)) - now.personal - now.drawn
     return [name for name in names if role_of(name) in roles and name not in frozen]
 
 
@@ -84,23 +92,29 @@ class Deliveries:
         self._tensors = dict(tensors)
         self._versions = dict.fromkeys(tensors, 0)
         trained = set(first.sent_up(list(tensors), frozen))
-        self._drawn = {name: 0 for name in tensors if name not in trained}
+        self._drawn = {name: 0 for name in tensors if name not in trained and role_of(name) is not Role.BASE}
         self._known: dict[str, dict[str, int]] = {}
         self._hashes: dict[frozenset[str], str] = {}
 
     def update(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over the tensors that the next round starts from."""
         for name, tensor in tensors.items():
-            before = self._tensors[name]
-            if before is not tensor and not (before.shape == tensor.shape and torch.equal(before, tensor)):
-                self._versions[name] += 1
+            before = self._tensors.get(name)
+            if before is None or (
+                before is not tensor and not (before.shape == tensor.shape and torch.equal(before, tensor))
+            ):
+                self._versions[name] = self._versions.get(name, 0) + 1
         self._tensors = dict(tensors)
         self._hashes.clear()
 
     def lacking(self, client: str, exchange: Exchange) -> list[str]:
         """Return the names of the tensors to send to a client."""
         known = self._known.get(client, self._drawn)
-        return [name for name in self._shared(exchange) if known.get(name) != self._versions[name]]
+        return [
+            name
+            for name in self._shared(exchange)
+            if known.get(name) != self._versions[name] and role_of(name) not in exchange.drawn
+        ]
 
     def held_hash(self, sent: Collection[str], exchange: Exchange) -> str:
         """Return the fingerprint of what a client is expected to hold besides what it is sent; empty for nothing."""

@@ -11,7 +11,7 @@ of rank at most R = sum_k r_k. Everything here is computed in float64: results a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -56,8 +56,9 @@ def require_layers(update: ClientUpdate, current: AdapterState) -> None:
 
 def stack(factors: Sequence[LoraFactors], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
     """Return B* ``(d_out, R)`` and A* ``(R, d_in)`` in float64, with B* A* = sum_k weights_k s_k B_k A_k."""
-    B = torch.cat([p * f.scaling * f.B.to(torch.float64) for f, p in zip(factors, weights, strict=True)], dim=1)
-    A = torch.cat([f.A.to(torch.float64) for f in factors], dim=0)
+    plain = [f.plain() for f in factors]
+    B = torch.cat([p * f.scaling * f.B.to(torch.float64) for f, p in zip(plain, weights, strict=True)], dim=1)
+    A = torch.cat([f.A.to(torch.float64) for f in plain], dim=0)
     return B, A
 
 
@@ -96,6 +97,7 @@ def squared_distance(
 ) -> tuple[float, float]:
     """Return |DW - sent|^2 and |DW|^2 of one layer, DW the weighted sum of the clients' products."""
     B, A = stack(factors, weights)
+    sent = sent.plain()
     A_sent = sent.A.to(torch.float64)
     total = A.shape[0]
     both = torch.cat([B, -sent.scaling * sent.B.to(torch.float64)], dim=1)  # (d_out, R + r)
@@ -128,15 +130,15 @@ def relative_error(factors: Sequence[LoraFactors], weights: Sequence[float], sen
     return _ratio(*squared_distance(factors, weights, sent))
 
 
-def aggregation_error(updates: Iterable[ClientUpdate], sent: AdapterState) -> float:
+def aggregation_error(updates: Iterable[ClientUpdate], sent: Mapping[str, LoraFactors]) -> float:
     """Return sqrt(sum_l |DW_l - sent_l|^2 / sum_l |DW_l|^2) over the adapted layers l of `sent`.
 
     Parameters
     ----------
     updates : iterable of ClientUpdate
         A round's cohort; all of it is held, since DW needs single factors.
-    sent : AdapterState
-        What the server made of it.
+    sent : mapping of str to LoraFactors
+        What the server made of it, by layer.
 
     Returns
     -------
@@ -145,7 +147,7 @@ def aggregation_error(updates: Iterable[ClientUpdate], sent: AdapterState) -> fl
     """
     cohort = list(updates)
     weights = client_weights(cohort)
-    pairs = [squared_distance([u.factors[name] for u in cohort], weights, f) for name, f in sent.factors.items()]
+    pairs = [squared_distance([u.factors[name] for u in cohort], weights, f) for name, f in sent.items()]
     return _ratio(sum(residual for residual, _ in pairs), sum(target for _, target in pairs))
 
 
@@ -153,3 +155,20 @@ def _ratio(residual: float, target: float) -> float:
     if target == 0:
         return 0.0 if residual == 0 else math.inf
     return math.sqrt(residual / target)
+
+
+def sum_of(pieces: Iterable[LoraFactors | Tensor]) -> LoraFactors:
+    """Return one product that is the sum of all, in float64; a matrix W enters it as W I."""
+    every = [p if isinstance(p, LoraFactors) else LoraFactors(torch.eye(p.shape[1]), p, 1.0) for p in pieces]
+    A = torch.cat([f.plain().A.double() for f in every])
+    B = torch.cat([f.scaling * f.B.double() for f in every], dim=1)
+    return LoraFactors(A, B, 1.0)
+
+
+def sent_products(state: AdapterState) -> dict[str, LoraFactors]:
+    """Return what a round's result adds to the base before the round: its adapter, and its last step; by layer."""
+    found = {}
+    for layer, f in state.factors.items():
+        last = state.base[layer].last if layer in state.base else None
+        found[layer] = f if last is None else sum_of([f, last])
+    return found

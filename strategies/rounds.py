@@ -35,6 +35,8 @@ class RoundReport:
         The others.
     bytes_up, bytes_down : int
         Array values sent by clients and to them.
+    bytes_catch_up : int
+        Those of `bytes_down` that say what became of the base before the last round: papers do not count them.
     seconds : float
         From the first message to the new adapter.
     aggregation_error : float or None
@@ -46,6 +48,7 @@ class RoundReport:
     faults: list[Fault] = field(default_factory=list)
     bytes_up: int = 0
     bytes_down: int = 0
+    bytes_catch_up: int = 0
     seconds: float = 0.0
     aggregation_error: float | None = None
 

@@ -19,6 +19,7 @@ from fedpeft.wire import (
     ARRAYS,
     CLIENT_ID,
     CONFIG,
+    DRAW,
     HELD_HASH,
     KEPT,
     METRICS,
@@ -26,6 +27,7 @@ from fedpeft.wire import (
     NUM_EXAMPLES,
     NUM_ROUNDS,
     PERSONAL,
+    RANK,
     ROUND,
     SCALING,
     TRAINED,
@@ -71,6 +73,8 @@ def order(
             TRAINED: list(trained),
             PERSONAL: list(personal),
             KEPT: list(kept),
+            RANK: 0,
+            DRAW: 0,
         }
     )
     shared = {name: adapted.initial[name] for name in adapted.trained if role_of(name) not in (*personal, *without)}
