@@ -11,13 +11,13 @@ from typing import Any, cast
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fedpeft.base_change import BaseWeights
 from fedpeft.config import RunConfig, Task
 from fedpeft.draws import draw_a, first_ranks
 from fedpeft.errors import AdapterError, nearest
+from fedpeft.export import LABELS, write_adapter
 from fedpeft.models import BaseModel, seeded
 from fedpeft.state import A_SUFFIX, AdapterState, Role, base_changes, fingerprint, role_of
 
@@ -36,8 +36,6 @@ QUERY_VALUE = (
     ("in_proj",),
 )
 ALL_LINEAR = "all-linear"
-LABELS = "labels.json"
-PEFT_PREFIX = "base_model.model."  # of all names in a PEFT model
 PEFT_TASKS: dict[Task, TaskType | None] = {
     "sequence-classification": TaskType.SEQ_CLS,
     "image-classification": None,
@@ -259,25 +257,5 @@ class AdaptedModel:
         labels : sequence of str
             Label names in the order of their ids, written to labels.json.
         """
-        # PEFT has one rank and one alpha, and patterns for the layers that differ
-        rank, scaling = Counter((f.rank, f.scaling) for f in state.factors.values()).most_common(1)[0][0]
-        others = {
-            layer.removeprefix(PEFT_PREFIX): f
-            for layer, f in state.factors.items()
-            if (f.rank, f.scaling) != (rank, scaling)
-        }
-        directory.mkdir(parents=True, exist_ok=True)
-        written: dict[str, Any] = self.peft_config.to_dict() | {
-            "r": rank,
-            "lora_alpha": scaling * rank,
-            "rank_pattern": {layer: f.rank for layer, f in others.items()},
-            "alpha_pattern": {layer: f.scaling * f.rank for layer, f in others.items()},
-            "inference_mode": True,
-        }
-        written["target_modules"] = sorted(written["target_modules"])  # a set otherwise, whose order is no order
-        (directory / "adapter_config.json").write_text(
-            json.dumps(written, indent=2, sort_keys=True, default=str) + "\n"
-        )
-        tensors = {name: tensor.contiguous() for name, tensor in sorted(state.to_tensors().items())}
-        save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+        write_adapter(directory, self.peft_config.to_dict(), state)
         (directory / LABELS).write_text(json.dumps(list(labels), ensure_ascii=False) + "\n")
