@@ -13,6 +13,7 @@ from fedpeft.strategies.fedsa_lora import FedSaLora
 from fedpeft.strategies.fedsvd import FedSvd
 from fedpeft.strategies.flexlora import FlexLora
 from fedpeft.strategies.florist import Florist
+from fedpeft.strategies.local import Local
 from fedpeft.strategies.lora_fair import LoraFair
 from fedpeft.strategies.lora_lego import LoraLego
 from fedpeft.strategies.rolora import RoLora
@@ -27,6 +28,7 @@ __all__ = [
     "FedSvd",
     "FlexLora",
     "Florist",
+    "Local",
     "LoraFair",
     "LoraLego",
     "RoLora",
@@ -38,7 +40,7 @@ __all__ = [
 
 STRATEGIES: dict[str, type[AdapterStrategy]] = {
     method.name: method
-    for method in (FedIt, LoraFair, LoraLego, FlexLora, Florist, RoLora, FedSaLora, FedSvd, FedRotLora)
+    for method in (FedIt, LoraFair, LoraLego, FlexLora, Florist, RoLora, FedSaLora, FedSvd, FedRotLora, Local)
 }
 
 ENTRY_POINTS = "fedpeft.strategies"
