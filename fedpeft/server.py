@@ -19,9 +19,8 @@ from fedpeft.errors import DeploymentError
 from fedpeft.presets import provenance
 from fedpeft.resident import resident
 from fedpeft.runs import Event, RunDirectory, check_vacant
-from fedpeft.state import num_bytes
-from fedpeft.strategies import with_typed_options
-from fedpeft.strategies.federation import federate
+from fedpeft.strategies import find, with_typed_options
+from fedpeft.strategies.federation import exported_bytes, federate
 
 log = logging.getLogger("flwr")
 
@@ -39,7 +38,8 @@ def main(grid: Grid, context: Context) -> None:
     check_vacant(out)
     home = resident(config)
     expected = len(home.partition.client_ids) if config.federation.clients is None else config.federation.clients
-    directory = RunDirectory(out, config, num_bytes(home.adapted.initial.values()), {"presets": provenance(config)})
+    adapter_bytes = exported_bytes(find(config.strategy.name), home.adapted)
+    directory = RunDirectory(out, config, adapter_bytes, {"presets": provenance(config)})
     _wait_for_nodes(grid, expected, config.federation.round_timeout)
     outcome = federate(config, grid, directory, listener=_log_event, timeout=config.federation.round_timeout)
     if outcome.error is not None:

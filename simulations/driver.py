@@ -15,8 +15,8 @@ from fedpeft.resident import Resident, resident
 from fedpeft.runs import Listener, RunDirectory
 from fedpeft.simulations.inline_grid import InlineGrid
 from fedpeft.simulations.ray_grid import RayGrid
-from fedpeft.state import num_bytes
-from fedpeft.strategies.federation import Outcome, build_strategy, federate
+from fedpeft.strategies import find
+from fedpeft.strategies.federation import Outcome, build_strategy, exported_bytes, federate
 from fedpeft.strategies.rounds import require_enough
 from fedpeft.wire import to_tensors
 
@@ -41,7 +41,7 @@ def drive(config: RunConfig, out: Path, listener: Listener, grid: InlineGrid | R
     require_enough(len(contexts), federation.min_clients)
     cohort = cohort_size(len(contexts), federation.fraction, federation.min_clients)
     build_strategy(config, home, client_ids).check_cohort(cohort)
-    adapter_bytes = num_bytes(home.adapted.initial.values())
+    adapter_bytes = exported_bytes(find(config.strategy.name), home.adapted)
     directory = RunDirectory(out, config, adapter_bytes, {"presets": provenance(config)})
     grid.contexts = contexts
     if isinstance(grid, RayGrid):

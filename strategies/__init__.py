@@ -7,12 +7,16 @@ from importlib.metadata import entry_points
 from fedpeft.config import RunConfig, StrategyConfig
 from fedpeft.errors import ConfigError, nearest
 from fedpeft.strategies.base import AdapterStrategy, Capabilities, StrategyOptions
+from fedpeft.strategies.fedex_lora import FedExLora
 from fedpeft.strategies.fedit import FedIt
 from fedpeft.strategies.fedrot_lora import FedRotLora
 from fedpeft.strategies.fedsa_lora import FedSaLora
 from fedpeft.strategies.fedsvd import FedSvd
 from fedpeft.strategies.flexlora import FlexLora
+from fedpeft.strategies.flora import FLora
 from fedpeft.strategies.florist import Florist
+from fedpeft.strategies.frlora import FrLora
+from fedpeft.strategies.hetlora import HetLora
 from fedpeft.strategies.local import Local
 from fedpeft.strategies.lora_fair import LoraFair
 from fedpeft.strategies.lora_lego import LoraLego
@@ -22,12 +26,16 @@ __all__ = [
     "STRATEGIES",
     "AdapterStrategy",
     "Capabilities",
+    "FLora",
+    "FedExLora",
     "FedIt",
     "FedRotLora",
     "FedSaLora",
     "FedSvd",
     "FlexLora",
     "Florist",
+    "FrLora",
+    "HetLora",
     "Local",
     "LoraFair",
     "LoraLego",
@@ -40,7 +48,22 @@ __all__ = [
 
 STRATEGIES: dict[str, type[AdapterStrategy]] = {
     method.name: method
-    for method in (FedIt, LoraFair, LoraLego, FlexLora, Florist, RoLora, FedSaLora, FedSvd, FedRotLora, Local)
+    for method in (
+        FedIt,
+        LoraFair,
+        LoraLego,
+        FLora,
+        FedExLora,
+        FlexLora,
+        HetLora,
+        Florist,
+        RoLora,
+        FedSaLora,
+        FedSvd,
+        FrLora,
+        FedRotLora,
+        Local,
+    )
 }
 
 ENTRY_POINTS = "fedpeft.strategies"
@@ -73,6 +96,25 @@ def with_typed_options(config: RunConfig) -> RunConfig:
     """Check strategy name and options, and return the configuration with every option spelled out."""
     method = find(config.strategy.name)
     parsed = method.parse_options(config.strategy.options)
+    config = _with_own_adapter(config, method)
     method.check(parsed, config.adapter)
     options = parsed.model_dump(mode="json", exclude_none=True)
     return config.model_copy(update={"strategy": StrategyConfig(name=config.strategy.name, **options)})
+
+
+def _with_own_adapter(config: RunConfig, method: type[AdapterStrategy]) -> RunConfig:
+    """Choose what a method is defined with, where nobody has asked for something else."""
+    adapter, facts = config.adapter, method.capabilities
+    if adapter.ranks is not None and not facts.mixed_ranks and len(set(adapter.ranks)) > 1:
+        able = ", ".join(name for name, other in available().items() if other.capabilities.mixed_ranks)
+        raise ConfigError(
+            f"adapter.ranks = {','.join(map(str, adapter.ranks))}: strategy '{method.name}' merges adapters of one "
+            f"rank only. Mixed ranks: {able}."
+        )
+    if facts.init and adapter.init != facts.init:
+        if adapter.init != "default":
+            raise ConfigError(
+                f"adapter.init = '{adapter.init}': strategy '{method.name}' needs '{facts.init}'; leave it unset"
+            )
+        adapter = adapter.model_copy(update={"init": facts.init})
+    return config.model_copy(update={"adapter": adapter})

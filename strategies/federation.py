@@ -18,11 +18,13 @@ from fedpeft.adapters import AdaptedModel
 from fedpeft.config import RunConfig
 from fedpeft.errors import FedpeftError, TooFewClientsError
 from fedpeft.evaluation import Scores, client_metrics, mean_metrics, score, spread
+from fedpeft.kinds import ADDITIVE_KINDS
 from fedpeft.resident import Resident, resident
 from fedpeft.runs import Event, Listener, RunDirectory
-from fedpeft.state import AdapterState, ClientUpdate, role_of
+from fedpeft.state import AdapterState, ClientUpdate, num_bytes, role_of
 from fedpeft.strategies import find
 from fedpeft.strategies.base import AdapterStrategy
+from fedpeft.strategies.base_changes import exact_sum
 from fedpeft.strategies.rounds import RoundReport
 from fedpeft.wire import SECONDS, TRAIN_LOSS, to_record, to_tensors
 
@@ -57,6 +59,7 @@ class Outcome:
 
 def build_strategy(config: RunConfig, home: Resident, client_ids: Mapping[int, str] | None) -> AdapterStrategy:
     """Make the configured method for this adapter."""
+    adapter = config.adapter
     return find(config.strategy.name)(
         fraction_train=config.federation.fraction,
         min_clients=config.federation.min_clients,
@@ -64,9 +67,28 @@ def build_strategy(config: RunConfig, home: Resident, client_ids: Mapping[int, s
         scaling=config.adapter.scaling,
         frozen=home.adapted.frozen,
         client_ids=client_ids,
-        measure_error=config.run.aggregation_error,
+        measure_error=config.run.aggregation_error and adapter.kind in ADDITIVE_KINDS | {"lora-sb"},
+        ranks=client_ranks(config),
+        scaling_of=adapter.scaling_of,
         **config.strategy.options,
     )
+
+
+def client_ranks(config: RunConfig) -> tuple[int, ...]:
+    """Return the ranks that are dealt to clients; empty where the method knows one rank only."""
+    if not find(config.strategy.name).capabilities.mixed_ranks:
+        return ()
+    return config.adapter.ranks or (config.adapter.rank,)
+
+
+def exported_bytes(method: type[AdapterStrategy], adapted: AdaptedModel) -> int:
+    """Return the size of the largest adapter that a run may write, the changes of the base included."""
+    size = num_bytes(adapted.initial.values())
+    if method.capabilities.changes_base:
+        factors = AdapterState.from_tensors(adapted.initial, adapted.scaling).factors
+        shapes = [(f.A.shape[1], f.B.shape[0]) for f in factors.values()]
+        size += sum(4 * min(d_in, d_out) * (d_in + d_out) for d_in, d_out in shapes)
+    return size
 
 
 def personal_names(method: AdapterStrategy | type[AdapterStrategy], adapted: AdaptedModel) -> list[str]:
@@ -190,6 +212,8 @@ class _Run:
             "bytes_down": report.bytes_down,
             "seconds": round(report.seconds, 3),
         }
+        if self.strategy.capabilities.changes_base:
+            event["bytes_catch_up"] = report.bytes_catch_up
         if report.aggregation_error is not None:
             event["aggregation_error"] = report.aggregation_error
         self.emit(event)
@@ -246,7 +270,8 @@ class _Run:
         adapted, outcome = self.home.adapted, self.outcome
         drawn = {name: adapted.initial[name] for name in adapted.personal}
         labels = self.home.labels
-        whole = AdapterState(self.state.factors, {**self.state.dense, **drawn})
+        sum_of_all = exact_sum(self.state)
+        whole = AdapterState(sum_of_all.factors, {**sum_of_all.dense, **drawn})
         self.directory.write_adapter(lambda path: adapted.save(path, whole, labels))
         for client, own in sorted((self.personal() if self.personal is not None else {}).items()):
             personal = AdapterState.from_tensors({**whole.to_tensors(), **own}, adapted.scaling)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -16,6 +17,9 @@ from fedpeft.chatter import silence
 from fedpeft.config import RunConfig, nest, resolve
 
 silence()
+# how long an example takes says nothing on a machine that does other things too
+settings.register_profile("fedpeft", deadline=None)
+settings.load_profile("fedpeft")
 
 WORDS = [f"w{i}" for i in range(60)]
 

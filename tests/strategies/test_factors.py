@@ -60,7 +60,8 @@ def test_norm_and_inner_product_equal_the_dense_ones(d_out: int, d_in: int, rank
 def test_the_aggregation_error_equals_the_dense_one(cohort: Cohort) -> None:
     # any adapter will do as what was sent; this one is far from the mean, and of other rank and scaling
     sent = AdapterState({layer: replace(f, scaling=0.7) for layer, f in cohort.updates[0].factors.items()})
-    assert fs.aggregation_error(cohort.updates, sent.factors) == pytest.approx(dense_error(cohort.updates, sent), abs=1e-12)
+    expected = dense_error(cohort.updates, sent)
+    assert fs.aggregation_error(cohort.updates, sent.factors) == pytest.approx(expected, abs=1e-12)
     weights = fs.client_weights(cohort.updates)
     for layer, target in ideal(cohort.updates).items():
         layer_factors = [u.factors[layer] for u in cohort.updates]
