@@ -147,6 +147,47 @@ def evaluate(
 
 
 @app.command()
+def merge(
+    directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="PEFT's LoRA adapter folders.")],
+    method: Annotated[str, typer.Option(help="How to merge; see `fedpeft strategies`.")],
+    out: Annotated[Path, typer.Option(help="The folder to write; must not hold anything.")],
+    weights: Annotated[
+        str | None, typer.Option(help="A positive number for each adapter, such as 3,0.5,1/3; equal if not given.")
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Rank of the result; the largest of the adapters' if not given.")
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="An option of the method; may be repeated.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Everything random follows from it.")] = 0,
+    json_lines: Json = False,
+) -> None:
+    """Merge PEFT LoRA adapters into one, by a method of the federation.
+
+    Ranks and alphas may differ. Says how far the result is from the weighted mean of the adapters' updates.
+    """
+    quiet(False)
+    from fedpeft.report.tables import merged_table
+    from fedpeft.strategies.merging import merge_directories
+
+    pairs = [word.partition("=") for word in option or ()]
+    for name, equals, _ in pairs:
+        if not equals:
+            raise ConfigError(f"--option '{name}' is not of the form key=value, such as reweight=paper.")
+    merged = merge_directories(
+        method,
+        directories,
+        out,
+        weights=None if weights is None else weights.split(","),
+        rank=rank,
+        options={name.strip().removeprefix("strategy."): value.strip() for name, _, value in pairs},
+        seed=seed,
+    )
+    show(merged.to_dict(), merged_table, json_lines)
+
+
+@app.command()
 def partition(
     words: Words = None,
     preset: PresetName = None,

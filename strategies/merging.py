@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedpeft.errors import AdapterError, ConfigError
+from fedpeft.errors import AdapterError, ConfigError, RunDirectoryError
 from fedpeft.export import SavedAdapter, read_adapter, write_adapter, write_labels
 from fedpeft.runs import check_vacant
 from fedpeft.seeds import generator
@@ -138,10 +138,13 @@ def merge_directories(
     adapters = [read_adapter(directory) for directory in directories]
     check_alike(adapters)
     merged = merge_adapters(method, adapters, weights, rank, options or {}, seed)
-    write_adapter(out, {**adapters[0].config, "init_lora_weights": True}, merged.state)
     labels = adapters[0].labels
-    if labels is not None and all(adapter.labels == labels for adapter in adapters):
-        write_labels(out, labels)
+    try:
+        write_adapter(out, {**adapters[0].config, "init_lora_weights": True}, merged.state)
+        if labels is not None and all(adapter.labels == labels for adapter in adapters):
+            write_labels(out, labels)
+    except OSError as error:
+        raise RunDirectoryError(f"cannot write '{out}': {error.strerror or error}; give another --out.") from None
     return replace(merged, out=out)
 
 

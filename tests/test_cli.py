@@ -226,3 +226,24 @@ def test_help_needs_no_heavy_library() -> None:
     done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True, env=os.environ)
     assert done.stdout.splitlines()[-1] == "[]"
     assert "simulate" in done.stdout
+
+
+def test_adapters_of_two_runs_are_merged(fedpeft: Run, small: list[str], tmp_path: Path) -> None:
+    for seed in (1, 2):
+        fedpeft("simulate", *small, "--clients", "2", "--seed", seed, "--out", tmp_path / f"run-{seed}")
+    words = [tmp_path / "run-1" / "adapter", tmp_path / "run-2" / "adapter", "--weights", "1,0.5"]
+    code, stdout, err = fedpeft("merge", "--method", "flora", *words, "--out", tmp_path / "merged")
+    assert code == 0, err
+    assert "exact up to rounding" in stdout
+    assert json.loads((tmp_path / "merged" / "labels.json").read_text()) == ["no", "yes"]
+    words += ["--method", "lora-lego", "--rank", "3", "--option", "reweight=none", "--out", tmp_path / "other"]
+    code, stdout, err = fedpeft("merge", *words, "--json")
+    assert code == 0, err
+    facts = json.loads(stdout)
+    assert facts["ranks"] == [3]
+    assert facts["options"] == {"reweight": "none"}
+    assert "not of the form key=value" in refused(fedpeft("merge", *words, "--option", "reweight"))
+    assert "not an empty folder" in refused(fedpeft("merge", *words))
+    assert "no adapter_config.json; do you mean" in refused(
+        fedpeft("merge", "--method", "fedit", tmp_path / "run-1", "--out", tmp_path / "third")
+    )

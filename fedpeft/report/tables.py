@@ -158,3 +158,21 @@ def scores_table(scores: Mapping[str, Any]) -> RenderableType:
             table.add_row(cell(domain), *(cell(number(values.get(name))) for name in metrics))
     facts = [(name, scores[name]) for name in ("run", "examples") if name in scores]
     return Group(pairs(facts), Text(), table) if facts else table
+
+
+def merged_table(facts: Mapping[str, Any]) -> RenderableType:
+    """Lay out what `fedpeft.strategies.merging.Merged.to_dict` returns."""
+    table = new_table("adapter", "rank", "scaling", "weight", right=("rank", "scaling", "weight"))
+    for each in facts["inputs"]:
+        ranks, scalings = (", ".join(f"{value:.4g}" for value in each[name]) for name in ("ranks", "scalings"))
+        table.add_row(cell(each["path"], "bold"), cell(ranks), cell(scalings), cell(f"{each['weight']:.4g}"))
+    options = ", ".join(f"{name}={as_typed(value)}" for name, value in facts["options"].items())
+    error = "exact up to rounding" if facts["exact"] else "of the weighted mean of updates"
+    rows = [
+        ("method", f"{facts['method']}{f' ({options})' if options else ''}"),
+        ("merged rank", ", ".join(map(str, facts["ranks"]))),
+        ("relative error", f"{number(facts['error'])}, {error}"),
+        ("result", facts["note"] or None),
+        ("written", facts["out"]),
+    ]
+    return Group(table, Text(), pairs(row for row in rows if row[1]))
