@@ -7,6 +7,7 @@ from importlib.metadata import entry_points
 from fedpeft.config import RunConfig, StrategyConfig
 from fedpeft.errors import ConfigError, nearest
 from fedpeft.strategies.base import AdapterStrategy, Capabilities, StrategyOptions
+from fedpeft.strategies.fed_sb import FedSb
 from fedpeft.strategies.fedex_lora import FedExLora
 from fedpeft.strategies.fedit import FedIt
 from fedpeft.strategies.fedrot_lora import FedRotLora
@@ -31,6 +32,7 @@ __all__ = [
     "FedIt",
     "FedRotLora",
     "FedSaLora",
+    "FedSb",
     "FedSvd",
     "FlexLora",
     "Florist",
@@ -60,6 +62,7 @@ STRATEGIES: dict[str, type[AdapterStrategy]] = {
         RoLora,
         FedSaLora,
         FedSvd,
+        FedSb,
         FrLora,
         FedRotLora,
         Local,
@@ -95,11 +98,22 @@ def find(name: str) -> type[AdapterStrategy]:
 def with_typed_options(config: RunConfig) -> RunConfig:
     """Check strategy name and options, and return the configuration with every option spelled out."""
     method = find(config.strategy.name)
+    _check_kind(config, method)
     parsed = method.parse_options(config.strategy.options)
     config = _with_own_adapter(config, method)
     method.check(parsed, config.adapter)
     options = parsed.model_dump(mode="json", exclude_none=True)
     return config.model_copy(update={"strategy": StrategyConfig(name=config.strategy.name, **options)})
+
+
+def _check_kind(config: RunConfig, method: type[AdapterStrategy]) -> None:
+    kind, kinds = config.adapter.kind, method.capabilities.kinds
+    if kind not in kinds:
+        able = ", ".join(name for name, other in available().items() if kind in other.capabilities.kinds)
+        raise ConfigError(
+            f"strategy '{method.name}' cannot merge adapters of adapter.kind = '{kind}'. "
+            f"Allowed: {', '.join(sorted(kinds))}; or use a strategy for '{kind}': {able}."
+        )
 
 
 def _with_own_adapter(config: RunConfig, method: type[AdapterStrategy]) -> RunConfig:
@@ -111,6 +125,8 @@ def _with_own_adapter(config: RunConfig, method: type[AdapterStrategy]) -> RunCo
             f"adapter.ranks = {','.join(map(str, adapter.ranks))}: strategy '{method.name}' merges adapters of one "
             f"rank only. Mixed ranks: {able}."
         )
+    if adapter.ranks is not None and adapter.kind == "ffa-lora":
+        raise ConfigError("adapter.ranks and adapter.kind = 'ffa-lora' exclude each other: a frozen A has one rank")
     if facts.init and adapter.init != facts.init:
         if adapter.init != "default":
             raise ConfigError(

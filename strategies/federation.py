@@ -75,10 +75,11 @@ def build_strategy(config: RunConfig, home: Resident, client_ids: Mapping[int, s
 
 
 def client_ranks(config: RunConfig) -> tuple[int, ...]:
-    """Return the ranks that are dealt to clients; empty where the method knows one rank only."""
-    if not find(config.strategy.name).capabilities.mixed_ranks:
+    """Return the ranks that are dealt to clients; empty where all take what the method sends, whatever its rank."""
+    facts = find(config.strategy.name).capabilities
+    if not facts.mixed_ranks:
         return ()
-    return config.adapter.ranks or (config.adapter.rank,)
+    return config.adapter.ranks or (() if facts.changes_rank else (config.adapter.rank,))
 
 
 def exported_bytes(method: type[AdapterStrategy], adapted: AdaptedModel) -> int:

@@ -200,6 +200,7 @@ class FlexLora(AdapterStrategy):
         sends="U sqrt(S), sqrt(S) V^T of the r largest singular values of DW",
         exact="at r >= the rank of DW, and where A is frozen (ffa-lora); else the nearest product of rank r",
         needs_single_factors=True,
+        mixed_ranks=True,
     )
     Options = FlexLoraOptions
     options: FlexLoraOptions

@@ -13,6 +13,7 @@ What differs from the paper:
 * The decomposition is FlexLoRA's here, a QR of each stack, not an SVD; so are the balanced split of S, signs and order.
 * tau = 0.9 is this project's default; the paper tunes tau to the task.
 * A layer whose DW is zero keeps one rank, with b = 0 and a row of A that the clients had, so that it can be trained.
+* Where clients have different ranks, one of rank r_k is sent the first r_k directions, if more are kept.
 * Where A is frozen and shared (ffa-lora) it keeps its rank and tau does nothing: the weighted mean of B is exact.
 """
 
@@ -71,6 +72,7 @@ class Florist(AdapterStrategy):
         exact="at tau = 1, and where A is frozen (ffa-lora)",
         needs_single_factors=True,
         changes_rank=True,
+        mixed_ranks=True,
     )
     Options = FloristOptions
     options: FloristOptions

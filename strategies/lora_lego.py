@@ -31,7 +31,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -45,6 +45,7 @@ from fedpeft.strategies.base import AdapterStrategy, Capabilities, StrategyOptio
 from fedpeft.strategies.clustering import axial_kmeans
 from fedpeft.strategies.factors import client_weights, require_layers
 from fedpeft.strategies.means import mean_dense, weighted_mean
+from fedpeft.strategies.ranks import cut
 
 Reweight = Literal["least-squares", "paper", "none"]
 
@@ -282,15 +283,38 @@ class LoraLego(AdapterStrategy):
         exact="with least-squares at k = sum of the clients' ranks, and where A is frozen (ffa-lora)",
         needs_single_factors=True,
         changes_rank=True,
+        mixed_ranks=True,
     )
     Options = LoraLegoOptions
     options: LoraLegoOptions
 
     @classmethod
     def check(cls, options: LoraLegoOptions, adapter: AdapterConfig) -> None:
-        """Raise ConfigError if a frozen A is to change its rank."""
+        """Raise ConfigError if a frozen A is to change its rank, or clients are to have two ranks each."""
+        if options.rank is not None and adapter.ranks is not None:
+            raise ConfigError(
+                f"strategy.rank = {options.rank} and adapter.ranks = {','.join(map(str, adapter.ranks))} exclude each "
+                "other: clients of rank r are sent r clusters; leave strategy.rank unset"
+            )
         if adapter.kind == "ffa-lora":
             refuse_other_rank(options.rank, adapter.rank)
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._smaller: dict[int, dict[str, LoraFactors]] = {}  # merged for clients of ranks below the adapter's
+
+    def view(self, state: AdapterState, rank: int, scaling: float) -> AdapterState:
+        """Send a client of rank r the last round's r clusters."""
+        factors = self._smaller.get(rank, state.factors)
+        return cut(replace(state, factors=factors), rank, scaling)
+
+    def memory(self) -> dict[str, Tensor]:
+        """Return what clients of smaller ranks are sent."""
+        return {
+            f"rank-{rank}.{name}": tensor
+            for rank, factors in self._smaller.items()
+            for name, tensor in AdapterState(factors).to_tensors().items()
+        }
 
     def aggregate(self, updates: Iterable[ClientUpdate], current: AdapterState) -> AdapterState:
         """Pool, cluster and reweight the cohort's ranks; see `merge_layers` and `merge_frozen`.
@@ -303,6 +327,9 @@ class LoraLego(AdapterStrategy):
         cohort = list(updates)
         rank, reweight = self.options.rank, self.options.reweight
         if self.trains_a:
+            largest = max((f.rank for f in current.factors.values()), default=0)
+            smaller = {each for each in self.ranks.dealt if each < largest} if self.ranks is not None else set()
+            self._smaller = {each: merge_layers(cohort, current, each, reweight, self.seed) for each in sorted(smaller)}
             return AdapterState(merge_layers(cohort, current, rank, reweight, self.seed), mean_dense(cohort, current))
         for f in current.factors.values():
             refuse_other_rank(rank, f.rank)

@@ -39,11 +39,11 @@ class Ranks:
     """
 
     def __init__(self, ranks: Sequence[int], scaling_of: Callable[[int], float]) -> None:
-        self._ranks = tuple(ranks)
+        self.dealt = tuple(ranks)
         self.scaling_of = scaling_of
         self.of: dict[str, int] = {}
 
     def deal(self, clients: Iterable[str]) -> None:
         """Give a rank to each client that has none."""
         for client in sorted(set(clients) - self.of.keys(), key=client_order):
-            self.of[client] = self._ranks[len(self.of) % len(self._ranks)]
+            self.of[client] = self.dealt[len(self.of) % len(self.dealt)]

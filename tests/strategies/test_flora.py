@@ -63,14 +63,6 @@ def test_the_head_is_the_mean_weighted_with_rows() -> None:
     torch.testing.assert_close(head, expected)
 
 
-def test_alpha_over_r_left_out_of_the_fold_cannot_come_back() -> None:
-    cohort = make_cohort(scalings=(0.25, 3.0, 1.0), ranks=(1, 2, 3), output_scaling=2.0)
-    _, moved = folded(cohort)
-    total = sum(u.num_examples for u in cohort.updates)
-    without = sum(u.num_examples / total * (u.factors[LAYERS[0]].B @ u.factors[LAYERS[0]].A) for u in cohort.updates)
-    assert torch.dist(moved[LAYERS[0]], without) > 0.1
-
-
 @pytest.mark.parametrize(("key", "value"), [("adapter.init", "gaussian"), ("adapter.kind", "ffa-lora")])
 def test_what_a_new_draw_cannot_keep_is_refused(key: str, value: str) -> None:
     config = configure({key: value, "strategy.name": "flora"}, preset="digits")

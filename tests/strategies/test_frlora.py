@@ -66,5 +66,5 @@ def test_the_principal_part_is_implied_and_nothing_else_allowed() -> None:
     config = configure({"strategy.name": "frlora"}, preset="digits")
     assert with_typed_options(config).adapter.init == "pissa"
     other = configure({"strategy.name": "frlora", "adapter.init": "gaussian"}, preset="digits")
-    with pytest.raises(ConfigError, match="'gaussian'.*needs 'pissa'"):
+    with pytest.raises(ConfigError, match=r"'gaussian'.*needs 'pissa'"):
         with_typed_options(other)
