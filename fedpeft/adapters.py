@@ -9,17 +9,21 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import PeftModel, TaskType, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from fedpeft.base_change import BaseWeights
-from fedpeft.config import RunConfig, Task
+from fedpeft.config import AdapterConfig, RunConfig, Task
 from fedpeft.draws import draw_a, first_ranks
 from fedpeft.errors import AdapterError, nearest
 from fedpeft.export import LABELS, write_adapter
-from fedpeft.models import BaseModel, seeded
-from fedpeft.state import A_SUFFIX, AdapterState, Role, base_changes, fingerprint, role_of
+from fedpeft.initial import adapt
+from fedpeft.kinds import ALL_KINDS, INITS_OF_BASE, WITHOUT_CONV1D, peft_config
+from fedpeft.lora_sb import R_IN_PEFT
+from fedpeft.models import BaseModel, num_threads, seeded
+from fedpeft.seeds import derive_seed
+from fedpeft.state import A_SUFFIX, AdapterState, LoraFactors, Role, base_changes, fingerprint, role_of
 
 # the query and value projections by the names that transformers gives them, in order of preference
 QUERY_VALUE = (
@@ -36,6 +40,8 @@ QUERY_VALUE = (
     ("in_proj",),
 )
 ALL_LINEAR = "all-linear"
+# what nobody trains of a kind
+FIXED = {"ffa-lora": frozenset({Role.A}), "lora-sb": frozenset({Role.A, Role.B})}
 PEFT_TASKS: dict[Task, TaskType | None] = {
     "sequence-classification": TaskType.SEQ_CLS,
     "image-classification": None,
@@ -107,6 +113,43 @@ def choose_targets(base: BaseModel, targets: Sequence[str] | None, rank: int) ->
     return chosen
 
 
+def _check_layers(base: BaseModel, targets: Sequence[str], adapter: AdapterConfig) -> None:
+    """Raise AdapterError for what PEFT cannot do with these layers, or does wrongly."""
+    from transformers.pytorch_utils import Conv1D
+
+    modules = [(name, base.model.get_submodule(name)) for name in targets]
+    conv1d = next((name for name, module in modules if isinstance(module, Conv1D)), None)
+    if conv1d is not None and adapter.kind in WITHOUT_CONV1D:
+        raise AdapterError(
+            f"adapter.kind = '{adapter.kind}' cannot adapt layer '{conv1d}', a transposed one (Conv1D, as in GPT-2). "
+            f"Allowed here: {', '.join(sorted(ALL_KINDS - WITHOUT_CONV1D))}."
+        )
+    if conv1d is not None and adapter.init == "olora":  # PEFT decomposes the transposed weight
+        raise AdapterError(
+            f"adapter.init = 'olora' cannot initialise layer '{conv1d}', a transposed one (Conv1D, as in GPT-2); "
+            "use another adapter.init, such as pissa."
+        )
+    for name, module in modules:
+        smaller = min(cast(Tensor, module.weight).shape)
+        if adapter.init == "lora-ga" and 2 * adapter.rank > smaller:
+            raise AdapterError(
+                f"adapter.init = 'lora-ga' takes 2 x adapter.rank directions of a gradient, and layer '{name}' has "
+                f"{smaller}; at most rank {smaller // 2} is allowed here."
+            )
+
+
+def _tensors_on_the_wire(model: PeftModel) -> dict[str, Tensor]:
+    """Return the live parameters and buffers of the adapter under the names that PEFT saves them by."""
+    live = {tensor.data_ptr(): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    saved = get_peft_model_state_dict(model, save_embedding_layers=False)
+    found = {}
+    for name in sorted(saved, key=lambda name: (name.count("."), name)):
+        # RandLoRA names its one pair of projections for the model, and once more for every layer
+        if (tensor := live.pop(saved[name].data_ptr(), None)) is not None:
+            found[name.replace(R_IN_PEFT, ".lora_R.")] = tensor
+    return found
+
+
 class AdaptedModel:
     """A frozen base with one adapter whose tensors can be read and replaced by name.
 
@@ -124,39 +167,42 @@ class AdaptedModel:
     trained : tuple of str
         Names of the tensors that clients train, in sorted order.
     frozen : tuple of str
-        Names of the adapter's tensors that nobody trains: A0 under FFA-LoRA, a frozen head.
+        Names of the adapter's tensors that nobody trains: A0 under FFA-LoRA, random projections, a frozen head.
     personal : tuple of str
         Those of `trained` that never leave their client: a local head.
+    offset : mapping of str to LoraFactors
+        By layer, what the initialisation took out of the base, which it put into the adapter; mostly empty.
     """
 
     def __init__(self, base: BaseModel, config: RunConfig) -> None:
         adapter = config.adapter
         self.base = base
         self.scaling = adapter.scaling
-        self.peft_config = LoraConfig(
+        targets = choose_targets(base, adapter.targets, adapter.rank)
+        _check_layers(base, targets, adapter)
+        self.peft_config = peft_config(
+            adapter,
+            derive_seed(config.run.seed, "adapter"),
             task_type=PEFT_TASKS[config.task],
-            r=adapter.rank,
-            lora_alpha=adapter.alpha,
-            lora_dropout=adapter.dropout,
-            init_lora_weights=True if adapter.init == "default" else "gaussian",
-            target_modules=choose_targets(base, adapter.targets, adapter.rank),
+            target_modules=targets,
             modules_to_save=list(base.head) or None,
             base_model_name_or_path=str(base.folder),
         )
-        with seeded(config.run.seed, "adapter"):
-            self.model: PeftModel = get_peft_model(base.model, self.peft_config)
-        self._parameters: dict[str, nn.Parameter] = {}
-        for name, parameter in self.model.named_parameters():
-            if ".lora_A." in name or ".lora_B." in name or ".modules_to_save." in name:
-                wire = name.replace(".modules_to_save.default.", ".").replace(".default.weight", ".weight")
-                self._parameters[wire] = parameter
-                if parameter.dtype != torch.float32:
-                    parameter.data = parameter.data.float()
-        self._layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
+        # the last digits of a decomposition depend on the number of threads
+        with seeded(config.run.seed, "adapter"), num_threads(1):
+            self.model = adapt(base, self.peft_config, config)
+        self._tensors = _tensors_on_the_wire(self.model)
+        for tensor in self._tensors.values():
+            tensor.data = tensor.data.float()
+        self._layers = [
+            module for module in self.model.modules() if isinstance(module, LoraLayer) and adapter.kind != "adalora"
+        ]
         self._base_weights = self._weights_of_layers()
         self._split(config)
         self._seed = config.run.seed
-        self.initial = self.tensors(self._parameters)
+        self.initial = self.tensors(self._tensors)
+        start = AdapterState.from_tensors(self.initial, self.scaling).factors
+        self.offset: Mapping[str, LoraFactors] = start if adapter.init in INITS_OF_BASE else {}
         self.frozen_hash = fingerprint({name: self.initial[name] for name in self.frozen}) if self.frozen else ""
 
     def _weights_of_layers(self) -> BaseWeights:
@@ -166,12 +212,14 @@ class AdaptedModel:
         return BaseWeights(weights, transposed)
 
     def _split(self, config: RunConfig) -> None:
-        head = {name for name in self._parameters if ".lora_A." not in name and ".lora_B." not in name}
+        head = {name for name in self._tensors if role_of(name) is Role.HEAD}
         frozen = set(head) if config.adapter.head == "frozen" else set()
-        if config.adapter.kind == "ffa-lora":
-            frozen |= {name for name in self._parameters if name.endswith(A_SUFFIX)}
+        fixed = FIXED.get(config.adapter.kind, frozenset())
+        frozen |= {name for name in self._tensors if role_of(name) in fixed}
+        # random projections are buffers of PEFT's models
+        frozen |= {name for name, tensor in self._tensors.items() if not isinstance(tensor, nn.Parameter)}
         self.frozen = tuple(sorted(frozen))
-        self.trained = tuple(sorted(self._parameters.keys() - frozen))
+        self.trained = tuple(sorted(self._tensors.keys() - frozen))
         self.personal = tuple(sorted(head - frozen)) if config.adapter.head == "local" else ()
 
     @property
@@ -182,13 +230,13 @@ class AdaptedModel:
 
     def begin_training(self, names: Sequence[str]) -> list[nn.Parameter]:
         """Let these tensors, and no others, have gradients; return the live parameters."""
-        for name, parameter in self._parameters.items():
-            parameter.requires_grad_(name in names)
-        return [self._parameters[name] for name in names]
+        for name, tensor in self._tensors.items():
+            tensor.requires_grad_(name in names)
+        return [self.parameter(name) for name in names]
 
     def tensors(self, names: Sequence[str] | Mapping[str, object]) -> dict[str, Tensor]:
         """Return copies of these tensors, on the CPU."""
-        return {name: self._parameters[name].detach().to("cpu", copy=True) for name in sorted(names)}
+        return {name: self._tensors[name].detach().to("cpu", copy=True) for name in sorted(names)}
 
     def drawn(self, draw: int, rank: int) -> dict[str, Tensor]:
         """Return the adapter as it is drawn from the run's seed, on the CPU.
@@ -211,7 +259,7 @@ class AdaptedModel:
 
     def parameter(self, name: str) -> nn.Parameter:
         """Return a live parameter of the adapter."""
-        return self._parameters[name]
+        return cast(nn.Parameter, self._tensors[name])
 
     def load(self, tensors: Mapping[str, Tensor], scaling: float) -> None:
         """Write these tensors into the resident adapter; ranks may differ from those before.
@@ -221,7 +269,7 @@ class AdaptedModel:
         tensors : mapping of str to Tensor
             By PEFT's names; and changes of the base, which else is as the run began with it.
         scaling : float
-            Of every layer's update from now on.
+            Of every layer's update from now on, where updates have factors.
 
         Raises
         ------
@@ -232,21 +280,19 @@ class AdaptedModel:
         for name, tensor in tensors.items():
             if role_of(name) is Role.BASE:
                 continue
-            if name not in self._parameters:
-                raise AdapterError(
-                    f"tensor '{name}' does not belong to this adapter. {nearest(name, self._parameters)}"
-                )
-            parameter = self._parameters[name]
-            if parameter.shape == tensor.shape:
-                parameter.data.copy_(tensor)
+            if name not in self._tensors:
+                raise AdapterError(f"tensor '{name}' does not belong to this adapter. {nearest(name, self._tensors)}")
+            live = self._tensors[name]
+            if live.shape == tensor.shape:
+                live.data.copy_(tensor)
             else:
-                parameter.data = tensor.detach().to(parameter.device, parameter.dtype, copy=True)
+                live.data = tensor.detach().to(live.device, live.dtype, copy=True)
         for layer in self._layers:
             layer.r["default"] = layer.lora_A["default"].weight.shape[0]
             layer.scaling["default"] = scaling
 
     def save(self, directory: Path, state: AdapterState, labels: Sequence[str]) -> None:
-        """Write an adapter that ``PeftModel.from_pretrained`` loads.
+        """Write an adapter that ``PeftModel.from_pretrained`` loads, into the base as it was before any adapter.
 
         Parameters
         ----------
@@ -257,5 +303,19 @@ class AdaptedModel:
         labels : sequence of str
             Label names in the order of their ids, written to labels.json.
         """
-        write_adapter(directory, self.peft_config.to_dict(), state)
+        settings = self.peft_config.to_dict()
+        if state.factors:  # else PEFT would initialise once more when it loads, and change its base
+            settings |= {"init_lora_weights": True, "eva_config": None, "lora_ga_config": None}
+        factors = {layer: self._as_plain(layer, f) for layer, f in state.factors.items()}
+        write_adapter(directory, settings, AdapterState(factors, state.dense))
         (directory / LABELS).write_text(json.dumps(list(labels), ensure_ascii=False) + "\n")
+
+    def _as_plain(self, layer: str, f: LoraFactors) -> LoraFactors:
+        """Return one layer's update of the original base, as A and B alone."""
+        plain = f.plain()
+        if layer not in self.offset:
+            return plain
+        out = self.offset[layer]
+        A = torch.cat([plain.A, out.A])
+        B = torch.cat([plain.B, out.B * (-out.scaling / plain.scaling)], dim=1)
+        return LoraFactors(A, B, plain.scaling)

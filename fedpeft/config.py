@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from fedpeft.errors import ConfigError, nearest
+from fedpeft.kinds import INITS, INITS_FROM_DATA, WITHOUT_DROPOUT, AdapterInit, AdapterKind
 
 Task = Literal["sequence-classification", "image-classification", "causal-lm"]
 Scalar = str | int | float | bool
@@ -27,6 +28,7 @@ def _split_list(value: object) -> object:
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_split_list)]
+Ranks = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1), BeforeValidator(_split_list)]
 
 
 class Section(BaseModel):
@@ -123,12 +125,23 @@ class PartitionConfig(Section):
 class AdapterConfig(Section):
     """What is trained."""
 
-    kind: Literal["lora", "ffa-lora"] = Field(
-        "lora", description="lora trains A and B; ffa-lora B only, A frozen and shared"
+    kind: AdapterKind = Field(
+        "lora",
+        description="lora trains A and B; ffa-lora B only, A frozen and shared; lora-sb a square R between singular "
+        "vectors of the base's weights; rslora scales by alpha / sqrt(rank); dora, adalora (no rank is pruned), vera, "
+        "randlora, miss, loha and lokr are as in PEFT",
     )
-    init: Literal["default", "gaussian"] = Field("default", description="how A is drawn (B starts at zero)")
-    rank: int = Field(8, ge=1, description="rank r of the update")
-    alpha: float = Field(16.0, gt=0, description="the update is scaled by alpha / rank")
+    init: AdapterInit = Field(
+        "default",
+        description="how A is drawn (B starts at zero); for lora and rslora also pissa and olora, and eva and lora-ga "
+        "from public rows",
+    )
+    init_data: str | None = Field(None, description="PUBLIC rows for eva and lora-ga, a file or folder")
+    rank: int = Field(8, ge=1, description="rank r of the update; the largest of ranks, where they are given")
+    ranks: Ranks | None = Field(
+        None, description="ranks of the clients, dealt in turn, such as 4,8,16, for methods that merge mixed ranks"
+    )
+    alpha: float = Field(16.0, gt=0, description="the update is scaled by alpha / rank; not that of miss and vera")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout before A while training")
     targets: Names | None = Field(None, description="module names to adapt, or all-linear; query and value if unset")
     head: Literal["shared", "local", "frozen"] = Field(
@@ -136,10 +149,57 @@ class AdapterConfig(Section):
         description="the classifier head (with an untrained pooler): averaged, kept by each client, or left as drawn",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _rank_is_the_largest(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping) or not values.get("ranks") or "rank" in values:
+            return values
+        ranks = _split_list(values["ranks"])
+        numbers = [int(rank) for rank in ranks if str(rank).isdecimal()]  # type: ignore[attr-defined]
+        return {**values, "rank": max(numbers, default=1)}
+
+    @model_validator(mode="after")
+    def _ranks_agree(self) -> Self:
+        if self.ranks is not None and self.rank != max(self.ranks):
+            raise ValueError(
+                f"adapter.rank = {self.rank} is not the largest of adapter.ranks = {','.join(map(str, self.ranks))}; "
+                "give adapter.ranks alone"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _suits_the_kind(self) -> Self:
+        if self.kind not in INITS[self.init]:
+            allowed = ", ".join(init for init, kinds in INITS.items() if self.kind in kinds)
+            raise ValueError(
+                f"adapter.init = '{self.init}' is not for adapter.kind = '{self.kind}'. Allowed: {allowed}; "
+                f"'{self.init}' goes with {', '.join(sorted(INITS[self.init]))}"
+            )
+        if self.dropout and self.kind in WITHOUT_DROPOUT:
+            raise ValueError(
+                f"adapter.dropout = {self.dropout} is not for adapter.kind = '{self.kind}', which can drop no inputs; "
+                "leave it at 0"
+            )
+        if self.init in INITS_FROM_DATA and self.init_data is None:
+            raise ValueError(
+                f"adapter.init = '{self.init}' needs adapter.init_data: a file or folder of public rows with the run's "
+                "columns"
+            )
+        if self.init not in INITS_FROM_DATA and self.init_data is not None:
+            raise ValueError(
+                f"adapter.init_data = '{self.init_data}' belongs to adapter.init = "
+                f"{' or '.join(repr(init) for init in sorted(INITS_FROM_DATA))}, not to '{self.init}'; drop it"
+            )
+        return self
+
     @property
     def scaling(self) -> float:
-        """Alpha / rank."""
-        return self.alpha / self.rank
+        """What the update is multiplied with."""
+        return self.scaling_of(self.rank)
+
+    def scaling_of(self, rank: int) -> float:
+        """Return the scaling of a client of some rank: alpha / rank, and of rslora alpha / sqrt(rank)."""
+        return self.alpha / (math.sqrt(rank) if self.kind == "rslora" else rank)
 
 
 class TrainConfig(Section):
@@ -256,7 +316,7 @@ class RunConfig(Section):
     def to_flat(self) -> dict[str, Scalar]:
         """Render as Flower's run config: ``section.key`` to scalar, lists joined with commas."""
         return {
-            f"{section}.{key}": ",".join(value) if isinstance(value, list) else value
+            f"{section}.{key}": ",".join(map(str, value)) if isinstance(value, list) else value
             for section, table in self.model_dump(mode="json", exclude_none=True).items()
             for key, value in table.items()
         }
@@ -269,7 +329,11 @@ class RunConfig(Section):
 
 Layer = dict[str, dict[str, Any]]
 # keys of one section of which naming one takes back what an earlier layer said of the others
-EXCLUSIVE = {"train": ("local_steps", "local_epochs"), "partition": ("scheme", "by")}
+EXCLUSIVE = {
+    "train": ("local_steps", "local_epochs"),
+    "partition": ("scheme", "by"),
+    "adapter": ("rank", "ranks"),
+}
 
 
 def nest(flat: Mapping[str, Any]) -> Layer:
@@ -366,6 +430,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     return config.model_copy(
         update={
             "model": config.model.model_copy(update={"name": absolute(config.model.name)}),
+            "adapter": config.adapter.model_copy(update={"init_data": absolute(config.adapter.init_data)}),
             "data": config.data.model_copy(
                 update={"source": absolute(config.data.source), "test": absolute(config.data.test)}
             ),

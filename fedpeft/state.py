@@ -21,7 +21,17 @@ R_SUFFIX = ".lora_R.weight"  # LoRA-SB's square matrix between fixed factors
 BASE_EARLIER, BASE_LAST = ".base_earlier", ".base_last"
 BASE_A, BASE_B, BASE_DENSE = ".A", ".B", ".weight"
 # parts of the names of what PEFT's other adapters train or draw
-PARAMETERS = (".lora_magnitude_vector", ".lora_E", ".hada_", ".lokr_", ".vera_", ".miss_", ".randlora_")
+PARAMETERS = (
+    ".lora_magnitude_vector",
+    ".lora_A",  # of AdaLoRA, which has no ".weight" here and is no product of A and B alone
+    ".lora_B",
+    ".lora_E",
+    ".hada_",
+    ".lokr_",
+    ".vera_",
+    ".miss_",
+    ".randlora_",
+)
 
 
 class Role(StrEnum):

@@ -3,7 +3,8 @@
 With m the mean of what the clients trained and x_t what they started from, the plain method sends m. `robust` replaces
 the weighted mean by one that a few lying clients cannot move far (see `fedpeft.strategies.robust`); `server_optimizer`
 takes m - x_t for a gradient and steps from x_t (see `fedpeft.strategies.server_optimizers`). Both act on the entries of
-A and of B, each on the scale of the adapter that is sent, and on the head; neither sees a product.
+A and of B (of LoRA-SB, R), each on the scale of the adapter that is sent, and on all else that is trained; neither sees
+a product.
 """
 
 from __future__ import annotations
@@ -118,7 +119,8 @@ class AveragingStrategy(AdapterStrategy):
             return weighted_mean(updates, current, trains_a, trains_b)
         if self._robustness is None:
             state = weighted_mean(updates, current, trains_a, trains_b).to_tensors()
-            sent = {name for name in state if _is_trained(name, trains_a, trains_b)}
+            fixed = {role for role, trained in ((Role.A, trains_a), (Role.B, trains_b)) if not trained}
+            sent = {name for name in state if role_of(name) not in fixed | {Role.BASE}}
             mean: Mapping[str, Tensor] = {name: state[name] for name in sent if name not in self.frozen_names}
         else:
             cohort = list(updates)
@@ -136,10 +138,6 @@ class AveragingStrategy(AdapterStrategy):
             if names:
                 after |= optimizer.step({name: before[name] for name in names}, {name: mean[name] for name in names})
         tensors = {name: after[name].to(tensor) if name in after else tensor for name, tensor in before.items()}
-        scalings = {f.scaling for f in current.factors.values()}
+        scalings = {f.scaling for f in current.factors.values()} or {self.scaling}
         assert len(scalings) == 1, "a mean of factors has one scaling"
         return AdapterState.from_tensors(tensors, scalings.pop())
-
-
-def _is_trained(name: str, trains_a: bool, trains_b: bool) -> bool:
-    return {Role.A: trains_a, Role.B: trains_b, Role.HEAD: True}[role_of(name)]

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fedpeft.config import AdapterConfig, Section, cohort_size, describe
 from fedpeft.errors import ConfigError, DeploymentError, TooFewClientsError, nearest
+from fedpeft.kinds import ADDITIVE_KINDS
 from fedpeft.seeds import generator
 from fedpeft.state import A_SUFFIX, BASE_EARLIER, AdapterState, ClientUpdate, Role
 from fedpeft.strategies.exchange import Deliveries, Exchange
@@ -82,6 +83,8 @@ class Capabilities:
         Whether the frozen base moves too; clients are then sent its change.
     init : str
         The ``adapter.init`` that the method is defined with; any if empty.
+    kinds : frozenset of str
+        The ``adapter.kind`` that the method can merge.
     """
 
     paper: str
@@ -94,6 +97,7 @@ class Capabilities:
     mixed_ranks: bool = False
     changes_base: bool = False
     init: str = ""
+    kinds: frozenset[str] = ADDITIVE_KINDS
 
 
 class AdapterStrategy(Strategy):

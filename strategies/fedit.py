@@ -9,6 +9,9 @@ and the server sends (Abar, Bbar). The product of means is not the mean of produ
 sum_k p_k (s_k / s) B_k A_k by the covariance of B_k and A_k over clients. It is exact for one client, for equal clients
 and wherever A is shared and frozen, which is FFA-LoRA (arXiv 2403.12313).
 
+Of every other kind of adapter it averages whatever is trained, name by name. That is exact where the update is linear
+in it, as with LoRA-SB's R and in MiSS; in DoRA, AdaLoRA, VeRA, RandLoRA, LoHa and LoKr it is not.
+
 What differs from the paper: clients may have scalings s_k of their own, so each B_k is first put on the scale s of the
 adapter that is sent; and the sum is taken as updates arrive (`fedpeft.strategies.means`).
 """
@@ -17,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from fedpeft.kinds import ALL_KINDS
 from fedpeft.state import AdapterState, ClientUpdate
 from fedpeft.strategies.averaging import AveragingStrategy
 from fedpeft.strategies.base import Capabilities
@@ -29,8 +33,9 @@ class FedIt(AveragingStrategy):
     capabilities = Capabilities(
         paper="arXiv 2305.05644",
         sends="Abar, Bbar",
-        exact="only where A is frozen (ffa-lora)",
+        exact="only where the update is linear in what is trained (ffa-lora, lora-sb, miss)",
         needs_single_factors=False,
+        kinds=ALL_KINDS,
     )
 
     def aggregate(self, updates: Iterable[ClientUpdate], current: AdapterState) -> AdapterState:

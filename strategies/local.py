@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 
+from fedpeft.kinds import ALL_KINDS
 from fedpeft.state import AdapterState, ClientUpdate
 from fedpeft.strategies.base import AdapterStrategy, Capabilities
 from fedpeft.strategies.exchange import EVERYTHING, Exchange
@@ -24,6 +25,7 @@ class Local(AdapterStrategy):
         exact="does not apply: there is no global update",
         needs_single_factors=False,
         personal=EVERYTHING,
+        kinds=ALL_KINDS,
     )
 
     @classmethod

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedpeft.errors import AdapterError
-from fedpeft.state import A_SUFFIX, B_SUFFIX, AdapterState, ClientUpdate, LoraFactors
+from fedpeft.state import A_SUFFIX, B_SUFFIX, R_SUFFIX, AdapterState, ClientUpdate, LoraFactors
 from fedpeft.strategies.factors import no_rows, require_layers
 
 
@@ -75,6 +75,8 @@ def weighted_mean(
 ) -> AdapterState:
     """Average A, B and the other trained tensors over clients, each weighted with its number of rows.
 
+    Where there is an R between them (LoRA-SB), it is averaged alone: A and B are fixed.
+
     Parameters
     ----------
     updates : iterable of ClientUpdate
@@ -104,9 +106,10 @@ def weighted_mean(
     means = factors.mean()
     merged = {
         layer: LoraFactors(
-            means[layer + A_SUFFIX].to(f.A) if trains_a else f.A,  # (r, d_in)
-            means[layer + B_SUFFIX].to(f.B) if trains_b else f.B,  # (d_out, r)
+            _like(f.A, means.get(layer + A_SUFFIX)),  # (r, d_in)
+            _like(f.B, means.get(layer + B_SUFFIX)),  # (d_out, r)
             f.scaling,
+            None if f.R is None else _like(f.R, means.get(layer + R_SUFFIX)),  # (r, r)
         )
         for layer, f in current.factors.items()
     }
@@ -114,16 +117,24 @@ def weighted_mean(
 
 
 def trained_tensors(update: ClientUpdate, current: AdapterState, trains_a: bool, trains_b: bool) -> dict[str, Tensor]:
-    """Return A_k and B_k s_k / s of all layers by PEFT's names; without a factor that is not trained."""
+    """Return A_k and B_k s_k / s, or R_k s_k / s, of all layers by PEFT's names; without factors that nobody trains."""
     require_layers(update, current)
     tensors: dict[str, Tensor] = {}
     for layer, f in update.factors.items():
+        ratio = f.scaling / current.factors[layer].scaling
+        if f.R is not None:
+            tensors[layer + R_SUFFIX] = f.R if ratio == 1 else f.R.to(torch.float64) * ratio
+            continue
         if trains_a:
             tensors[layer + A_SUFFIX] = f.A
         if trains_b:
-            ratio = f.scaling / current.factors[layer].scaling
             tensors[layer + B_SUFFIX] = f.B if ratio == 1 else f.B.to(torch.float64) * ratio
     return tensors
+
+
+def _like(before: Tensor, mean: Tensor | None) -> Tensor:
+    """Return the mean in the type of what it replaces, which stays where nobody trains it."""
+    return before if mean is None else mean.to(before)
 
 
 def _dense_like(means: Mapping[str, Tensor], current: AdapterState) -> dict[str, Tensor]:

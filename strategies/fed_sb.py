@@ -1,0 +1,38 @@
+"""Fed-SB: the weighted mean of R, a square matrix between factors that everybody holds.
+
+R. Singhal et al., "Fed-SB: A Silver Bullet for Extreme Communication Efficiency and Performance in (Private) Federated
+LoRA Fine-Tuning", arXiv 2502.15436. A layer's update is s B R A, where B and A are fixed, so that it is linear in R:
+
+    Rbar = sum_k p_k R_k,    s B Rbar A = sum_k p_k s B R_k A,
+
+exactly. A client sends r^2 numbers a layer, however wide the layer is.
+
+What differs from the paper: it takes B and A from the first step's gradient. Here they are singular vectors of the
+base's own weight, which need no rows; see `fedpeft.lora_sb`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from fedpeft.state import AdapterState, ClientUpdate
+from fedpeft.strategies.averaging import AveragingStrategy
+from fedpeft.strategies.base import Capabilities
+
+
+class FedSb(AveragingStrategy):
+    """The weighted mean of R (arXiv 2502.15436)."""
+
+    name = "fed-sb"
+    capabilities = Capabilities(
+        paper="arXiv 2502.15436",
+        sends="Rbar",
+        exact="always: A and B are shared",
+        needs_single_factors=False,
+        trains="R",
+        kinds=frozenset({"lora-sb"}),
+    )
+
+    def aggregate(self, updates: Iterable[ClientUpdate], current: AdapterState) -> AdapterState:
+        """Average R as it arrives; see `average`."""
+        return self.average(updates, current)
