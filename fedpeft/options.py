@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
 from fedpeft.errors import ConfigError
+from fedpeft.kinds import AdapterKind
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -27,7 +28,7 @@ Words = Annotated[
     ),
 ]
 Strategy = Annotated[str | None, typer.Option(help="The server's method; see `fedpeft strategies`.")]
-Adapter = Annotated[str | None, typer.Option(help="lora, or ffa-lora (A frozen).")]
+Adapter = Annotated[str | None, typer.Option(help=f"Kind of adapter: {', '.join(get_args(AdapterKind))}.")]
 PresetName = Annotated[str | None, typer.Option("--preset", help="Embedded model and data; see `fedpeft presets`.")]
 Clients = Annotated[int | None, typer.Option(help="Number of clients.")]
 Rounds = Annotated[int | None, typer.Option(help="Rounds of training.")]
