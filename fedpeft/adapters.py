@@ -170,6 +170,8 @@ class AdaptedModel:
         Names of the adapter's tensors that nobody trains: A0 under FFA-LoRA, random projections, a frozen head.
     personal : tuple of str
         Those of `trained` that never leave their client: a local head.
+    layers : tuple of str
+        Names of the adapted modules in the base.
     offset : mapping of str to LoraFactors
         By layer, what the initialisation took out of the base, which it put into the adapter; mostly empty.
     """
@@ -180,6 +182,7 @@ class AdaptedModel:
         self.scaling = adapter.scaling
         targets = choose_targets(base, adapter.targets, adapter.rank)
         _check_layers(base, targets, adapter)
+        self.layers = tuple(targets)
         self.peft_config = peft_config(
             adapter,
             derive_seed(config.run.seed, "adapter"),

@@ -6,6 +6,7 @@ from importlib.metadata import entry_points
 
 from fedpeft.config import RunConfig, StrategyConfig
 from fedpeft.errors import ConfigError, nearest
+from fedpeft.kinds import INITS_OF_BASE
 from fedpeft.strategies.base import AdapterStrategy, Capabilities, StrategyOptions
 from fedpeft.strategies.fed_sb import FedSb
 from fedpeft.strategies.fedex_lora import FedExLora
@@ -98,9 +99,10 @@ def find(name: str) -> type[AdapterStrategy]:
 def with_typed_options(config: RunConfig) -> RunConfig:
     """Check strategy name and options, and return the configuration with every option spelled out."""
     method = find(config.strategy.name)
-    _check_kind(config, method)
     parsed = method.parse_options(config.strategy.options)
     config = _with_own_adapter(config, method)
+    _check_kind(config, method)
+    _check_ranks(config, method)
     method.check(parsed, config.adapter)
     options = parsed.model_dump(mode="json", exclude_none=True)
     return config.model_copy(update={"strategy": StrategyConfig(name=config.strategy.name, **options)})
@@ -119,14 +121,8 @@ def _check_kind(config: RunConfig, method: type[AdapterStrategy]) -> None:
 def _with_own_adapter(config: RunConfig, method: type[AdapterStrategy]) -> RunConfig:
     """Choose what a method is defined with, where nobody has asked for something else."""
     adapter, facts = config.adapter, method.capabilities
-    if adapter.ranks is not None and not facts.mixed_ranks and len(set(adapter.ranks)) > 1:
-        able = ", ".join(name for name, other in available().items() if other.capabilities.mixed_ranks)
-        raise ConfigError(
-            f"adapter.ranks = {','.join(map(str, adapter.ranks))}: strategy '{method.name}' merges adapters of one "
-            f"rank only. Mixed ranks: {able}."
-        )
-    if adapter.ranks is not None and adapter.kind == "ffa-lora":
-        raise ConfigError("adapter.ranks and adapter.kind = 'ffa-lora' exclude each other: a frozen A has one rank")
+    if len(facts.kinds) == 1 and "kind" not in adapter.model_fields_set:
+        adapter = adapter.model_copy(update={"kind": min(facts.kinds)})
     if facts.init and adapter.init != facts.init:
         if adapter.init != "default":
             raise ConfigError(
@@ -134,3 +130,22 @@ def _with_own_adapter(config: RunConfig, method: type[AdapterStrategy]) -> RunCo
             )
         adapter = adapter.model_copy(update={"init": facts.init})
     return config.model_copy(update={"adapter": adapter})
+
+
+def _check_ranks(config: RunConfig, method: type[AdapterStrategy]) -> None:
+    adapter = config.adapter
+    if adapter.ranks is None or len(set(adapter.ranks)) == 1:
+        return
+    if not method.capabilities.mixed_ranks:
+        able = ", ".join(name for name, other in available().items() if other.capabilities.mixed_ranks)
+        raise ConfigError(
+            f"adapter.ranks = {','.join(map(str, adapter.ranks))}: strategy '{method.name}' merges adapters of one "
+            f"rank only. Mixed ranks: {able}."
+        )
+    if adapter.kind == "ffa-lora":
+        raise ConfigError("adapter.ranks and adapter.kind = 'ffa-lora' exclude each other: a frozen A has one rank")
+    if adapter.init in INITS_OF_BASE:
+        raise ConfigError(
+            f"adapter.ranks and adapter.init = '{adapter.init}' exclude each other: it takes as many ranks out of the "
+            "base as the adapter has, the same for all clients"
+        )

@@ -43,6 +43,7 @@ class FLora(AdapterStrategy):
         mixed_ranks=True,
         changes_base=True,
         init="default",
+        kinds=frozenset({"lora", "rslora"}),
     )
 
     @classmethod

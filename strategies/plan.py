@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from fedpeft.config import RunConfig
+from fedpeft.adapters import AdaptedModel
+from fedpeft.config import RunConfig, cohort_size
 from fedpeft.report.planned import DryRun
 from fedpeft.resident import resident
-from fedpeft.state import A_SUFFIX, B_SUFFIX, num_bytes
+from fedpeft.state import AdapterState, Role, role_of
 from fedpeft.strategies import find, with_typed_options
+from fedpeft.strategies.base import AdapterStrategy
 from fedpeft.strategies.exchange import sent_down
+from fedpeft.strategies.federation import client_ranks, personal_names
+from fedpeft.strategies.ranks import Ranks
 
 
 def plan(config: RunConfig) -> DryRun:
@@ -26,20 +30,19 @@ def plan(config: RunConfig) -> DryRun:
     method = find(config.strategy.name)
     rounds = range(1, config.federation.rounds + 1)
     names = [name for name in adapted.initial if name not in adapted.personal]
-
-    def volume(sent: Iterable[str]) -> int:
-        return num_bytes(adapted.initial[name] for name in sent)
-
-    up = sum(volume(method.exchange(number).sent_up(names, adapted.frozen)) for number in rounds)
-    down = sum(volume(sent_down(method.exchange, names, adapted.frozen, number)) for number in rounds)
-    head = [name for name in adapted.initial if not name.endswith((A_SUFFIX, B_SUFFIX))]
     facts = method.capabilities
+    ranks = _dealt(config, held.client_ids)
+    up = sum(_volume(adapted, method.exchange(number).sent_up(names, adapted.frozen), ranks) for number in rounds)
+    down = sum(_volume(adapted, sent_down(method.exchange, names, adapted.frozen, number), ranks) for number in rounds)
+    cohort = cohort_size(len(held.client_ids), config.federation.fraction, config.federation.min_clients)
+    down += (len(rounds) - 1) * _step(method, adapted, ranks[:cohort])
+    head = [name for name in adapted.initial if role_of(name) is Role.HEAD]
     whole = sum(parameter.numel() for parameter in adapted.model.parameters())
     return DryRun(
         config=config,
         parameters=whole - sum(tensor.numel() for tensor in adapted.initial.values()),
         trainable=sum(adapted.initial[name].numel() for name in adapted.trained),
-        layers=sum(name.endswith(A_SUFFIX) for name in adapted.initial),
+        layers=len(adapted.layers),
         bytes_up=up,
         bytes_down=down,
         client_rows={client: len(rows) for client, rows in zip(held.client_ids, held.indices, strict=True)},
@@ -50,4 +53,29 @@ def plan(config: RunConfig) -> DryRun:
         head_parameters=sum(adapted.initial[name].numel() for name in head),
         device=str(adapted.device),
         changes_rank=facts.changes_rank,
+        personal=tuple(sorted({str(role_of(name)) for name in personal_names(method, adapted)})),
+        changes_base=facts.changes_base,
     )
+
+
+def _dealt(config: RunConfig, clients: Sequence[str]) -> list[int]:
+    """Return the rank of each client."""
+    ranks = Ranks(client_ranks(config) or (config.adapter.rank,), config.adapter.scaling_of)
+    ranks.deal(clients)
+    return list(ranks.of.values())
+
+
+def _volume(adapted: AdaptedModel, names: Iterable[str], ranks: Sequence[int]) -> int:
+    """Return the bytes of these tensors for a client of mean rank."""
+    share = sum(ranks) / len(ranks) / max(ranks)
+    total = 0.0
+    for name in names:
+        size = adapted.initial[name].numel() * adapted.initial[name].element_size()
+        total += size * share if role_of(name) in (Role.A, Role.B) else size
+    return round(total)
+
+
+def _step(method: type[AdapterStrategy], adapted: AdaptedModel, ranks: Sequence[int]) -> int:
+    """Return the bytes of a round's change of the base."""
+    factors = AdapterState.from_tensors(adapted.initial, adapted.scaling).factors
+    return sum(4 * method.step_size(f.A.shape[1], f.B.shape[0], ranks) for f in factors.values())

@@ -21,6 +21,7 @@ HEADS = {
     "local": "stays with each client; scores are the mean over the clients' own models",
     "frozen": "left as drawn from the seed; nobody trains it",
 }
+CATCH_UP = "besides, each round, what became of the base before the last one: at most the size of the adapted layers"
 NO_HEAD = "none: a causal language model keeps its own"
 
 
@@ -54,6 +55,10 @@ class DryRun:
         Where models would run.
     changes_rank : bool
         Whether the method may send another rank than the adapter's, so that bytes are not known before.
+    personal : tuple of str
+        What stays with each client.
+    changes_base : bool
+        Whether clients are also sent what became of the base before the last round, which `bytes_down` leaves out.
     """
 
     config: RunConfig
@@ -70,6 +75,8 @@ class DryRun:
     head_parameters: int = 0
     device: str = "cpu"
     changes_rank: bool = False
+    personal: tuple[str, ...] = ()
+    changes_base: bool = False
 
     @property
     def cohort(self) -> int:
@@ -108,6 +115,8 @@ class DryRun:
             "head_parameters": self.head_parameters,
             "device": self.device,
             "changes_rank": self.changes_rank,
+            "personal": list(self.personal),
+            "changes_base": self.changes_base,
         }
 
 
@@ -119,6 +128,7 @@ def dry_run_table(planned: DryRun) -> RenderableType:
     targets = ", ".join(adapter.targets) if adapter.targets else "query and value"
     length = _several(train.local_steps, "step") if train.local_steps else _several(train.local_epochs or 1, "epoch")
     sees = "must see each client's factors" if planned.needs_single_factors else "needs sums over clients only"
+    ranks = f"{', '.join(map(str, adapter.ranks))} in turn" if adapter.ranks else str(adapter.rank)
     share = 100 * planned.trainable / max(1, planned.parameters)
     rows = list(planned.client_rows.values())
     up, down = (moved / federation.rounds for moved in (planned.bytes_up, planned.bytes_down))  # means
@@ -132,9 +142,10 @@ def dry_run_table(planned: DryRun) -> RenderableType:
         ("strategy", f"{config.strategy.name}{options}"),
         ("", f"{planned.paper}; exact: {planned.exact}"),
         ("server", sees),
+        ("personal", f"{' and '.join(planned.personal) or 'nothing'} stays with each client"),
         (
             "adapter",
-            f"{adapter.kind}, rank {adapter.rank}, alpha {adapter.alpha:g}, {planned.layers} layers ({targets})",
+            f"{adapter.kind}, rank {ranks}, alpha {adapter.alpha:g}, {planned.layers} layers ({targets})",
         ),
         ("trainable", f"{planned.trainable:,} parameters a client ({share:.2g} % of the base)"),
         ("head", f"{planned.head}" + (f" ({planned.head_parameters:,} parameters)" if planned.head_parameters else "")),
@@ -146,6 +157,7 @@ def dry_run_table(planned: DryRun) -> RenderableType:
         ("clients", rows_summary(rows)),
         ("rounds", f"{federation.rounds}, with {planned.cohort} of {len(rows)} clients each"),
         ("a client moves", f"{size(up)} up and {size(down)} down a round{at_rank}"),
+        *([("", CATCH_UP)] if planned.changes_base else []),
         ("in all", f"{size(planned.total_bytes)} for {federation.rounds} rounds"),
         ("seed", config.run.seed),
     ]
