@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -185,6 +186,59 @@ def merge(
         seed=seed,
     )
     show(merged.to_dict(), merged_table, json_lines)
+
+
+@app.command()
+def compare(
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="METHOD... [CONFIG.toml] [section.key=value ...]",
+            help="Methods, each NAME or NAME:option=value[,option=value]; and what they share, as for simulate.",
+        ),
+    ],
+    seeds: Annotated[int, typer.Option(help="How many seeds to run each method with, from --seed on.")] = 1,
+    adapter: Adapter = None,
+    preset: PresetName = None,
+    clients: Clients = None,
+    rounds: Rounds = None,
+    workers: Workers = None,
+    seed: Seed = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of all runs, runs/compare-TIME if not given; kept if done."),
+    ] = None,
+    json_lines: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Run several methods on the same clients, rows and seeds, and put them side by side.
+
+    Two bounds are methods here: `local`, where every client trains alone and nothing is sent, and `centralized`,
+    where one client holds all rows and makes as many steps a round as all clients of a round together.
+
+    Writes OUT/METHOD/seed-N/, comparison.json and comparison.md. With the same words and --out, an interrupted
+    comparison goes on where it was: runs that are complete are not repeated.
+    """
+    quiet(verbose)
+    from fedpeft.report.comparison import comparison_table
+    from fedpeft.simulations.compare import default_folder, plan_jobs, run_jobs, split_words, write_comparison
+
+    rows, rest = split_words(words)
+    config = configure(rest, adapter=adapter, preset=preset, clients=clients, rounds=rounds, workers=workers, seed=seed)
+    folder = out or default_folder()
+    jobs = plan_jobs(rows, config, seeds, folder)
+    compared = run_jobs(jobs, config, tell=lambda line: print(line, file=sys.stderr, flush=True), verbose=verbose)
+    facts = write_comparison(jobs, compared, folder)
+    show(facts, comparison_table, json_lines)
+    if not json_lines:
+        print(f"saved {folder}/comparison.md and comparison.json")
+    if compared.interrupted:
+        again = sys.argv[1:] if out is not None else [*sys.argv[1:], "--out", str(folder)]
+        line = f"{len(compared.runs)} of {len(jobs)} runs are done; go on with: fedpeft {shlex.join(again)}"
+        print(f"interrupted: {line}", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED)
+    if compared.failed:
+        raise typer.Exit(1)  # each was told of when it failed
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,12 @@ def _ignore(event: Event) -> None:
 
 
 def simulate(
-    config: RunConfig, out: Path | None = None, *, listener: Listener = _ignore, verbose: bool = False
+    config: RunConfig,
+    out: Path | None = None,
+    *,
+    listener: Listener = _ignore,
+    verbose: bool = False,
+    grid: RayGrid | None = None,
 ) -> Outcome:
     """Simulate a federation.
 
@@ -37,6 +43,8 @@ def simulate(
         Called with each event.
     verbose : bool
         Let the libraries below speak.
+    grid : RayGrid, optional
+        Workers that go on after this run, see `ray_grid`; they are started for it alone if not given.
 
     Returns
     -------
@@ -52,18 +60,27 @@ def simulate(
         silence()
     out = out or default_directory(config)
     check_vacant(out)
+    if grid is not None:
+        return _run(config, out, listener, grid)
+    with ray_grid(config, verbose=verbose) or nullcontext() as own:
+        return _run(config, out, listener, own)
+
+
+def ray_grid(config: RunConfig, *, verbose: bool = False) -> RayGrid | None:
+    """Return workers that several runs may use one after the other; None where all is done in this process.
+
+    Ray takes seconds to start, and does so at first use. The grid must be closed.
+    """
     workers = config.simulation.workers
     if workers == 0:
-        return _run(config, out, listener, None)
-    grid = RayGrid(
+        return None
+    return RayGrid(
         CLIENT_APP,
         workers=workers or _default_workers(config),
         threads_per_worker=config.simulation.threads_per_worker,
         gpus_per_worker=config.simulation.gpus_per_worker,
         verbose=verbose,
     )
-    with grid:
-        return _run(config, out, listener, grid)
 
 
 def _run(config: RunConfig, out: Path, listener: Listener, grid: RayGrid | None) -> Outcome:

@@ -247,3 +247,16 @@ def test_adapters_of_two_runs_are_merged(fedpeft: Run, small: list[str], tmp_pat
     assert "no adapter_config.json; do you mean" in refused(
         fedpeft("merge", "--method", "fedit", tmp_path / "run-1", "--out", tmp_path / "third")
     )
+
+
+def test_methods_are_compared(fedpeft: Run, small: list[str], tmp_path: Path) -> None:
+    words = ["compare", "local", "fedit:server_optimizer=adam", *small, "--clients", "2", "--out", tmp_path / "all"]
+    code, stdout, err = fedpeft(*words)
+    assert code == 0, err
+    assert "run 2/2  fedit:server_optimizer=adam  seed 0" in err
+    assert "server_optimizer=adam" in stdout
+    assert "the lower bound" in " ".join(stdout.split())
+    code, stdout, err = fedpeft(*words, "--json")
+    assert err.count("done before") == 2
+    assert [row["method"] for row in json.loads(stdout)["rows"]] == ["local", "fedit:server_optimizer=adam"]
+    assert "Did you mean 'fedit'" in refused(fedpeft("compare", "local", "fedti", *small))

@@ -1,0 +1,278 @@
+"""Several methods on the same clients, rows and seeds: one run each, through `simulate`, and the facts of all.
+
+Two rows are bounds rather than methods. `local` never sends anything. `centralized` has all rows in one place.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedpeft.config import Layer, RunConfig, cohort_size, nest, resolve
+from fedpeft.errors import ConfigError, RunDirectoryError, nearest
+from fedpeft.report.comparison import comparison, comparison_markdown
+from fedpeft.report.formats import duration, finite, number
+from fedpeft.report.history import History, domain_scores, main_metric, worst
+from fedpeft.resident import resident
+from fedpeft.runs import CONFIG, check_vacant, read_config, strict_json
+from fedpeft.simulations.simulate import ray_grid, simulate
+from fedpeft.strategies import available, with_typed_options
+
+CENTRALIZED = "centralized"
+Facts = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a comparison: a method, or a bound, with options of its own.
+
+    Parameters
+    ----------
+    label : str
+        As it was asked for, such as ``fedit:server_optimizer=adam``.
+    method : str
+        Name of a strategy, or ``centralized``.
+    settings : Layer
+        What is laid over the common configuration.
+    """
+
+    label: str
+    method: str
+    settings: Layer = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a comparison."""
+
+    label: str
+    seed: int
+    config: RunConfig
+    path: Path
+
+    @property
+    def is_done(self) -> bool:
+        """Whether this very run is there and complete."""
+        return self.is_begun and History.read(self.path).state == "completed"
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether this very run is there, complete or not."""
+        return (self.path / CONFIG).is_file() and _same(read_config(self.path), self.config)
+
+
+def _same(one: RunConfig, other: RunConfig) -> bool:
+    """Tell whether two configurations are of one run; workers change no result."""
+    return one.model_copy(update={"simulation": other.simulation}).to_flat() == other.to_flat()
+
+
+def split_words(words: Iterable[str]) -> tuple[list[Row], list[str]]:
+    """Tell methods from configuration.
+
+    A word that ends in ``.toml``, or holds ``=`` and no ``:`` before it, is configuration; every other word is a
+    method, or ``NAME:option=value[,option=value]``, where an option with a dot is any setting, as in
+    ``fedit:adapter.kind=ffa-lora``.
+
+    Raises
+    ------
+    ConfigError
+        No method, one that does not exist, or one that is named twice.
+    """
+    rows: list[Row] = []
+    rest: list[str] = []
+    for word in words:
+        if word.endswith(".toml") or ("=" in word and ":" not in word.partition("=")[0]):
+            rest.append(word)
+        else:
+            rows.append(_row(word))
+    if not rows:
+        raise ConfigError("no method to compare; name some, as in: fedpeft compare centralized local fedit lora-fair")
+    labels = [row.label for row in rows]
+    if twice := [label for label in labels if labels.count(label) > 1]:
+        raise ConfigError(f"'{twice[0]}' is to be compared twice; name it once.")
+    return rows, rest
+
+
+def _row(word: str) -> Row:
+    name, _, given = word.partition(":")
+    known = [*available(), CENTRALIZED]
+    if name not in known:
+        raise ConfigError(f"unknown method '{name}'. {nearest(name, known)}")
+    settings: dict[str, str] = {}
+    for part in given.split(",") if given else ():
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise ConfigError(f"'{part}' in '{word}' is not of the form option=value; write NAME:option=value,...")
+        settings[key.strip() if "." in key else f"strategy.{key.strip()}"] = value.strip()
+    return Row(word, name, nest(settings))
+
+
+def plan_jobs(rows: Sequence[Row], config: RunConfig, seeds: int, out: Path) -> list[Job]:
+    """Resolve the configuration of every run, and check all of them and where they go, before anything runs.
+
+    Seeds come first, so that model and rows are prepared once a seed.
+
+    Raises
+    ------
+    ConfigError
+        Options that a method does not have.
+    RunDirectoryError
+        A folder that holds something else already.
+    """
+    if seeds < 1:
+        raise ConfigError(f"--seeds {seeds} must be at least 1.")
+    if (out / CONFIG).exists():
+        raise RunDirectoryError(f"'{out}' is a run; give another --out, for a folder of runs.")
+    jobs = []
+    for seed in range(config.run.seed, config.run.seed + seeds):
+        for row in rows:
+            layers = [config.model_dump(exclude_none=True), _method_layer(row, config), row.settings]
+            own = with_typed_options(resolve([*layers, {"run": {"seed": seed}}]))
+            jobs.append(Job(row.label, seed, own, out / re.sub(r"[^\w.=,+-]", "_", row.label) / f"seed-{seed}"))
+    for job in jobs:
+        if not job.is_begun:
+            check_vacant(job.path)
+    return jobs
+
+
+def _method_layer(row: Row, config: RunConfig) -> Layer:
+    """Return what a row's method itself says: for `centralized`, one client with the work of a whole cohort."""
+    if row.method != CENTRALIZED:
+        return {"strategy": {"name": row.method}}
+    layer: Layer = {
+        "strategy": {"name": "fedit"},
+        "partition": {"scheme": "iid"},
+        "federation": {"clients": 1, "fraction": 1.0, "min_clients": 1},
+        "adapter": {"rank": config.adapter.rank},
+    }
+    if (steps := config.train.local_steps) is not None:
+        federation = config.federation
+        clients = federation.clients or len(resident(config).partition.client_ids)
+        cohort = cohort_size(clients, federation.fraction, federation.min_clients)
+        layer["train"] = {"local_steps": steps * cohort}
+    return layer
+
+
+@dataclass
+class Compared:
+    """What a comparison gave.
+
+    Parameters
+    ----------
+    runs : list of dict
+        Facts of each run that is complete.
+    failed : dict of str to str
+        Why the others stopped, by folder.
+    interrupted : bool
+        Whether the user stopped it.
+    """
+
+    runs: list[Facts] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    interrupted: bool = False
+
+
+def run_jobs(
+    jobs: Sequence[Job], config: RunConfig, *, tell: Callable[[str], None] = print, verbose: bool = False
+) -> Compared:
+    """Run what is not done yet; an interrupted comparison that is asked for again goes on where it was.
+
+    Parameters
+    ----------
+    jobs : sequence of Job
+        See `plan_jobs`.
+    config : RunConfig
+        What they have in common; names the workers, which all runs share.
+    tell : callable
+        Is told of each run in one line.
+    verbose : bool
+        Let the libraries below speak.
+    """
+    compared = Compared()
+    undone = sum(not job.is_done for job in jobs)
+    started, done = time.monotonic(), 0
+    with (ray_grid(config, verbose=verbose) if undone else None) or nullcontext() as grid:
+        for index, job in enumerate(jobs, 1):
+            name = f"run {index}/{len(jobs)}  {job.label}  seed {job.seed}"
+            if job.is_done:
+                compared.runs.append(run_facts(job))
+                tell(f"{name}  {_score(compared.runs[-1])}  done before")
+                continue
+            begun = time.monotonic()
+            try:
+                if job.is_begun:  # and was interrupted
+                    shutil.rmtree(job.path)
+                outcome = simulate(job.config, job.path, verbose=verbose, grid=grid)
+            except KeyboardInterrupt:
+                compared.interrupted = True
+                break
+            if outcome.reason == "interrupted":
+                compared.interrupted = True
+                break
+            done += 1
+            now = time.monotonic()
+            left = f"  ETA {duration((now - started) / done * (undone - done))}" if undone > done else ""
+            if outcome.reason == "completed":
+                compared.runs.append(run_facts(job))
+                tell(f"{name}  {_score(compared.runs[-1])}  {duration(now - begun)}{left}")
+            else:
+                compared.failed[str(job.path)] = outcome.reason
+                tell(f"{name}  failed: {outcome.reason}{left}")
+    return compared
+
+
+def _score(facts: Facts) -> str:
+    return f"{facts['metric']} {number(facts['score'])}"
+
+
+def run_facts(job: Job) -> Facts:
+    """Return what a comparison shows of one run."""
+    history = History.read(job.path)
+    metric = main_metric(job.config.task)
+    domains = domain_scores(history.last, metric)
+    federated = job.label.partition(":")[0] != CENTRALIZED  # else what moved and merged says nothing
+    return {
+        "label": job.label,
+        "seed": job.seed,
+        "path": str(job.path),
+        "metric": metric,
+        "score": finite((history.last or {}).get(metric)),
+        "worst_domain": domains[worst(domains, metric)] if domains else None,
+        "aggregation_error": finite(history.rounds.get(history.done, {}).get("aggregation_error"))
+        if federated
+        else None,
+        "bytes": history.bytes_up + history.bytes_down if federated else None,
+        "seconds": history.seconds,
+    }
+
+
+def default_folder() -> Path:
+    """Return ``runs/compare-TIME``."""
+    return Path("runs") / f"compare-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def write_comparison(jobs: Sequence[Job], compared: Compared, out: Path) -> Facts:
+    """Summarise what is complete, and write it as comparison.json and comparison.md.
+
+    Raises
+    ------
+    RunDirectoryError
+        The files cannot be written.
+    """
+    labels, seeds = (list(dict.fromkeys(getattr(job, key) for job in jobs)) for key in ("label", "seed"))
+    facts = comparison(labels, seeds, jobs[0].config.federation.rounds, compared.runs)
+    facts = strict_json(facts | {"failed": compared.failed})
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "comparison.json").write_text(json.dumps(facts, indent=2) + "\n")
+        (out / "comparison.md").write_text(comparison_markdown(facts))
+    except OSError as error:
+        raise RunDirectoryError(f"cannot write the comparison into '{out}': {error.strerror or error}") from None
+    return facts

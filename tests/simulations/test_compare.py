@@ -1,0 +1,126 @@
+"""Comparisons: what is run, what is not run again, and the two bounds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedpeft.config import RunConfig
+from fedpeft.errors import ConfigError, RunDirectoryError
+from fedpeft.report.history import History
+from fedpeft.simulations import compare
+from fedpeft.simulations.compare import Compared, plan_jobs, run_jobs, split_words, write_comparison
+from fedpeft.strategies.federation import Outcome
+
+
+def run(words: list[str], config: RunConfig, out: Path, seeds: int = 1) -> tuple[list[str], Compared]:
+    told: list[str] = []
+    rows, _ = split_words(words)
+    return told, run_jobs(plan_jobs(rows, config, seeds, out), config, tell=told.append)
+
+
+def test_methods_are_told_from_configuration() -> None:
+    words = [
+        "fedit",
+        "my.toml",
+        "fedit:server_optimizer=adam,server_tau=0.1",
+        "data.source=C:/x.csv",
+        "train.batch_size=4",
+    ]
+    rows, rest = split_words([*words, "fedit:adapter.kind=ffa-lora", "centralized"])
+    assert rest == ["my.toml", "data.source=C:/x.csv", "train.batch_size=4"]
+    assert [(row.method, row.settings) for row in rows] == [
+        ("fedit", {}),
+        ("fedit", {"strategy": {"server_optimizer": "adam", "server_tau": "0.1"}}),
+        ("fedit", {"adapter": {"kind": "ffa-lora"}}),
+        ("centralized", {}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["fedti"], "unknown method 'fedti'. Did you mean 'fedit'"),
+        (["centralised"], "Did you mean 'centralized'"),
+        (["train.batch_size=4"], "no method to compare"),
+        (["fedit", "fedit"], "twice"),
+        (["fedit:adam"], "'adam' in 'fedit:adam' is not of the form option=value"),
+        (["local", "fedit:solver=cosine"], "strategy 'fedit' has no option 'solver'"),
+        (["local", "lora-fair:regularization=-1"], "regularization"),
+        (["local", "rolora:adapter.kind=ffa-lora"], "rolora"),
+    ],
+)
+def test_mistakes_come_out_before_anything_runs(words: list[str], says: str, text_config: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=says):
+        run(words, text_config(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_upper_bound_has_all_rows_and_a_cohorts_steps(text_config: Any, tmp_path: Path) -> None:
+    rows, _ = split_words(["centralized"])
+    (job,) = plan_jobs(rows, text_config(federation__fraction=0.67), 1, tmp_path)
+    assert job.config.strategy.name == "fedit"
+    assert (job.config.partition.scheme, job.config.partition.by, job.config.federation.clients) == ("iid", None, 1)
+    assert job.config.train.local_steps == 2 * 3  # of the three sites, which only the rows name, two are drawn
+    (job,) = plan_jobs(rows, text_config(train__local_epochs=2), 1, tmp_path)
+    assert (job.config.train.local_steps, job.config.train.local_epochs) == (None, 2)
+
+
+def test_runs_are_compared_and_done_ones_are_kept(
+    text_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words, config, out = ["centralized", "local", "lora-fair:regularization=0.5"], text_config(run__seed=5), tmp_path
+    rows, _ = split_words(words)
+    jobs = plan_jobs(rows, config, 2, out)
+    assert [(job.label, job.seed) for job in jobs[:4]] == [*((word, 5) for word in words), ("centralized", 6)]
+    true_simulate = compare.simulate
+    begun: list[Path] = []
+
+    def stops_at_the_third(own: RunConfig, path: Path, **settings: Any) -> Outcome:
+        begun.append(path)
+        outcome = true_simulate(own, path, **settings)
+        if len(begun) == 3:  # as Ctrl-C leaves it
+            events = (path / "metrics.jsonl").read_text().replace('"completed"', '"interrupted"')
+            (path / "metrics.jsonl").write_text(events)
+            outcome.reason = "interrupted"
+        return outcome
+
+    monkeypatch.setattr(compare, "simulate", stops_at_the_third)
+    told, compared = run(words, config, out, seeds=2)
+    assert compared.interrupted
+    assert len(compared.runs) == len(told) == 2
+    assert write_comparison(jobs, compared, out)["rows"][0]["runs"] == 1
+    told, compared = run(words, config, out, seeds=2)
+    assert not compared.interrupted
+    assert [line.endswith("done before") for line in told] == [True, True, False, False, False, False]
+    assert len(begun) == 3 + 4
+    assert "ETA" in told[2]
+    facts = write_comparison(jobs, compared, out)
+    assert json.loads((out / "comparison.json").read_text()) == facts
+    assert "| local |" in (out / "comparison.md").read_text()
+    by_method = {row["method"]: row for row in facts["rows"]}
+    assert by_method["local"]["bytes"] == 0
+    assert by_method["centralized"]["bytes"] is None
+    assert by_method["lora-fair:regularization=0.5"]["aggregation_error"] > 0
+    assert all(row["runs"] == 2 and row["spread"] is not None for row in facts["rows"])
+    path = out / "lora-fair_regularization=0.5" / "seed-6"
+    last = History.read(path).last
+    assert last is not None
+    assert [each["score"] for each in facts["runs"] if each["path"] == str(path)] == [last["accuracy"]]
+    # what workers do changes no result, what else differs is another run
+    assert all(job.is_done for job in plan_jobs(rows, text_config(run__seed=5, simulation__workers=3), 2, out))
+    with pytest.raises(RunDirectoryError, match="already holds a run"):
+        plan_jobs(rows, text_config(run__seed=5, train__batch_size=4), 2, out)
+    with pytest.raises(RunDirectoryError, match="is a run"):
+        plan_jobs(rows, config, 2, path)
+
+
+def test_a_method_that_fails_leaves_the_others(text_config: Any, tmp_path: Path) -> None:
+    config = text_config(federation__rounds=1)
+    told, compared = run(["fedit:train.learning_rate=1e30,train.optimizer=sgd", "local"], config, tmp_path)
+    assert len(compared.failed) == 1
+    assert "failed: " in told[0]
+    assert [facts["label"] for facts in compared.runs] == ["local"]
