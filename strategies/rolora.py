@@ -39,7 +39,7 @@ class RoLora(AveragingStrategy):
         sends="Bbar on odd rounds, Abar on even ones",
         exact="always: the other factor is shared",
         needs_single_factors=False,
-        trains="B on odd rounds, A on even ones",
+        trains="B, A in turn",
     )
 
     @classmethod

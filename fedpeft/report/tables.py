@@ -41,6 +41,9 @@ def strategies_dict(methods: Mapping[str, type[AdapterStrategy]] | None = None) 
             "needs_single_factors": method.capabilities.needs_single_factors,
             "trains": method.capabilities.trains,
             "personal": sorted(method.capabilities.personal),
+            "mixed_ranks": method.capabilities.mixed_ranks,
+            "changes_base": method.capabilities.changes_base,
+            "kinds": sorted(method.capabilities.kinds),
             "options": _options(method),
         }
         for name, method in methods.items()
@@ -82,22 +85,51 @@ def _allowed(facts: Mapping[str, Any], known: Mapping[str, Any]) -> str:
 def strategies_table(methods: Sequence[Facts] | None = None) -> RenderableType:
     """Lay out what `strategies_dict` returns: the methods side by side, then what is particular to each."""
     methods = strategies_dict() if methods is None else methods
-    table = new_table("strategy", "paper", "server sends", "server sees", whole=("strategy",))
+    columns = ("strategy", "paper", "trains", "exact?", "mixed ranks?", "personal?", "sums only?")
+    table = new_table(*columns, whole=("strategy",))
     details: list[RenderableType] = []
     for method in methods:
-        sees = "each client's factors" if method["needs_single_factors"] else "sums suffice"
         name = cell(method["name"], "bold cyan")
-        table.add_row(name, cell(method["paper"]), cell(method["sends"]), cell(sees))
-        facts: list[tuple[str, object]] = [("trained", method["trains"]), ("exact", method["exact"])]
+        personal = ("all" if len(method["personal"]) > 1 else method["personal"][0]) if method["personal"] else "no"
+        table.add_row(
+            name,
+            cell(method["paper"].removeprefix("arXiv ")),
+            cell(method["trains"]),
+            _exact_in_short(method["exact"]),
+            _yes(method["mixed_ranks"]),
+            personal,
+            _yes(not method["needs_single_factors"]),
+        )
+        facts: list[tuple[str, object]] = [("sends", method["sends"]), ("exact", method["exact"])]
         if method["personal"]:
             facts.append(("personal", f"{', '.join(method['personal'])} stays with each client"))
+        facts.append(("kinds", ", ".join(method["kinds"])))
         for option in method["options"]:
             default = "required" if option["required"] else f"default {as_typed(option['default'])}"
             facts.append((option["name"], f"{option['allowed']}, {default}. {option['description']}"))
         details += [Text(), name, Padding(pairs(facts), (0, 0, 0, 2))]
     return Group(
-        table, *details, Text(), Text("Choose one with --strategy NAME, an option with strategy.OPTION=VALUE.", "dim")
+        table,
+        Text(
+            "exact: what is sent is the mean of the clients' products. sums only: the server need not see one client."
+        ),
+        *details,
+        Text(),
+        Text("Choose one with --strategy NAME, an option with strategy.OPTION=VALUE.", "dim"),
     )
+
+
+def _yes(fact: bool) -> str:
+    return "yes" if fact else "no"
+
+
+def _exact_in_short(words: str) -> str:
+    """Put a method's claim in a word or two; the whole follows below the table."""
+    if words.startswith("does not apply"):
+        return "-"
+    if words.startswith("for one client"):
+        return "no"
+    return "yes" if words.startswith("always") else "in cases"
 
 
 def presets_table(presets: Sequence[Mapping[str, Any]]) -> RenderableType:
