@@ -7,6 +7,9 @@ that is an error.
 
 from __future__ import annotations
 
+import contextlib
+import io
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -47,7 +50,9 @@ def adapt(base: BaseModel, settings: PeftConfig, config: RunConfig) -> PeftModel
     batches = public_batches(base, config) if adapter.init in INITS_FROM_DATA else ()
     if adapter.init == "lora-ga":
         _note_gradients(base, cast(LoraConfig, settings), batches)
-    model = cast(PeftModel, get_peft_model(cast(Any, base.model), settings))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "lora with eva init|fan_in_fan_out is set to False")  # PEFT sets it itself
+        model = cast(PeftModel, get_peft_model(cast(Any, base.model), settings))
     if adapter.init == "eva":
         _to_principal_directions(model, batches)
     if adapter.kind == "lora-sb":
@@ -75,7 +80,11 @@ def _note_gradients(base: BaseModel, settings: LoraConfig, batches: Sequence[Bat
         for batch in batches:
             base.model(**batch).loss.backward()
 
-    preprocess_loraga(base.model, settings, step)
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "Full backward hook is firing"
+        )  # as it should: nobody needs inputs' gradients
+        preprocess_loraga(base.model, settings, step)
     for name in settings.target_modules or ():
         if not hasattr(base.model.get_submodule(name), "_peft_loraga_grad"):
             raise AdapterError(
@@ -107,13 +116,14 @@ class _Bounded:
 def _to_principal_directions(model: PeftModel, batches: Sequence[Batch]) -> None:
     layers = [module for module in model.modules() if hasattr(module, "lora_A")]
     drawn = [cast(Any, layer).lora_A["default"].weight.clone() for layer in layers]
-    initialize_lora_eva_weights(
-        model,
-        _Bounded(batches),
-        prepare_model_inputs_fn=_marks,
-        prepare_layer_inputs_fn=_marked,
-        show_progress_bar=False,
-    )
+    with contextlib.redirect_stdout(io.StringIO()):  # PEFT prints of batches with fewer tokens than ranks
+        initialize_lora_eva_weights(
+            model,
+            _Bounded(batches),
+            prepare_model_inputs_fn=_marks,
+            prepare_layer_inputs_fn=_marked,
+            show_progress_bar=False,
+        )
     for layer, before in zip(layers, drawn, strict=True):
         after = cast(Any, layer).lora_A["default"].weight
         if after.shape != before.shape or torch.equal(after, before):

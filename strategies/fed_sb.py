@@ -15,9 +15,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fedpeft.state import AdapterState, ClientUpdate
+from fedpeft.state import AdapterState, ClientUpdate, Role
 from fedpeft.strategies.averaging import AveragingStrategy
 from fedpeft.strategies.base import Capabilities
+from fedpeft.strategies.exchange import Exchange
 
 
 class FedSb(AveragingStrategy):
@@ -32,6 +33,11 @@ class FedSb(AveragingStrategy):
         trains="R",
         kinds=frozenset({"lora-sb"}),
     )
+
+    @classmethod
+    def exchange(cls, server_round: int) -> Exchange:
+        """Train R."""
+        return Exchange(trained=frozenset({Role.R, Role.HEAD}))
 
     def aggregate(self, updates: Iterable[ClientUpdate], current: AdapterState) -> AdapterState:
         """Average R as it arrives; see `average`."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedpeft.adapters import AdaptedModel
 from fedpeft.config import AdapterConfig, RunConfig, nest, resolve
-from fedpeft.errors import AdapterError, ConfigError
+from fedpeft.errors import AdapterError, ConfigError, FedpeftError
 from fedpeft.kinds import ADDITIVE_KINDS, ALL_KINDS, INITS, INITS_OF_BASE, WITHOUT_CONV1D, AdapterInit
 from fedpeft.models import load_base
 from fedpeft.resident import Resident
@@ -246,7 +246,7 @@ def test_transposed_layers_are_adapted_or_refused(kind: str, init: str, gpt2: Pa
 @pytest.mark.parametrize("name", sorted(STRATEGIES))
 def test_a_method_takes_the_kinds_that_it_declares(name: str, text_config: Make) -> None:
     kinds = available()[name].capabilities.kinds
-    assert kinds == {"fedit": ALL_KINDS, "local": ALL_KINDS, "fed-sb": {"lora-sb"}}.get(name, ADDITIVE_KINDS)
+    assert kinds == {"fedit": ALL_KINDS, "local": ALL_KINDS, "fed-sb": {"lora-sb"}}.get(name, kinds & ADDITIVE_KINDS)
     for kind in ALL_KINDS - kinds:
         with pytest.raises(ConfigError, match=rf"strategy '{name}'.*'{kind}'.*Allowed: .*{min(kinds)}"):
             with_typed_options(text_config(strategy__name=name, adapter__kind=kind))
@@ -278,3 +278,28 @@ def test_every_initialisation_is_for_some_kind() -> None:
 def test_lora_ga_needs_twice_the_ranks(text_config: Make, text_csv: Path) -> None:
     with pytest.raises(AdapterError, match=r"'lora-ga' takes 2 x adapter\.rank.*at most rank 8"):
         _ = home(text_config, "lora", adapter__rank=9, **public(text_csv, "lora-ga")).adapted
+
+
+def test_eva_says_when_the_public_rows_are_too_few(text_config: Make, tmp_path: Path) -> None:
+    (tmp_path / "few.csv").write_text("text,label,client\nw1 w2,yes,a\nw3,no,a\n")
+    few = {"adapter__init": "eva", "adapter__init_data": str(tmp_path / "few.csv"), "adapter__rank": 8}
+    with pytest.raises(AdapterError, match=r"'eva' did not settle.*adapter\.init_data; give more rows"):
+        _ = home(text_config, "lora", **few).adapted
+
+
+def test_public_rows_must_exist(text_config: Make) -> None:
+    with pytest.raises(FedpeftError, match="nowhere"):
+        _ = home(text_config, "lora", adapter__init="eva", adapter__init_data="nowhere.csv").adapted
+
+
+@pytest.mark.parametrize("init", ["eva", "lora-ga"])
+def test_images_and_prompts_initialise_too(
+    init: str, tiny_vit: Path, image_folder: Path, tiny_llama: Path, pairs_jsonl: Path
+) -> None:
+    for model, rows in ((tiny_vit, image_folder), (tiny_llama, pairs_jsonl)):
+        settings = {"model.name": str(model), "data.source": str(rows), "adapter.rank": 2, "federation.clients": 2}
+        columns = ("prompt", "completion") if rows is pairs_jsonl else ("image",)
+        settings |= {f"data.{column}": column for column in columns}
+        config = resolve([nest({**settings, "adapter.init": init, "adapter.init_data": str(rows)})])
+        begun, drawn = (Resident(each).adapted.initial for each in (config, resolve([nest(settings)])))
+        assert not any(torch.equal(begun[name], drawn[name]) for name in begun if role_of(name) is Role.A)

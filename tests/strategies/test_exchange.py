@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -17,33 +19,39 @@ from fedpeft.strategies.rounds import RoundReport
 from fedpeft.wire import ARRAYS, CONFIG, DRAW, HELD_HASH, KEPT, NEEDS_ARRAYS, PERSONAL, TRAINED, to_record, to_tensors
 from tests.strategies.test_base import HEAD, A, B, Client, FunctionGrid, initial, reply_with
 
+R = "layer.lora_R.weight"
 ROUNDS = 4
 RANK_OF_A = len(initial()[A])
 SIZES = {name: tensor.numel() * 4 for name, tensor in initial().items()}
 
 
-def drawn(draw: int) -> dict[str, Tensor]:
+def with_r() -> dict[str, Tensor]:
+    """Make LoRA-SB's adapter of the same layer."""
+    return {**initial(), R: torch.zeros(RANK_OF_A, RANK_OF_A)}
+
+
+def drawn(draw: int, begin: Callable[[], dict[str, Tensor]] = initial) -> dict[str, Tensor]:
     """Return the adapter as it is drawn, as `fedpeft.adapters.AdaptedModel.drawn` does."""
-    tensors = initial()
+    tensors = begin()
     if draw:
         tensors[A] = draw_a(0, draw, A.removesuffix(A_SUFFIX), *tensors[A].shape)
         tensors[B] = torch.zeros_like(tensors[B])
     return tensors
 
 
-def honest(amount: float, forgets: bool = False) -> Client:
+def honest(amount: float, forgets: bool = False, begin: Callable[[], dict[str, Tensor]] = initial) -> Client:
     """Make a client that holds what it drew and what it was told to keep, and trains what it is told to train."""
     own: dict[str, Tensor] = {}
 
     def client(message: Message) -> Message:
         settings = message.content.config_records[CONFIG]
         sent = to_tensors(message.content.array_records[ARRAYS])
-        personal = {n for n in initial() if role_of(n) in settings[PERSONAL]}  # type: ignore[operator]
-        begun = drawn(int(settings[DRAW]))  # type: ignore[arg-type]
+        personal = {n for n in begin() if role_of(n) in settings[PERSONAL]}  # type: ignore[operator]
+        begun = drawn(int(settings[DRAW]), begin)  # type: ignore[arg-type]
         held = {n: own.get(n, t) for n, t in begun.items() if n not in sent and n not in personal}
         if (fingerprint(held) if held else "") != settings[HELD_HASH]:
             return Message(RecordDict({CONFIG: ConfigRecord({NEEDS_ARRAYS: True})}), reply_to=message)
-        start = {**held, **sent, **{n: own.get(n, initial()[n]) for n in personal}}
+        start = {**held, **sent, **{n: own.get(n, begin()[n]) for n in personal}}
         if not forgets:
             own.update({n: t for n, t in start.items() if role_of(n) in settings[KEPT]})  # type: ignore[operator]
         trained = {n: t + amount for n, t in start.items() if role_of(n) in settings[TRAINED]}  # type: ignore[operator]
@@ -55,11 +63,13 @@ def honest(amount: float, forgets: bool = False) -> Client:
     return client
 
 
-def run(method: type[AdapterStrategy], clients: dict[int, Client]) -> tuple[dict[str, Tensor], list[RoundReport]]:
+def run(
+    method: type[AdapterStrategy], clients: dict[int, Client], begin: Callable[[], dict[str, Tensor]] = initial
+) -> tuple[dict[str, Tensor], list[RoundReport]]:
     strategy = method(client_ids={node: str(node) for node in clients}, scaling=2.0)
     reports: list[RoundReport] = []
     result = strategy.start(
-        FunctionGrid(clients), to_record(initial()), ROUNDS, observer=lambda report, state: reports.append(report)
+        FunctionGrid(clients), to_record(begin()), ROUNDS, observer=lambda report, state: reports.append(report)
     )
     return to_tensors(result.arrays), reports
 
@@ -93,13 +103,15 @@ def closed_form(method: str, server_round: int) -> tuple[int, int]:
         "fedex-lora": (a + b, a + b),  # a single client leaves no residual
         "frlora": (a + b, a + b if server_round == 1 else min(2 * (a + b), d_in * d_out)),
         "hetlora": (a + b, a + b),
+        "fed-sb": (r * r, r * r),
         "rolora": (b if server_round % 2 else a, b if server_round == 1 or server_round % 2 == 0 else a),
     }[method]
 
 
 @pytest.mark.parametrize("name", [name for name in STRATEGIES if name not in ("florist", "local")])
 def test_measured_bytes_are_the_closed_form_counts(name: str) -> None:
-    _, reports = run(STRATEGIES[name], {1: honest(0.1)})
+    begin = with_r if name == "fed-sb" else initial
+    _, reports = run(STRATEGIES[name], {1: honest(0.1, begin=begin)}, begin)
     for report in reports:
         up, down = closed_form(name, report.server_round)
         assert report.bytes_up == 4 * up + SIZES[HEAD]
