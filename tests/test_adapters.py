@@ -15,6 +15,7 @@ from fedpeft.config import RunConfig, nest, resolve
 from fedpeft.errors import AdapterError, ModelError
 from fedpeft.models import load_base, locate
 from fedpeft.state import AdapterState, LoraFactors
+from fedpeft.strategies.base_changes import advance, as_step, exact_sum
 
 Make = Callable[..., RunConfig]
 SMALL: dict[str, Any] = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
@@ -178,3 +179,36 @@ def test_layers_of_different_ranks_and_scalings_are_saved_as_peft_reads_them(bas
         assert torch.equal(module.lora_A["default"].weight, f.A)
         assert torch.equal(module.lora_B["default"].weight, f.B)
         assert module.scaling["default"] == f.scaling
+
+
+@pytest.mark.parametrize(("name", "task"), [("bert", "sequence-classification"), ("gpt2", "causal-lm")])
+@pytest.mark.parametrize("init", ["default", "pissa"])
+def test_a_changed_base_computes_as_the_one_adapter_that_holds_all(
+    name: str, task: str, init: str, bases: Path, tmp_path: Path
+) -> None:
+    """GPT-2 holds its weights the other way round; pissa has taken something out of them already."""
+    live, config = adapted(bases / name, task, adapter__init=init)
+    before = logits(live.model, task)
+    draw = torch.Generator().manual_seed(5)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return 0.3 * torch.randn(*shape, generator=draw)
+
+    state = AdapterState.from_tensors(
+        {key: tensor + normal(*tensor.shape) for key, tensor in live.initial.items()}, live.scaling
+    )
+    for rank in (1, 12):  # as factors, and as a matrix
+        steps = {
+            layer: as_step(normal(f.B.shape[0], rank), normal(rank, f.A.shape[1]), f.A)
+            for layer, f in state.factors.items()
+        }
+        state = AdapterState(state.factors, state.dense, advance(state.base, steps))
+    live.load(state.to_tensors(), live.scaling)
+    moved = logits(live.model, task)
+    live.save(tmp_path, exact_sum(state), ("a", "b", "c"))
+    base = load_base(config, bases / name, () if task == "causal-lm" else ("a", "b", "c"))
+    alone = logits(PeftModel.from_pretrained(base.model, str(tmp_path)), task)
+    torch.testing.assert_close(alone, moved, rtol=1e-4, atol=1e-5)
+    live.load(live.initial, live.scaling)
+    assert torch.equal(logits(live.model, task), before)
+    assert not torch.allclose(moved, before, atol=1e-2)
