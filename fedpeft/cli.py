@@ -229,7 +229,8 @@ def compare(
     jobs = plan_jobs(rows, config, seeds, folder)
     compared = run_jobs(jobs, config, tell=lambda line: print(line, file=sys.stderr, flush=True), verbose=verbose)
     facts = write_comparison(jobs, compared, folder)
-    show(facts, comparison_table, json_lines)
+    if compared.runs or json_lines:
+        show(facts, comparison_table, json_lines)
     if not json_lines:
         print(f"saved {folder}/comparison.md and comparison.json")
     if compared.interrupted:

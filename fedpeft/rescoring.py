@@ -7,11 +7,11 @@ from pathlib import Path
 
 from peft import PeftModel
 
-from fedpeft.adapters import LABELS
 from fedpeft.config import Layer, resolve
 from fedpeft.data.encoding import encode_rows
 from fedpeft.errors import ConfigError, RunDirectoryError
 from fedpeft.evaluation import mean_metrics, score
+from fedpeft.export import LABELS
 from fedpeft.models import load_base
 from fedpeft.resident import Resident
 from fedpeft.runs import ADAPTER, Event, read_config

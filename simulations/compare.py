@@ -268,7 +268,7 @@ def write_comparison(jobs: Sequence[Job], compared: Compared, out: Path) -> Fact
     """
     labels, seeds = (list(dict.fromkeys(getattr(job, key) for job in jobs)) for key in ("label", "seed"))
     facts = comparison(labels, seeds, jobs[0].config.federation.rounds, compared.runs)
-    facts = strict_json(facts | {"failed": compared.failed})
+    facts = dict(strict_json(facts | {"failed": compared.failed}))
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / "comparison.json").write_text(json.dumps(facts, indent=2) + "\n")

@@ -20,7 +20,7 @@ class Local(AdapterStrategy):
 
     name = "local"
     capabilities = Capabilities(
-        paper="-",
+        paper="baseline",
         sends="nothing",
         exact="does not apply: there is no global update",
         needs_single_factors=False,
