@@ -40,7 +40,7 @@ REFUSED = {
 MIXED_RANKS = ("lora-lego", "flexlora", "florist", "flora", "hetlora")  # take adapters of different ranks
 ANY_RANK = ("lora-lego", "flexlora", "flora", "fedex-lora")  # can write any rank
 NEEDS_START = {"server_optimizer": ("avgm", "adagrad", "adam", "yogi"), "robust": ("norm-clip",)}
-EXACT = 1e-9  # of float64; what is beyond is a method's error, not rounding
+EXACT = 1e-6  # relative; what is beyond is a method's error, not the rounding of those that compute in float32
 MOST = 2**62  # sum of the weights as whole numbers
 ALIGNING_ROUND = 3  # not the first, in which fedrot-lora rotates nothing; an odd one, whose rotations align A
 
