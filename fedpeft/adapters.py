@@ -307,7 +307,7 @@ class AdaptedModel:
             Label names in the order of their ids, written to labels.json.
         """
         settings = self.peft_config.to_dict()
-        if state.factors:  # else PEFT would initialise once more when it loads, and change its base
+        if state.factors:  # PEFT would initialise as it is told to whenever it loads, and change its base once more
             settings |= {"init_lora_weights": True, "eva_config": None, "lora_ga_config": None}
         factors = {layer: self._as_plain(layer, f) for layer, f in state.factors.items()}
         write_adapter(directory, settings, AdapterState(factors, state.dense))

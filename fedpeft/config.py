@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from fedpeft.errors import ConfigError, nearest
-from fedpeft.kinds import INITS, INITS_FROM_DATA, WITHOUT_DROPOUT, AdapterInit, AdapterKind
+from fedpeft.kinds import INITS, INITS_FROM_DATA, INITS_OF_BASE, WITHOUT_DROPOUT, AdapterInit, AdapterKind
 
 Task = Literal["sequence-classification", "image-classification", "causal-lm"]
 Scalar = str | int | float | bool
@@ -174,6 +174,11 @@ class AdapterConfig(Section):
             raise ValueError(
                 f"adapter.init = '{self.init}' is not for adapter.kind = '{self.kind}'. Allowed: {allowed}; "
                 f"'{self.init}' goes with {', '.join(sorted(INITS[self.init]))}"
+            )
+        if self.init in INITS_OF_BASE and len(set(self.ranks or ())) > 1:
+            raise ValueError(
+                f"adapter.init = '{self.init}' takes ranks out of the base, which the clients with fewer of "
+                f"adapter.ranks = {','.join(map(str, self.ranks or ()))} would miss; use another adapter.init"
             )
         if self.dropout and self.kind in WITHOUT_DROPOUT:
             raise ValueError(

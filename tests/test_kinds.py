@@ -261,6 +261,7 @@ def test_a_method_takes_the_kinds_that_it_declares(name: str, text_config: Make)
         ({"adapter.kind": "vera", "adapter.init": "pissa"}, "adapter.init = 'pissa' is not for adapter.kind = 'vera'"),
         ({"adapter.kind": "ffa-lora", "adapter.init": "olora"}, "Allowed: default, gaussian; .*lora, rslora"),
         ({"adapter.kind": "loha", "adapter.dropout": 0.1}, "adapter.dropout = 0.1 .*'loha'.*leave it at 0"),
+        ({"adapter.init": "pissa", "adapter.ranks": "2,4"}, "'pissa' takes ranks out of the base.*adapter.ranks = 2,4"),
         ({"adapter.init": "eva"}, "'eva' needs adapter.init_data.*public"),
         ({"adapter.init": "pissa", "adapter.init_data": "x.csv"}, "'x.csv' belongs to .*'eva' or 'lora-ga'.*drop it"),
     ],
