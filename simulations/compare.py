@@ -17,7 +17,7 @@ from typing import Any
 
 from fedpeft.config import Layer, RunConfig, cohort_size, nest, resolve
 from fedpeft.errors import ConfigError, RunDirectoryError, nearest
-from fedpeft.report.comparison import comparison, comparison_markdown
+from fedpeft.report.comparison import BOUNDS, comparison, comparison_markdown
 from fedpeft.report.formats import duration, finite, number
 from fedpeft.report.history import History, domain_scores, main_metric, worst
 from fedpeft.resident import resident
@@ -130,10 +130,13 @@ def plan_jobs(rows: Sequence[Row], config: RunConfig, seeds: int, out: Path) -> 
         raise ConfigError(f"--seeds {seeds} must be at least 1.")
     if (out / CONFIG).exists():
         raise RunDirectoryError(f"'{out}' is a run; give another --out, for a folder of runs.")
+    # what nobody has set is left open: a method may be defined with another kind of adapter. The strategy's options are
+    # its own, and of no other row
+    common = config.model_dump(exclude_none=True, exclude_unset=True) | {"strategy": config.strategy.model_dump()}
     jobs = []
     for seed in range(config.run.seed, config.run.seed + seeds):
         for row in rows:
-            layers = [config.model_dump(exclude_none=True), _method_layer(row, config), row.settings]
+            layers = [common, _method_layer(row, config), row.settings]
             own = with_typed_options(resolve([*layers, {"run": {"seed": seed}}]))
             jobs.append(Job(row.label, seed, own, out / re.sub(r"[^\w.=,+-]", "_", row.label) / f"seed-{seed}"))
     for job in jobs:
@@ -144,13 +147,15 @@ def plan_jobs(rows: Sequence[Row], config: RunConfig, seeds: int, out: Path) -> 
 
 def _method_layer(row: Row, config: RunConfig) -> Layer:
     """Return what a row's method itself says: for `centralized`, one client with the work of a whole cohort."""
+    layer: Layer = {"strategy": {"name": row.method}}
+    if row.method in BOUNDS and config.adapter.ranks is not None:
+        layer["adapter"] = {"rank": config.adapter.rank}  # which is the largest
     if row.method != CENTRALIZED:
-        return {"strategy": {"name": row.method}}
-    layer: Layer = {
+        return layer
+    layer |= {
         "strategy": {"name": "fedit"},
         "partition": {"scheme": "iid"},
         "federation": {"clients": 1, "fraction": 1.0, "min_clients": 1},
-        "adapter": {"rank": config.adapter.rank},
     }
     if (steps := config.train.local_steps) is not None:
         federation = config.federation

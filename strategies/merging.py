@@ -23,7 +23,7 @@ from fedpeft.export import SavedAdapter, read_adapter, write_adapter, write_labe
 from fedpeft.runs import check_vacant
 from fedpeft.seeds import generator
 from fedpeft.state import A_SUFFIX, AdapterState, ClientUpdate, LoraFactors
-from fedpeft.strategies import find
+from fedpeft.strategies import available, find
 from fedpeft.strategies.base import AdapterStrategy
 from fedpeft.strategies.base_changes import exact_sum
 from fedpeft.strategies.factors import aggregation_error
@@ -37,7 +37,6 @@ REFUSED = {
     "frlora": "begins at the principal part of the base's weights, which adapters on disk do not hold",
     "fed-sb": "sums the R of adapters that share A and B, and these have no R",
 }
-MIXED_RANKS = ("lora-lego", "flexlora", "florist", "flora", "hetlora")  # take adapters of different ranks
 ANY_RANK = ("lora-lego", "flexlora", "flora", "fedex-lora")  # can write any rank
 NEEDS_START = {"server_optimizer": ("avgm", "adagrad", "adam", "yogi"), "robust": ("norm-clip",)}
 EXACT = 1e-6  # relative; what is beyond is a method's error, not the rounding of those that compute in float32
@@ -270,12 +269,12 @@ def _shapes(state: AdapterState) -> dict[str, tuple[int, ...]]:
 def check_ranks(method: str, updates: Sequence[ClientUpdate], rank: int | None) -> None:
     """Raise an error if the method cannot take these ranks, or not make that one of them."""
     shapes = [_per_layer(update, lambda f: f.rank) for update in updates]
-    takes_mixed = method in MIXED_RANKS or find(method).capabilities.mixed_ranks
-    if not takes_mixed and any(ranks != shapes[0] for ranks in shapes):
+    if not find(method).capabilities.mixed_ranks and any(ranks != shapes[0] for ranks in shapes):
         listed = ", ".join(f"'{u.client_id}' has {_range(u)}" for u in updates)
+        able = [name for name, other in available().items() if other.capabilities.mixed_ranks]
         raise AdapterError(
             f"strategy '{method}' averages factors, which takes equal ranks in each layer: {listed}. "
-            f"These take any: {', '.join(MIXED_RANKS)}."
+            f"These take any: {', '.join(able)}."
         )
     if rank is None:
         return

@@ -69,6 +69,23 @@ def test_the_upper_bound_has_all_rows_and_a_cohorts_steps(text_config: Any, tmp_
     assert (job.config.train.local_steps, job.config.train.local_epochs) == (None, 2)
 
 
+def test_what_is_not_set_is_left_to_the_method_and_options_to_their_own(text_config: Any, tmp_path: Path) -> None:
+    rows, _ = split_words(["fed-sb", "fedit", "lora-fair", "lora-fair:solver=cosine"])
+    config = text_config(strategy__name="lora-fair", strategy__regularization=0.5)
+    sb, fedit, fair, cosine = (job.config for job in plan_jobs(rows, config, 1, tmp_path))
+    assert (sb.adapter.kind, fedit.adapter.kind) == ("lora-sb", "lora")
+    assert "regularization" not in fedit.strategy.options
+    assert fair.strategy.options == {"regularization": 0.5, "solver": "closed-form"}
+    assert cosine.strategy.options == {"regularization": 0.5, "solver": "cosine"}
+
+
+def test_bounds_of_mixed_ranks_have_the_largest(text_config: Any, tmp_path: Path) -> None:
+    rows, _ = split_words(["centralized", "local", "flora"])
+    config = text_config(adapter__ranks="2,4")
+    for job in plan_jobs(rows, config, 1, tmp_path):
+        assert (job.config.adapter.rank, job.config.adapter.ranks) == (4, (2, 4) if job.label == "flora" else None)
+
+
 def test_runs_are_compared_and_done_ones_are_kept(
     text_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
