@@ -137,6 +137,29 @@ def test_robust_means_and_server_optimizers_take_every_tensor(kind: str, method:
         assert key in adapted.trained or torch.equal(merged[key], adapted.initial[key])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_mean_is_exact_where_the_update_is_linear_in_what_is_trained(kind: str, text_config: Make) -> None:
+    adapted = home(text_config, kind).adapted
+    layer = adapted.model.get_submodule("base_model.model.bert.encoder.layer.0.attention.self.query")
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 16, generator=draw)
+
+    def outputs(tensors: dict[str, Tensor]) -> Tensor:
+        adapted.load(tensors, adapted.scaling)
+        with torch.no_grad():
+            return layer(x)  # type: ignore[no-any-return]
+
+    one, other = (
+        {n: t + torch.randn(t.shape, generator=draw) if n in adapted.trained else t for n, t in adapted.initial.items()}
+        for _ in range(2)
+    )
+    middle = outputs({name: (tensor + other[name]) / 2 for name, tensor in one.items()})
+    ideal = (outputs(one) + outputs(other)) / 2
+    assert torch.allclose(middle, ideal, rtol=1e-4, atol=1e-4) == (kind in {"ffa-lora", "lora-sb", "miss"})
+    for exact in ("ffa-lora", "lora-sb", "miss"):
+        assert exact in FedIt.capabilities.exact
+
+
 def public(text_csv: Path, init: str) -> dict[str, Any]:
     return {"adapter__init": init, **({"adapter__init_data": str(text_csv)} if init in ("eva", "lora-ga") else {})}
 
