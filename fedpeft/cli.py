@@ -164,7 +164,7 @@ def merge(
     seed: Annotated[int, typer.Option(help="Everything random follows from it.")] = 0,
     json_lines: Json = False,
 ) -> None:
-    """Merge PEFT LoRA adapters into one, by a method of the federation.
+    """Merge PEFT's LoRA adapter folders DIR... into one, by a method of the federation.
 
     Ranks and alphas may differ. Says how far the result is from the weighted mean of the adapters' updates.
     """
@@ -212,6 +212,9 @@ def compare(
     verbose: Verbose = False,
 ) -> None:
     """Run several methods on the same clients, rows and seeds, and put them side by side.
+
+    A METHOD is a name, or NAME:option=value[,option=value] with options of its own; an option with a dot is any
+    setting, as in fedit:adapter.kind=ffa-lora. What all share is said as for simulate.
 
     Two bounds are methods here: `local`, where every client trains alone and nothing is sent, and `centralized`,
     where one client holds all rows and makes as many steps a round as all clients of a round together.
