@@ -141,3 +141,14 @@ def test_a_method_that_fails_leaves_the_others(text_config: Any, tmp_path: Path)
     assert len(compared.failed) == 1
     assert "failed: " in told[0]
     assert [facts["label"] for facts in compared.runs] == ["local"]
+
+
+def test_workers_that_serve_several_runs_give_the_same_bytes(text_config: Any, tmp_path: Path) -> None:
+    files = ("local/seed-1/clients/site-2/adapter", "fedit/seed-0/adapter", "fedit/seed-1/adapter")
+    for workers in (0, 1):
+        config = text_config(federation__rounds=1, simulation__workers=workers)
+        _, compared = run(["local", "fedit"], config, tmp_path / str(workers), seeds=2)
+        assert len(compared.runs) == 4
+    for file in files:
+        inline, ray = (tmp_path / folder / file / "adapter_model.safetensors" for folder in ("0", "1"))
+        assert inline.read_bytes() == ray.read_bytes()
