@@ -53,6 +53,11 @@ def init_app(directory: Path, config: RunConfig, out: Path | None) -> str:
             "adapter.head = 'local' works in simulations only: a SuperNode would lose its head with each restart. "
             "Use 'shared' or 'frozen'."
         )
+    if config.adapter.init == "lora-ga":
+        raise DeploymentError(
+            "adapter.init = 'lora-ga' works in simulations only: every site would take directions of its own gradient "
+            "out of the base, and their signs depend on the processor. Use 'pissa' or 'default'."
+        )
     # this reaches up to the strategies, and loads torch; clients import this module for `run_config` alone
     from fedpeft.resident import resident
     from fedpeft.runs import default_directory

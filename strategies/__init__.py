@@ -7,7 +7,8 @@ from importlib.metadata import entry_points
 from fedpeft.config import RunConfig, StrategyConfig
 from fedpeft.errors import ConfigError, nearest
 from fedpeft.kinds import INITS_OF_BASE
-from fedpeft.strategies.base import AdapterStrategy, Capabilities, StrategyOptions
+from fedpeft.strategies.base import AdapterStrategy, StrategyOptions
+from fedpeft.strategies.capabilities import Capabilities
 from fedpeft.strategies.fed_sb import FedSb
 from fedpeft.strategies.fedex_lora import FedExLora
 from fedpeft.strategies.fedit import FedIt

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -22,11 +21,12 @@ from torch import Tensor
 
 from fedpeft.config import AdapterConfig, Section, cohort_size, describe
 from fedpeft.errors import ConfigError, DeploymentError, TooFewClientsError, nearest
-from fedpeft.kinds import ADDITIVE_KINDS
 from fedpeft.seeds import generator
-from fedpeft.state import A_SUFFIX, BASE_EARLIER, AdapterState, ClientUpdate, Role
-from fedpeft.strategies.exchange import Deliveries, Exchange
+from fedpeft.state import A_SUFFIX, BASE_EARLIER, AdapterState, ClientUpdate, Role, role_of
+from fedpeft.strategies.capabilities import Capabilities
+from fedpeft.strategies.exchange import Exchange
 from fedpeft.strategies.factors import aggregation_error, sent_products
+from fedpeft.strategies.outgoing import Outgoing, Terms
 from fedpeft.strategies.ranks import Ranks, cut
 from fedpeft.strategies.rounds import Fault, Observer, RoundReport, client_order, error_class, in_order, require_enough
 from fedpeft.strategies.updates import RefusedUpdateError, read_update
@@ -34,17 +34,9 @@ from fedpeft.wire import (
     ARRAYS,
     CLIENT_ID,
     CONFIG,
-    DRAW,
-    HELD_HASH,
-    KEPT,
     NEEDS_ARRAYS,
     NUM_ROUNDS,
-    PERSONAL,
-    RANK,
-    ROUND,
-    SCALING,
     TRAIN_LOSS,
-    TRAINED,
     payload_bytes,
     to_record,
     to_tensors,
@@ -55,49 +47,6 @@ log = logging.getLogger(__name__)
 
 class StrategyOptions(Section):
     """The options of one method, under ``[strategy]`` in a configuration; closed to unknown keys."""
-
-
-@dataclass(frozen=True)
-class Capabilities:
-    """What a method does, from which tables, refusals and byte counts derive.
-
-    Parameters
-    ----------
-    paper : str
-        arXiv number or venue.
-    sends : str
-        What the server sends down, in the paper's symbols.
-    exact : str
-        When the sent product equals the weighted mean of the clients' products.
-    needs_single_factors : bool
-        Whether the server must see single clients' factors; if not, sums suffice.
-    trains : str
-        What clients train, besides the head.
-    personal : frozenset of Role
-        What stays with each client; where there is such, scores are means over the clients' own models.
-    changes_rank : bool
-        Whether what is sent may have another rank than the clients' adapters had at first.
-    mixed_ranks : bool
-        Whether clients may have different ranks.
-    changes_base : bool
-        Whether the frozen base moves too; clients are then sent its change.
-    init : str
-        The ``adapter.init`` that the method is defined with; any if empty.
-    kinds : frozenset of str
-        The ``adapter.kind`` that the method can merge.
-    """
-
-    paper: str
-    sends: str
-    exact: str
-    needs_single_factors: bool
-    trains: str = "A, B"
-    personal: frozenset[Role] = frozenset()
-    changes_rank: bool = False
-    mixed_ranks: bool = False
-    changes_base: bool = False
-    init: str = ""
-    kinds: frozenset[str] = ADDITIVE_KINDS
 
 
 class AdapterStrategy(Strategy):
@@ -163,10 +112,7 @@ class AdapterStrategy(Strategy):
         self.report: RoundReport | None = None
         self.on_update: Callable[[int, ClientUpdate], None] | None = None  # called as each good update arrives
         self.server_round = 0  # of the last round begun
-        self._deliveries: dict[int, Deliveries] = {}  # by rank; 0 is the adapter's own
-        self._asked: dict[str, int] = {}  # the rank that each member of the cohort was sent
-        self._views: dict[int, AdapterState] = {}  # what clients of a rank are sent in this round
-        self._state: AdapterState | None = None
+        self._outgoing: Outgoing | None = None
         self._timeout: float | None = 3600.0
         self._started = time.perf_counter()
         self._grid: Grid | None = None
@@ -266,85 +212,41 @@ class AdapterStrategy(Strategy):
         drawn = generator(self.seed, "cohort", server_round).choice(len(everyone), size, replace=False)
         if self.ranks is not None:
             self.ranks.deal(everyone)
-        self._views = {0: self._require_state()}
-        records = {0: arrays}
-        contents: dict[tuple[int, frozenset[str]], RecordDict] = {}  # clients that lack the same share one content
-        messages = []
-        for client in (everyone[index] for index in sorted(drawn)):
-            rank = self._asked[client] = 0 if self.ranks is None else self.ranks.of[client]
-            if rank not in records:
-                records[rank] = to_record(self._view(rank).to_tensors())
-            names = frozenset(self._held_by(rank).lacking(client, self.exchange(server_round)))
-            if (rank, names) not in contents:
-                contents[rank, names] = self._content(rank, names, records[rank], config)
-            content = contents[rank, names]
-            messages.append(Message(content, nodes[client], MessageType.TRAIN, group_id=str(server_round)))
-        return messages
+        outgoing = self._require_outgoing()
+        outgoing.begin(server_round, arrays, config)
+        cohort = [everyone[index] for index in sorted(drawn)]
+        contents = [outgoing.content(client, self._rank(client)) for client in cohort]
+        return [
+            Message(content, nodes[client], MessageType.TRAIN, group_id=str(server_round))
+            for client, content in zip(cohort, contents, strict=True)
+        ]
 
-    def _content(self, rank: int, names: Collection[str], arrays: ArrayRecord, config: ConfigRecord) -> RecordDict:
-        exchange = self.exchange(self.server_round)
-        settings = ConfigRecord(
-            {
-                **config,
-                ROUND: self.server_round,
-                RANK: rank,
-                SCALING: self._scaling(rank),
-                HELD_HASH: self._held_by(rank).held_hash(names, exchange),
-                TRAINED: _listed(exchange.trained),
-                PERSONAL: _listed(exchange.personal),
-                KEPT: _listed(exchange.kept),
-                DRAW: exchange.draw,
-                **self.client_settings(rank),
-            }
-        )
-        sent = ArrayRecord({name: array for name, array in arrays.items() if name in names})
-        return RecordDict({ARRAYS: sent, CONFIG: settings})
+    def _require_outgoing(self) -> Outgoing:
+        assert self._outgoing is not None, "start() sets the adapter that the first round begins with"
+        return self._outgoing
 
-    # --- the adapter as clients of a rank see it; rank 0 is the whole ----------------------------------------------
-
-    def _require_state(self) -> AdapterState:
-        assert self._state is not None, "start() sets the adapter that the first round begins with"
-        return self._state
+    def _rank(self, client: str) -> int:
+        return 0 if self.ranks is None else self.ranks.of[client]
 
     def _scaling(self, rank: int) -> float:
         return self.ranks.scaling_of(rank) if rank and self.ranks is not None else self.scaling
-
-    def _view(self, rank: int) -> AdapterState:
-        if rank not in self._views:
-            self._views[rank] = self.view(self._require_state(), rank, self._scaling(rank))
-        return self._views[rank]
-
-    def _held_by(self, rank: int) -> Deliveries:
-        if rank not in self._deliveries:
-            self._deliveries[rank] = Deliveries(self._view(rank).to_tensors(), self.exchange(1), self.frozen_names)
-        return self._deliveries[rank]
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Validate each reply as it arrives, fold the good ones in, and finish the round."""
-        state = self._require_state()
+        outgoing = self._require_outgoing()
+        state = outgoing.view(0)
         report = self.report = RoundReport(server_round)
         started = self._started
         kept: list[ClientUpdate] = []
         exchange = self.exchange(server_round)
-        measured = self.measure_error and bool(state.factors) and not exchange.personal & {Role.A, Role.B, Role.R}
-
-        def read(client: str, reply: Message) -> ClientUpdate:
-            asked = self._asked[client]
-            rank = self._answered_rank(asked, reply)
-            view = self._view(asked)
-            held = (view if rank == asked else cut(view, rank, self._scaling(asked))).adapter_tensors()
-            expected = {name: held.pop(name) for name in exchange.sent_up(list(held), self.frozen_names)}
-            update = read_update(reply, client, expected, held, self._scaling(asked))
-            if self.ranks is not None:
-                self.ranks.of[client] = rank
-            return update
+        measured = self.measure_error and _has_products(state, exchange)
 
         def good() -> Iterator[ClientUpdate]:
             for client, reply in self._answers(replies, report):
                 try:
-                    update = read(client, reply)
+                    update = self._read(client, reply, outgoing, exchange)
                 except RefusedUpdateError as error:
                     report.faults.append(Fault(client, f"update refused: {error}"))
                     continue
@@ -376,12 +278,20 @@ class AdapterStrategy(Strategy):
         if measured:
             report.aggregation_error = aggregation_error(kept, sent_products(merged))
         report.seconds = time.perf_counter() - started
-        self._state = merged
-        self._views = {0: merged}
-        for rank, deliveries in self._deliveries.items():
-            deliveries.update(self._view(rank).to_tensors())
+        outgoing.update(merged)
         metrics = MetricRecord({} if report.train_loss is None else {TRAIN_LOSS: report.train_loss})
         return to_record(tensors), metrics
+
+    def _read(self, client: str, reply: Message, outgoing: Outgoing, exchange: Exchange) -> ClientUpdate:
+        """Read a reply, of the rank that the client was sent or of one that it may have come to."""
+        asked = outgoing.asked(client)
+        view, rank = outgoing.view(asked), self._answered_rank(asked, reply)
+        held = (view if rank == asked else cut(view, rank, self._scaling(asked))).adapter_tensors()
+        expected = {name: held.pop(name) for name in exchange.sent_up(list(held), self.frozen_names)}
+        update = read_update(reply, client, expected, held, self._scaling(asked))
+        if self.ranks is not None:
+            self.ranks.of[client] = rank
+        return update
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -439,8 +349,8 @@ class AdapterStrategy(Strategy):
             raise ConfigError(
                 f"frozen names '{min(strangers)}', which the initial arrays lack. {nearest(min(strangers), tensors)}"
             )
-        self._state = AdapterState.from_tensors(tensors, self.scaling)
-        self._views, self._deliveries = {0: self._state}, {}
+        terms = Terms(self.exchange, self.view, self._scaling, self.client_settings, self.frozen_names)
+        self._outgoing = Outgoing(AdapterState.from_tensors(tensors, self.scaling), terms)
         self._grid, self._timeout = grid, timeout
         config = ConfigRecord({**(train_config or {}), NUM_ROUNDS: num_rounds})
         result = Result()
@@ -458,7 +368,7 @@ class AdapterStrategy(Strategy):
             result.arrays = arrays = merged
             result.train_metrics_clientapp[server_round] = metrics
             if observer is not None:
-                observer(self.report, self._state)
+                observer(self.report, self._outgoing.view(0))
             if evaluate_fn is not None and (scores := evaluate_fn(server_round, arrays)) is not None:
                 result.evaluate_metrics_serverapp[server_round] = scores
         return result
@@ -467,8 +377,8 @@ class AdapterStrategy(Strategy):
 
     def _answered_rank(self, asked: int, reply: Message) -> int:
         """Return the rank of a reply's factors, where a client sent `asked` may answer with it."""
-        record = reply.content.array_records.get(ARRAYS, {})
-        found = {array.shape[0] for name, array in record.items() if name.endswith(A_SUFFIX) and array.shape}
+        arrays = reply.content.array_records.get(ARRAYS) or ArrayRecord()
+        found = {array.shape[0] for name, array in arrays.items() if name.endswith(A_SUFFIX) and array.shape}
         return next((rank for rank in self.accepted_ranks(asked) if found == {rank}), asked)
 
     def _clients(self, grid: Grid) -> dict[int, str]:
@@ -503,7 +413,7 @@ class AdapterStrategy(Strategy):
             self._count_down(message, report)
             reply = first
             if reply is not None and self._needs_arrays(reply):
-                message = self._again(message, self._everything(client, message), report)
+                message = self._again(message, self._require_outgoing().everything(client), report)
                 reply = self._ask(message)
             raised = False
             if reply is not None and reply.has_error() and reply.error.code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION:
@@ -518,9 +428,7 @@ class AdapterStrategy(Strategy):
             elif self._needs_arrays(reply):
                 report.faults.append(Fault(client, "asks for tensors that it was sent"))
             else:
-                sent_names = list(message.content.array_records[ARRAYS])
-                deliveries = self._held_by(self._asked[client])
-                deliveries.delivered(client, sent_names, self.exchange(self.server_round))
+                self._require_outgoing().delivered(client, message)
                 report.bytes_up += payload_bytes(reply)
                 yield client, reply
 
@@ -539,21 +447,16 @@ class AdapterStrategy(Strategy):
         replies = list(self._grid.send_and_receive([message], timeout=self._timeout))
         return replies[0] if replies else None
 
-    def _everything(self, client: str, message: Message) -> RecordDict:
-        """Return the content of a message with all that a client can be sent."""
-        rank = self._asked[client]
-        names = self._held_by(rank).holds_others(client, self.exchange(self.server_round))
-        config = message.content.config_records[CONFIG]
-        return self._content(rank, names, to_record(self._view(rank).to_tensors()), config)
-
     @staticmethod
     def _needs_arrays(reply: Message) -> bool:
         answer = reply.content.config_records.get(CONFIG) if reply.has_content() else None
         return answer is not None and bool(answer.get(NEEDS_ARRAYS, False))
 
 
-def _listed(roles: Collection[Role]) -> list[str]:
-    return sorted(str(role) for role in roles)
+def _has_products(state: AdapterState, exchange: Exchange) -> bool:
+    """Tell whether the clients' updates are products of factors that the server comes to know."""
+    others = any(role_of(name) is Role.PARAMETER for name in state.dense)
+    return bool(state.factors) and not others and not exchange.personal & {Role.A, Role.B, Role.R}
 
 
 def _chain(first: ClientUpdate, rest: Iterator[ClientUpdate]) -> Iterator[ClientUpdate]:

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 
 from fedpeft.state import AdapterState, ClientUpdate, Role
 from fedpeft.strategies.averaging import AveragingStrategy
-from fedpeft.strategies.base import Capabilities
+from fedpeft.strategies.capabilities import Capabilities
 from fedpeft.strategies.exchange import Exchange
 
 

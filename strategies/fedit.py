@@ -23,7 +23,7 @@ from collections.abc import Iterable
 from fedpeft.kinds import ALL_KINDS
 from fedpeft.state import AdapterState, ClientUpdate
 from fedpeft.strategies.averaging import AveragingStrategy
-from fedpeft.strategies.base import Capabilities
+from fedpeft.strategies.capabilities import Capabilities
 
 
 class FedIt(AveragingStrategy):

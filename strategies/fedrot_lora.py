@@ -34,7 +34,8 @@ from torch import Tensor
 
 from fedpeft.errors import AdapterError
 from fedpeft.state import AdapterState, ClientUpdate, LoraFactors
-from fedpeft.strategies.base import AdapterStrategy, Capabilities, StrategyOptions
+from fedpeft.strategies.base import AdapterStrategy, StrategyOptions
+from fedpeft.strategies.capabilities import Capabilities
 from fedpeft.strategies.factors import require_layers
 from fedpeft.strategies.means import weighted_mean
 

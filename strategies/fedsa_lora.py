@@ -18,7 +18,8 @@ from fedpeft.config import AdapterConfig
 from fedpeft.errors import ConfigError
 from fedpeft.state import AdapterState, ClientUpdate, Role
 from fedpeft.strategies.averaging import AveragingStrategy
-from fedpeft.strategies.base import Capabilities, StrategyOptions
+from fedpeft.strategies.base import StrategyOptions
+from fedpeft.strategies.capabilities import Capabilities
 from fedpeft.strategies.exchange import Exchange
 
 

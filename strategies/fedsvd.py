@@ -21,7 +21,8 @@ import torch
 from fedpeft.config import AdapterConfig
 from fedpeft.errors import ConfigError
 from fedpeft.state import AdapterState, ClientUpdate, LoraFactors, Role
-from fedpeft.strategies.base import AdapterStrategy, Capabilities, StrategyOptions
+from fedpeft.strategies.base import AdapterStrategy, StrategyOptions
+from fedpeft.strategies.capabilities import Capabilities
 from fedpeft.strategies.exchange import Exchange
 from fedpeft.strategies.means import weighted_mean
 

@@ -24,8 +24,9 @@ import torch
 
 from fedpeft.draws import draw_a
 from fedpeft.state import AdapterState, ClientUpdate, LoraFactors, Role
-from fedpeft.strategies.base import AdapterStrategy, Capabilities
+from fedpeft.strategies.base import AdapterStrategy
 from fedpeft.strategies.base_changes import advance, as_step, step_floats
+from fedpeft.strategies.capabilities import Capabilities
 from fedpeft.strategies.exchange import Exchange
 from fedpeft.strategies.factors import client_weights, require_layers, stack
 from fedpeft.strategies.means import mean_dense

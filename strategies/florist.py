@@ -26,7 +26,8 @@ from pydantic import Field
 from torch import Tensor
 
 from fedpeft.state import AdapterState, ClientUpdate
-from fedpeft.strategies.base import AdapterStrategy, Capabilities, StrategyOptions
+from fedpeft.strategies.base import AdapterStrategy, StrategyOptions
+from fedpeft.strategies.capabilities import Capabilities
 from fedpeft.strategies.factors import client_weights, require_layers
 from fedpeft.strategies.flexlora import decompose, truncate
 from fedpeft.strategies.means import mean_dense, weighted_mean

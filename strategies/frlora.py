@@ -20,8 +20,9 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from fedpeft.state import AdapterState, ClientUpdate, LoraFactors, Role
-from fedpeft.strategies.base import AdapterStrategy, Capabilities
+from fedpeft.strategies.base import AdapterStrategy
 from fedpeft.strategies.base_changes import Piece, advance, as_step, step_floats
+from fedpeft.strategies.capabilities import Capabilities
 from fedpeft.strategies.exchange import Exchange
 from fedpeft.strategies.means import weighted_mean
 

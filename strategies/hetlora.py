@@ -28,7 +28,8 @@ from torch import Tensor
 
 from fedpeft.errors import ConfigError
 from fedpeft.state import AdapterState, ClientUpdate, LoraFactors
-from fedpeft.strategies.base import AdapterStrategy, Capabilities, StrategyOptions
+from fedpeft.strategies.base import AdapterStrategy, StrategyOptions
+from fedpeft.strategies.capabilities import Capabilities
 from fedpeft.strategies.factors import client_weights, norm, require_layers
 from fedpeft.strategies.means import mean_dense
 from fedpeft.wire import PRUNED_RANK, TAIL_PENALTY

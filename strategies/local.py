@@ -11,7 +11,8 @@ from collections.abc import Iterable
 
 from fedpeft.kinds import ALL_KINDS
 from fedpeft.state import AdapterState, ClientUpdate
-from fedpeft.strategies.base import AdapterStrategy, Capabilities
+from fedpeft.strategies.base import AdapterStrategy
+from fedpeft.strategies.capabilities import Capabilities
 from fedpeft.strategies.exchange import EVERYTHING, Exchange
 
 

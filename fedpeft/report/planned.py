@@ -92,7 +92,9 @@ class DryRun:
     @property
     def head(self) -> str:
         """What happens to the classifier head, in words."""
-        return HEADS[self.config.adapter.head] if self.head_parameters else NO_HEAD
+        if not self.head_parameters:
+            return NO_HEAD
+        return HEADS["local" if "head" in self.personal else self.config.adapter.head]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, for ``--json``."""
@@ -128,6 +130,8 @@ def dry_run_table(planned: DryRun) -> RenderableType:
     targets = ", ".join(adapter.targets) if adapter.targets else "query and value"
     length = _several(train.local_steps, "step") if train.local_steps else _several(train.local_epochs or 1, "epoch")
     sees = "must see each client's factors" if planned.needs_single_factors else "needs sums over clients only"
+    if planned.bytes_up == 0:
+        sees = "is sent nothing"
     ranks = f"{', '.join(map(str, adapter.ranks))} in turn" if adapter.ranks else str(adapter.rank)
     share = 100 * planned.trainable / max(1, planned.parameters)
     rows = list(planned.client_rows.values())
@@ -142,7 +146,7 @@ def dry_run_table(planned: DryRun) -> RenderableType:
         ("strategy", f"{config.strategy.name}{options}"),
         ("", f"{planned.paper}; exact: {planned.exact}"),
         ("server", sees),
-        ("personal", f"{' and '.join(planned.personal) or 'nothing'} stays with each client"),
+        ("personal", _stays(planned.personal)),
         (
             "adapter",
             f"{adapter.kind}, rank {ranks}, alpha {adapter.alpha:g}, {planned.layers} layers ({targets})",
@@ -168,6 +172,11 @@ def dry_run_table(planned: DryRun) -> RenderableType:
             table.add_row(cell(client, "bold cyan"), str(count))
         parts += [Text(), table]
     return Group(*parts, Text(), Text("Nothing was trained and nothing was written.", "dim"))
+
+
+def _stays(personal: tuple[str, ...]) -> str:
+    verb = "stay" if len(personal) > 1 else "stays"
+    return f"{' and '.join(personal) or 'nothing'} {verb} with each client"
 
 
 def _several(count: int, what: str) -> str:

@@ -25,7 +25,8 @@ def test_every_method_is_listed_with_its_facts_and_options() -> None:
 
 
 def test_options_show_what_is_allowed_and_the_default() -> None:
-    from fedpeft.strategies.base import AdapterStrategy, Capabilities, StrategyOptions
+    from fedpeft.strategies.base import AdapterStrategy, StrategyOptions
+    from fedpeft.strategies.capabilities import Capabilities
 
     class MethodOptions(StrategyOptions):
         solver: Literal["fast", "exact"] = Field("fast", description="how")

@@ -1,0 +1,51 @@
+"""What a method does, in one record: tables, refusals and byte counts derive from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedpeft.kinds import ADDITIVE_KINDS
+from fedpeft.state import Role
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a method does, from which tables, refusals and byte counts derive.
+
+    Parameters
+    ----------
+    paper : str
+        arXiv number or venue.
+    sends : str
+        What the server sends down, in the paper's symbols.
+    exact : str
+        When the sent product equals the weighted mean of the clients' products.
+    needs_single_factors : bool
+        Whether the server must see single clients' factors; if not, sums suffice.
+    trains : str
+        What clients train, besides the head.
+    personal : frozenset of Role
+        What stays with each client; where there is such, scores are means over the clients' own models.
+    changes_rank : bool
+        Whether what is sent may have another rank than the clients' adapters had at first.
+    mixed_ranks : bool
+        Whether clients may have different ranks.
+    changes_base : bool
+        Whether the frozen base moves too; clients are then sent its change.
+    init : str
+        The ``adapter.init`` that the method is defined with; any if empty.
+    kinds : frozenset of str
+        The ``adapter.kind`` that the method can merge.
+    """
+
+    paper: str
+    sends: str
+    exact: str
+    needs_single_factors: bool
+    trains: str = "A, B"
+    personal: frozenset[Role] = frozenset()
+    changes_rank: bool = False
+    mixed_ranks: bool = False
+    changes_base: bool = False
+    init: str = ""
+    kinds: frozenset[str] = ADDITIVE_KINDS
