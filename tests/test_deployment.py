@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 
@@ -9,8 +10,8 @@ from flwr.common.config import flatten_dict, validate_config
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedpeft.config import RunConfig, resolve
-from fedpeft.deployment import CLIENT_APP, OUT, SERVER_APP, run_config, split_run_config, write_app
+from fedpeft.config import Layer, RunConfig, resolve
+from fedpeft.deployment import CLIENT_APP, OUT, SERVER_APP, init_app, run_config, split_run_config, write_app
 from fedpeft.errors import ConfigError, DeploymentError
 
 # what a TOML file and a run config in Flower's messages can hold
@@ -138,3 +139,17 @@ def test_a_run_config_without_a_run_directory_or_with_strange_keys_is_refused() 
         split_run_config(RunConfig().to_flat())
     with pytest.raises(ConfigError, match="deployment"):
         split_run_config({OUT: "/runs/one", "deployment.other": 1})
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"adapter": {"head": "local"}}, "adapter.head = 'local'"),
+        ({"adapter": {"init": "lora-ga", "init_data": "public.csv"}}, "adapter.init = 'lora-ga'"),
+        ({"strategy": {"name": "fedsa-lora"}}, "leaves B with the clients"),
+    ],
+)
+def test_what_a_site_cannot_hold_is_refused(settings: Layer, words: str, tmp_path: Path) -> None:
+    with pytest.raises(DeploymentError, match=f"{re.escape(words)}.*simulations only"):
+        init_app(tmp_path / "app", resolve([settings]), None)
+    assert not (tmp_path / "app").exists()
