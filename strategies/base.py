@@ -22,7 +22,7 @@ from torch import Tensor
 from fedpeft.config import AdapterConfig, Section, cohort_size, describe
 from fedpeft.errors import ConfigError, DeploymentError, TooFewClientsError, nearest
 from fedpeft.seeds import generator
-from fedpeft.state import A_SUFFIX, BASE_EARLIER, AdapterState, ClientUpdate, Role, role_of
+from fedpeft.state import A_SUFFIX, BASE_EARLIER, AdapterState, ClientUpdate, LoraFactors, Role, role_of
 from fedpeft.strategies.capabilities import Capabilities
 from fedpeft.strategies.exchange import Exchange
 from fedpeft.strategies.factors import aggregation_error, sent_products
@@ -76,6 +76,9 @@ class AdapterStrategy(Strategy):
         Ranks of the clients, dealt in turn, where they differ; see `fedpeft.strategies.ranks`.
     scaling_of : callable, optional
         Scaling of a client of some rank; ``alpha / rank``, with the alpha that `scaling` speaks of, if not given.
+    offset : mapping of str to LoraFactors
+        By layer, what the initialisation put into the adapter and took out of the base; see
+        `fedpeft.adapters.AdaptedModel`.
     **options
         The method's own, see its ``Options``.
     """
@@ -96,6 +99,7 @@ class AdapterStrategy(Strategy):
         measure_error: bool = True,
         ranks: Sequence[int] = (),
         scaling_of: Callable[[int], float] | None = None,
+        offset: Mapping[str, LoraFactors] | None = None,
         **options: Any,
     ) -> None:
         self.fraction_train = fraction_train
@@ -105,6 +109,7 @@ class AdapterStrategy(Strategy):
         self.frozen_names = frozenset(frozen)
         self.client_ids = None if client_ids is None else dict(client_ids)
         self.measure_error = measure_error
+        self.offset = dict(offset or {})
         alpha = scaling * max(ranks, default=1)
         self.ranks = Ranks(ranks, scaling_of or (lambda rank: alpha / rank)) if ranks else None
         self.options = self.parse_options(options)
@@ -276,7 +281,7 @@ class AdapterStrategy(Strategy):
                 "lower train.learning_rate. What was done before this round is saved."
             )
         if measured:
-            report.aggregation_error = aggregation_error(kept, sent_products(merged))
+            report.aggregation_error = aggregation_error(kept, sent_products(merged), self.offset)
         report.seconds = time.perf_counter() - started
         outgoing.update(merged)
         metrics = MetricRecord({} if report.train_loss is None else {TRAIN_LOSS: report.train_loss})

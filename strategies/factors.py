@@ -22,6 +22,7 @@ from fedpeft.state import AdapterState, ClientUpdate, LoraFactors
 # A QR runs at a fraction of a matrix product's speed: shortening a stack pays below this share of its height.
 QR_PAYS_BELOW = 0.3
 ROWS_AT_ONCE = 512
+CLIENTS_AT_ONCE = 8
 
 
 def client_weights(updates: Sequence[ClientUpdate]) -> list[float]:
@@ -57,9 +58,16 @@ def require_layers(update: ClientUpdate, current: AdapterState) -> None:
 def stack(factors: Sequence[LoraFactors], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
     """Return B* ``(d_out, R)`` and A* ``(R, d_in)`` in float64, with B* A* = sum_k weights_k s_k B_k A_k."""
     plain = [f.plain() for f in factors]
-    B = torch.cat([p * f.scaling * f.B.to(torch.float64) for f, p in zip(plain, weights, strict=True)], dim=1)
-    A = torch.cat([f.A.to(torch.float64) for f in plain], dim=0)
+    scale = [p * f.scaling for f, p in zip(plain, weights, strict=True) for _ in range(f.rank)]
+    B = torch.cat([f.B for f in plain], dim=1).to(torch.float64).mul_(torch.tensor(scale, dtype=torch.float64))
+    A = torch.cat([f.A for f in plain], dim=0).to(torch.float64)
     return B, A
+
+
+def stacks(factors: Sequence[LoraFactors], weights: Sequence[float]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield B* and A* of a few clients after another: both are the size of all uploads, in float64 twice that."""
+    for start in range(0, len(factors), CLIENTS_AT_ONCE):
+        yield stack(factors[start : start + CLIENTS_AT_ONCE], weights[start : start + CLIENTS_AT_ONCE])
 
 
 def inner(B1: Tensor, A1: Tensor, B2: Tensor, A2: Tensor) -> float:
@@ -93,19 +101,21 @@ def _isometric_rows(B: Tensor) -> Iterator[Tensor]:
 
 
 def squared_distance(
-    factors: Sequence[LoraFactors], weights: Sequence[float], sent: LoraFactors
+    factors: Sequence[LoraFactors], weights: Sequence[float], sent: LoraFactors, offset: LoraFactors | None = None
 ) -> tuple[float, float]:
-    """Return |DW - sent|^2 and |DW|^2 of one layer, DW the weighted sum of the clients' products."""
+    """Return |DW - sent|^2 and |DW - offset|^2 of one layer, DW the weighted sum of the clients' products."""
     B, A = stack(factors, weights)
     sent = sent.plain()
     A_sent = sent.A.to(torch.float64)
     total = A.shape[0]
-    both = torch.cat([B, -sent.scaling * sent.B.to(torch.float64)], dim=1)  # (d_out, R + r)
+    start = LoraFactors(A_sent[:0], B[:, :0], 1.0) if offset is None else offset
+    parts = [B, -sent.scaling * sent.B.to(torch.float64), -start.scaling * start.B.to(torch.float64)]
+    split = total + A_sent.shape[0]
     residual = target = 0.0
-    for rows in _isometric_rows(both):
+    for rows in _isometric_rows(torch.cat(parts, dim=1)):  # (d_out, R + r + r0)
         product = rows[:, :total] @ A  # (rows, d_in)
-        target += float(product.square().sum())
-        residual += float(product.addmm_(rows[:, total:], A_sent).square().sum())
+        target += float((product + rows[:, split:] @ start.A.to(torch.float64)).square().sum())
+        residual += float(product.addmm_(rows[:, total:split], A_sent).square().sum())
     return residual, target
 
 
@@ -130,7 +140,9 @@ def relative_error(factors: Sequence[LoraFactors], weights: Sequence[float], sen
     return _ratio(*squared_distance(factors, weights, sent))
 
 
-def aggregation_error(updates: Iterable[ClientUpdate], sent: Mapping[str, LoraFactors]) -> float:
+def aggregation_error(
+    updates: Iterable[ClientUpdate], sent: Mapping[str, LoraFactors], offset: Mapping[str, LoraFactors] | None = None
+) -> float:
     """Return sqrt(sum_l |DW_l - sent_l|^2 / sum_l |DW_l|^2) over the adapted layers l of `sent`.
 
     Parameters
@@ -139,6 +151,8 @@ def aggregation_error(updates: Iterable[ClientUpdate], sent: Mapping[str, LoraFa
         A round's cohort; all of it is held, since DW needs single factors.
     sent : mapping of str to LoraFactors
         What the server made of it, by layer.
+    offset : mapping of str to LoraFactors, optional
+        What the adapter began with and the base lacks (pissa and its like): no update, and so no part of |DW_l|.
 
     Returns
     -------
@@ -147,7 +161,10 @@ def aggregation_error(updates: Iterable[ClientUpdate], sent: Mapping[str, LoraFa
     """
     cohort = list(updates)
     weights = client_weights(cohort)
-    pairs = [squared_distance([u.factors[name] for u in cohort], weights, f) for name, f in sent.items()]
+    start = offset or {}
+    pairs = [
+        squared_distance([u.factors[name] for u in cohort], weights, f, start.get(name)) for name, f in sent.items()
+    ]
     return _ratio(sum(residual for residual, _ in pairs), sum(target for _, target in pairs))
 
 

@@ -70,6 +70,7 @@ def build_strategy(config: RunConfig, home: Resident, client_ids: Mapping[int, s
         measure_error=config.run.aggregation_error and adapter.kind in ADDITIVE_KINDS | {"lora-sb"},
         ranks=client_ranks(config),
         scaling_of=adapter.scaling_of,
+        offset=home.adapted.offset,
         **config.strategy.options,
     )
 

@@ -101,3 +101,13 @@ def test_single_precision_adapters_are_measured_in_double() -> None:
     client = LoraFactors(normal(2, 50).float(), normal(60, 2).float(), 1.0)
     twice = replace(client, scaling=1 + 1e-9)
     assert fs.relative_error([client], [1.0], twice) == pytest.approx(1e-9, rel=1e-4)
+
+
+def test_what_an_adapter_began_with_is_no_part_of_the_updates_size() -> None:
+    cohort = make_cohort()
+    offset = make_cohort(seed=7).updates[0].factors
+    sent = make_cohort(seed=8).updates[0].factors
+    exact = ideal(cohort.updates)
+    residual = sum(float((exact[layer] - sent[layer].product()).square().sum()) for layer in LAYERS)
+    size = sum(float((exact[layer] - offset[layer].product()).square().sum()) for layer in LAYERS)
+    assert fs.aggregation_error(cohort.updates, sent, offset) == pytest.approx((residual / size) ** 0.5, abs=1e-12)
