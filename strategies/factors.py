@@ -65,7 +65,7 @@ def stack(factors: Sequence[LoraFactors], weights: Sequence[float]) -> tuple[Ten
 
 
 def stacks(factors: Sequence[LoraFactors], weights: Sequence[float]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield B* and A* of a few clients after another: both are the size of all uploads, in float64 twice that."""
+    """Yield B* and A* of a few clients after another; those of all would be as large as all uploads, or twice that."""
     for start in range(0, len(factors), CLIENTS_AT_ONCE):
         yield stack(factors[start : start + CLIENTS_AT_ONCE], weights[start : start + CLIENTS_AT_ONCE])
 

@@ -14,6 +14,7 @@ What differs from the paper:
 * DW is never formed. With B* = Q_B R_B and (A*)^T = Q_A R_A, DW = Q_B (R_B R_A^T) Q_A^T, and only the core, of
   min(d_out, R) x min(d_in, R), is decomposed. ``solver = "randomized"`` spares even that where R is large: N. Halko,
   P. Martinsson, J. Tropp, "Finding Structure with Randomness", SIAM Review 53, 2011, applied to B* A* in factor space.
+  What clients send as float32 is decomposed in float32 to find where to look, and there in float64; see `leading`.
 * Any split of S between B and A is the same product. Here it is balanced, B = U sqrt(S) / s and A = sqrt(S) V^T, the s
   that clients multiply with being on B alone. The largest entry of each left vector is positive: equal inputs give
   equal bytes.
@@ -34,11 +35,15 @@ from torch import Tensor
 
 from fedpeft.seeds import generator
 from fedpeft.state import AdapterState, ClientUpdate, LoraFactors
-from fedpeft.strategies.base import AdapterStrategy, Capabilities, StrategyOptions
-from fedpeft.strategies.factors import client_weights, require_layers, stack
+from fedpeft.strategies.base import AdapterStrategy, StrategyOptions
+from fedpeft.strategies.capabilities import Capabilities
+from fedpeft.strategies.factors import client_weights, require_layers, stack, stacks
 from fedpeft.strategies.means import mean_dense, weighted_mean
 
 Solver = Literal["exact", "randomized"]
+
+# Dimensions beyond the rank that keep float32 from mixing what is sent with what is not; see `leading`.
+MARGIN = 8
 
 
 @dataclass(frozen=True)
@@ -79,15 +84,58 @@ def sketch(
     random : numpy.random.Generator
         Where the random vectors come from.
     """
-    B, A = stack(factors, weights)
-    size = min(size, B.shape[0], A.shape[1], B.shape[1])
-    start = torch.from_numpy(random.standard_normal((A.shape[1], size)))
-    Q = torch.linalg.qr(B @ (A @ start)).Q  # (d_out, size)
+    d_in, d_out = factors[0].A.shape[1], factors[0].B.shape[0]
+    size = min(size, d_out, d_in, sum(f.rank for f in factors))
+    start = torch.from_numpy(random.standard_normal((d_in, size)))
+    return _project(factors, weights, _times(factors, weights, start), power_iterations)
+
+
+def leading(factors: Sequence[LoraFactors], weights: Sequence[float], size: int) -> Spectrum:
+    """Decompose DW of clients that send no more than float32, exact in the first directions of at most `size`.
+
+    Where `sketch` begins at random, this begins at the range that `decompose` finds, in float32. All that follows is
+    float64, and one multiplication by DW DW^T reduces what float32 left of other directions as it does in `sketch`.
+    Half the time and a third of the memory of `decompose`.
+    """
+    plain = [f.plain() for f in factors]
+    R_A = _triangle(f.A.to(torch.float32).T for f in plain)  # (n, R), n = min(d_in, R)
+    R_B = _triangle(p * f.scaling * f.B.to(torch.float32) for f, p in zip(plain, weights, strict=True))  # (m, R)
+    core = R_B @ R_A.T
+    del R_B  # it may be large, as all of these are
+    V = torch.linalg.svd(core, full_matrices=False).Vh[:size].T  # (n, size)
+    coordinates = (R_A.T @ V).to(torch.float64)  # (R, size), with B* coordinates = DW Q_A V
+    span = torch.zeros(factors[0].B.shape[0], V.shape[1], dtype=torch.float64)
+    start = 0
+    for B, _ in stacks(factors, weights):
+        span.addmm_(B, coordinates[start : start + B.shape[1]])
+        start += B.shape[1]
+    return _project(factors, weights, span, 1)
+
+
+def _triangle(parts: Iterable[Tensor]) -> Tensor:
+    """Return R of the QR decomposition of a row of matrices."""
+    R: Tensor = torch.linalg.qr(torch.cat(list(parts), dim=1), mode="r").R
+    return R
+
+
+def _project(factors: Sequence[LoraFactors], weights: Sequence[float], span: Tensor, power_iterations: int) -> Spectrum:
+    """Decompose the projection of DW on the range of (DW DW^T)^power_iterations span; span ``(d_out, size)``."""
+    Q = torch.linalg.qr(span).Q  # (d_out, size)
     for _ in range(power_iterations):  # orthogonal at each step, else all columns turn into the first direction
-        Z = torch.linalg.qr(A.T @ (B.T @ Q)).Q  # (d_in, size)
-        Q = torch.linalg.qr(B @ (A @ Z)).Q
-    U, S, Vt = torch.linalg.svd((Q.T @ B) @ A, full_matrices=False)
-    return _live(Q @ U, S, Vt, B.shape[1])
+        Z = torch.linalg.qr(_times(factors, weights, Q, transposed=True)).Q  # (d_in, size)
+        Q = torch.linalg.qr(_times(factors, weights, Z)).Q
+    V, S, Ut = torch.linalg.svd(_times(factors, weights, Q, transposed=True), full_matrices=False)
+    return _live(Q @ Ut.T, S, V.T, sum(f.rank for f in factors))
+
+
+def _times(factors: Sequence[LoraFactors], weights: Sequence[float], X: Tensor, transposed: bool = False) -> Tensor:
+    """Return DW X or DW^T X in float64."""
+    d_in, d_out = factors[0].A.shape[1], factors[0].B.shape[0]
+    total = torch.zeros(d_in if transposed else d_out, X.shape[1], dtype=torch.float64)
+    for B, A in stacks(factors, weights):
+        left, right = (A.T, B.T) if transposed else (B, A)
+        total.addmm_(left, right @ X)
+    return total
 
 
 def _live(U: Tensor, S: Tensor, Vt: Tensor, total: int) -> Spectrum:
@@ -178,9 +226,13 @@ def best_rank(
     LoraFactors
         A ``(rank, d_in)`` and B ``(d_out, rank)``. The first r_k ranks are the best approximation of rank r_k.
     """
-    if random is None:
-        return truncate(decompose(factors, weights), rank, current)
-    return truncate(sketch(factors, weights, rank + oversampling, power_iterations, random), rank, current)
+    if random is not None:
+        spectrum = sketch(factors, weights, rank + oversampling, power_iterations, random)
+    elif any(torch.float64 in (f.A.dtype, f.B.dtype) for f in factors):
+        spectrum = decompose(factors, weights)
+    else:
+        spectrum = leading(factors, weights, rank + MARGIN)
+    return truncate(spectrum, rank, current)
 
 
 class FlexLoraOptions(StrategyOptions):

@@ -31,8 +31,9 @@ from pydantic import Field
 from torch import Tensor
 
 from fedpeft.state import AdapterState, ClientUpdate, LoraFactors
-from fedpeft.strategies.base import AdapterStrategy, Capabilities, StrategyOptions
-from fedpeft.strategies.factors import client_weights, norm, stack
+from fedpeft.strategies.base import AdapterStrategy, StrategyOptions
+from fedpeft.strategies.capabilities import Capabilities
+from fedpeft.strategies.factors import client_weights, norm, stack, stacks
 from fedpeft.strategies.means import weighted_mean
 
 Solver = Literal["closed-form", "cosine"]
@@ -75,10 +76,10 @@ def correct(
     # nor minds an Abar that lost rank.
     V, S, Ut = torch.linalg.svd(mean.A.to(torch.float64).T, full_matrices=False)  # (d_in, q), (q,), (q, r)
     U = Ut.T
-    projected = torch.zeros(Bbar.shape[0], S.shape[0], dtype=torch.float64)  # (DW/s) V (d_out, q)
-    for f, p in zip(factors, weights, strict=True):  # one client at a time: a stack would copy them all
-        down = f.A.to(torch.float64) @ V  # (r, q)
-        projected.addmm_(f.B.to(torch.float64), down, alpha=p * f.scaling / mean.scaling)
+    projected = torch.zeros(S.shape[0], Bbar.shape[0], dtype=torch.float64)
+    for B, A in stacks(factors, weights):
+        projected.addmm_((A @ V).T, B.T, alpha=1 / mean.scaling)
+    projected = projected.T  # (DW/s) V (d_out, q)
     if solver == "cosine":
         length = norm(*stack(factors, weights)) / mean.scaling
         correction = _cosine_correction(projected, length, Bbar @ U, S, regularization)

@@ -186,6 +186,31 @@ def test_power_iterations_keep_small_directions() -> None:
     torch.testing.assert_close(S, decompose(factors, weights).S[:10], rtol=1e-5, atol=0)
 
 
+def in_float32(cohort: Cohort) -> Cohort:
+    return Cohort(
+        [per_layer(u, lambda f: replace(f, A=f.A.to(torch.float32), B=f.B.to(torch.float32))) for u in cohort.updates],
+        cohort.current,
+    )
+
+
+@pytest.mark.parametrize(("d_in", "d_out"), [(60, 90), (90, 60), (20, 90)])
+@pytest.mark.parametrize("rate", [0.2, 0.6, 0.85, 1.0])
+def test_uploads_in_float32_are_approximated_as_well_as_can_be(rate: float, d_in: int, d_out: int) -> None:
+    """Of 32 ranks 4 are kept. The products themselves differ where S_4 and S_5 are close, as at rate 1."""
+    cohort = in_float32(decaying(rate, d_in=d_in, d_out=d_out))
+    target, best, sent = ideal(cohort.updates), truncated(cohort), products(flex(cohort))
+    for layer, product in sent.items():
+        least = float((target[layer].double() - best[layer].double()).norm())
+        assert float((target[layer].double() - product).norm()) <= least * (1 + 1e-6) + 1e-6 * float(product.norm())
+
+
+def test_float32_uploads_of_lower_rank_leave_what_is_missing_to_be_learned() -> None:
+    cohort = in_float32(without(share_a(make_cohort()), 2))
+    for layer, f in flex(cohort).factors.items():
+        assert_close({layer: f.product()}, {layer: ideal(cohort.updates)[layer].double()}, tolerance=1e-6)
+        assert not f.B[:, 2].any()
+
+
 def test_regression_s_is_split_not_rooted_away() -> None:
     """A published merge has sqrt(S) where S belongs: the product then has singular values sqrt(S)."""
     cohort = make_cohort(rows=(4,), ranks=(3,), scalings=(2.0,))
