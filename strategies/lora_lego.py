@@ -28,8 +28,8 @@ With a frozen, shared A, ranks of equal index share a, so that clusters are the 
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -41,7 +41,8 @@ from fedpeft.config import AdapterConfig
 from fedpeft.errors import ConfigError
 from fedpeft.seeds import generator
 from fedpeft.state import AdapterState, ClientUpdate, LoraFactors
-from fedpeft.strategies.base import AdapterStrategy, Capabilities, StrategyOptions
+from fedpeft.strategies.base import AdapterStrategy, StrategyOptions
+from fedpeft.strategies.capabilities import Capabilities
 from fedpeft.strategies.clustering import axial_kmeans
 from fedpeft.strategies.factors import client_weights, require_layers
 from fedpeft.strategies.means import mean_dense, weighted_mean
@@ -51,6 +52,10 @@ Reweight = Literal["least-squares", "paper", "none"]
 
 # Layers of equal shape are clustered together, up to this many bytes: small layers then cost fewer calls.
 BATCH_BYTES = 2**28
+# Units stay in the type that they came in, and columns of them become float64 as they are needed, this many at a time.
+COLUMNS = 1024
+# Inner products of units with themselves are symmetric: this many rows at a time meet only the rows from there on.
+ROWS = 256
 # Combinations of ranks that the k x k system sees with less than this share of its largest eigenvalue keep the lengths
 # they have: solving for them would make huge ranks that cancel each other.
 RESOLUTION = 1e-8
@@ -60,7 +65,7 @@ RESOLUTION = 1e-8
 class Units:
     """The live ranks of all clients in one layer, |a_i| = |b_i|, in an order that only their content decides."""
 
-    m: Tensor  # (U, d_in + d_out) float64, a_i then b_i
+    m: Tensor  # (U, d_in + d_out), a_i then b_i, float32 unless a client sent float64
     weights: Tensor  # (U,) p_k of the unit's client
     a_norms: Tensor  # (U,) |a_i| as the client sent it
     d_in: int
@@ -79,21 +84,60 @@ class Units:
 def pool(factors: Sequence[LoraFactors], weights: Sequence[float]) -> Units:
     """Collect the clients' ranks of one layer; `weights` are their p_k."""
     p = torch.cat([torch.full((f.rank,), w, dtype=torch.float64) for f, w in zip(factors, weights, strict=True)])
+    scaling = torch.cat([torch.full((f.rank,), f.scaling, dtype=torch.float64) for f in factors])
     d_in, d_out = factors[0].A.shape[1], factors[0].B.shape[0]
-    m = torch.empty(len(p), d_in + d_out, dtype=torch.float64)  # (R, d_in + d_out), large: changed in place
+    double = any(torch.float64 in (f.A.dtype, f.B.dtype) for f in factors)
+    m = torch.empty(len(p), d_in + d_out, dtype=torch.float64 if double else torch.float32)
     a, b = m[:, :d_in], m[:, d_in:]
-    torch.cat([f.A.to(torch.float64) for f in factors], out=a)
-    torch.cat([f.scaling * f.B.to(torch.float64).T for f in factors], out=b)
-    a_norms, b_norms = a.norm(dim=1), b.norm(dim=1)
+    torch.cat([f.A.to(m) for f in factors], out=a)
+    torch.cat([f.B.to(m).T for f in factors], out=b)
+    a_norms, b_norms = _norms(a), scaling.abs() * _norms(b)
     live = ((a_norms > 0) & (b_norms > 0) & (p > 0)).nonzero()[:, 0].tolist()
-    gauge = (b_norms / a_norms).sqrt() * a.gather(1, a.abs().argmax(dim=1, keepdim=True))[:, 0].sign()
-    a *= gauge[:, None]
-    b /= gauge[:, None]
-    # Rounded to float32, the key does not see what the gauge leaves in the last digits; -0.0 becomes 0.0.
-    key = m.to(torch.float32).add_(0.0).numpy()
+    some = (a[start : start + ROWS] for start in range(0, len(a), ROWS))
+    largest = torch.cat([rows.gather(1, rows.abs().argmax(dim=1, keepdim=True)) for rows in some])  # (R, 1)
+    gauge = (b_norms / a_norms).sqrt()[:, None] * largest.sign()
+    a_factor, b_factor = gauge.to(m), (scaling[:, None] / gauge).to(m)  # (R, 1)
     sizes, ties = (a_norms * b_norms).to(torch.float32).tolist(), p.tolist()
-    order = sorted(live, key=lambda i: (-sizes[i], key[i].tobytes(), ties[i]))
-    return Units(m[order], p[order], a_norms[order], d_in)
+    often = Counter(sizes)
+
+    def content(i: int) -> bytes:
+        if often[sizes[i]] == 1:  # nothing to tell apart
+            return b""
+        # Rounded to float32, it does not see what the gauge leaves in the last digits; -0.0 becomes 0.0.
+        unit = torch.cat([a[i] * a_factor[i], b[i] * b_factor[i]])
+        return unit.to(torch.float32).add_(0.0).numpy().tobytes()
+
+    order = sorted(live, key=lambda i: (-sizes[i], content(i), ties[i]))
+    for part, factor in ((a, a_factor), (b, b_factor)):  # in place, since m is large
+        for columns in _columns(part):
+            columns[: len(order)] = columns[order].mul_(factor[order])
+    return Units(m[: len(order)], p[order], a_norms[order], d_in)
+
+
+def _norms(rows: Tensor) -> Tensor:
+    """Return the norm of each row, in float64."""
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
+    return norms.to(torch.float64)
+
+
+def _columns(m: Tensor) -> Iterator[Tensor]:
+    """Yield the columns of m, a few at a time."""
+    return (m[:, start : start + COLUMNS] for start in range(0, m.shape[1], COLUMNS))
+
+
+def _inner(vectors: Tensor, m: Tensor) -> Tensor:
+    """Return the inner products ``(k, U)`` of vectors ``(k, d)``, float64, with the rows of m ``(U, d)``."""
+    result = torch.zeros(len(vectors), len(m), dtype=torch.float64)
+    for v, x in zip(_columns(vectors), _columns(m), strict=True):
+        result.addmm_(v, x.T.to(torch.float64))
+    return result
+
+
+def _gram(m: Tensor, out: Tensor) -> None:
+    """Write the inner products of the rows of m to `out`, ``(U, U)``; they are symmetric, so half are computed."""
+    for i in range(0, len(m), ROWS):
+        out[i : i + ROWS, i:] = m[i : i + ROWS] @ m[i:].T
+        out[i + ROWS :, i : i + ROWS] = out[i : i + ROWS, i + ROWS :].T
 
 
 def merge(
@@ -124,7 +168,8 @@ def merge(
     share[labels, torch.arange(len(labels))] = units.weights
     mass = share.sum(dim=1)  # (k,)
     share = share / torch.where(mass > 0, mass, 1.0)[:, None]
-    centroids = (share * signs) @ units.m  # (k, d_in + d_out)
+    share_signed = share * signs
+    centroids = torch.cat([share_signed @ x.to(torch.float64) for x in _columns(units.m)], dim=1)  # (k, d_in + d_out)
     a, b = centroids[:, : units.d_in], centroids[:, units.d_in :]
     a_size, b_size = a.norm(dim=1), b.norm(dim=1)
     live = a_size * b_size > 0
@@ -132,14 +177,14 @@ def merge(
     b = b / torch.where(live, b_size, 1.0)[:, None]
     size = a_size * b_size  # |b_j a_j^T|
     if reweight == "paper":
-        mean_norms = share @ units.m.norm(dim=1)
+        mean_norms = share @ _norms(units.m)
         growth = mean_norms / torch.where(live, centroids.norm(dim=1), 1.0)
         size = size * growth.square() * output_scale
     elif reweight == "least-squares":
         # Beginning at mass * size, which is right where all units of a cluster are equal, and solving for the change
         # only keeps that right whatever a singular system cannot tell apart.
         gram = (a @ a.T) * (b @ b.T)  # (k, k) <b_i a_i^T, b_j a_j^T>
-        seen = ((a @ units.a.T) * (b @ units.b.T)) @ units.weights  # (k,) <b_j a_j^T, DW>
+        seen = (_inner(a, units.a) * _inner(b, units.b)) @ units.weights  # (k,) <b_j a_j^T, DW>
         size = mass * size
         size = size + torch.linalg.pinv(gram, rtol=RESOLUTION, hermitian=True) @ (seen - gram @ size)
     a_norms = share @ units.a_norms
@@ -212,12 +257,13 @@ def _cluster(pools: Mapping[str, Units], k: int) -> dict[str, tuple[Tensor, Tens
     if not crowded:
         return clusters
     most = max(len(pools[layer].m) for layer in crowded)
-    gram = torch.zeros(len(crowded), most, most, dtype=torch.float64)
+    dtype = torch.float64 if any(pools[layer].m.dtype == torch.float64 for layer in crowded) else torch.float32
+    gram = torch.zeros(len(crowded), most, most, dtype=dtype)
     weights = torch.zeros(len(crowded), most, dtype=torch.float64)
     for i, layer in enumerate(crowded):
         units = pools[layer]
         live = len(units.m)
-        gram[i, :live, :live] = units.m @ units.m.T
+        _gram(units.m, gram[i, :live, :live])
         weights[i, :live] = units.weights
     labels, signs = axial_kmeans(gram, weights, k)
     for i, layer in enumerate(crowded):

@@ -96,6 +96,17 @@ def test_equal_points_share_a_cluster_and_leave_what_is_too_many_empty() -> None
     assert len(set(zip(labels[0].tolist(), owner.tolist(), strict=True))) == 3
 
 
+def test_inner_products_in_float32_give_the_same_clusters_and_equal_points_stay_together() -> None:
+    points = normal(2, 16, 60, seed=0)[:, torch.arange(320) % 16] + 0.5 * normal(2, 320, 60, seed=1)
+    weights = normal(2, 320, seed=2).abs()
+    gram = points.to(torch.float32) @ points.to(torch.float32).mT
+    for one, other in zip(axial_kmeans(gram, weights, 16), cluster(points, weights, 16), strict=True):
+        assert torch.equal(one, other.to(one.dtype))
+    few = points[:, torch.arange(40) % 3].to(torch.float32)
+    labels, _ = axial_kmeans(few @ few.mT, weights[:, :40], 8)
+    assert all(len(set(each.tolist())) == 3 for each in labels)
+
+
 def test_a_cluster_that_lost_its_points_takes_the_one_that_fits_its_own_worst(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clustering, "_seeds", lambda *_: torch.zeros(1, 4, dtype=torch.int64))  # one point, four times
     points = normal(1, 9, 3, seed=3)

@@ -382,6 +382,19 @@ def test_results_have_the_type_of_the_adapter_and_are_contiguous_and_repeatable(
         assert torch.equal(tensor, other[name])
 
 
+def test_uploads_in_float32_are_merged_as_in_float64_but_for_rounding() -> None:
+    cohort = planted()
+    current = AdapterState.from_tensors({n: t.float() for n, t in cohort.current.to_tensors().items()}, 2.0)
+    single = [per_layer(u, lambda f: replace(f, A=f.A.float(), B=f.B.float())) for u in cohort.updates]
+    double = [per_layer(u, lambda f: replace(f, A=f.A.double(), B=f.B.double())) for u in single]
+    for rank in (3, 5, 40):
+        merged = merge_layers(single, current, rank)
+        expected = products(AdapterState(merge_layers(double, cohort.current, rank)))
+        assert_close({n: f.product().double() for n, f in merged.items()}, expected, tolerance=1e-5)
+        again = merge_layers([permuted(u, [4, 2, 0, 3, 1]) for u in single[::-1]], current, rank)
+        assert all(torch.equal(again[n].A, f.A) and torch.equal(again[n].B, f.B) for n, f in merged.items())
+
+
 def test_the_rank_is_the_adapters_unless_another_one_is_asked_for() -> None:
     cohort = mixed_cohort()
     assert {f.rank for f in lego(cohort).factors.values()} == {3}
