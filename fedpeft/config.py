@@ -143,7 +143,9 @@ class AdapterConfig(Section):
     )
     alpha: float = Field(16.0, gt=0, description="the update is scaled by alpha / rank; not that of miss and vera")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout before A while training")
-    targets: Names | None = Field(None, description="module names to adapt, or all-linear; query and value if unset")
+    targets: Names | None = Field(
+        None, min_length=1, description="module names to adapt, or all-linear; query and value if unset"
+    )
     head: Literal["shared", "local", "frozen"] = Field(
         "shared",
         description="the classifier head (with an untrained pooler): averaged, kept by each client, or left as drawn",
@@ -155,7 +157,9 @@ class AdapterConfig(Section):
         if not isinstance(values, Mapping) or not values.get("ranks") or "rank" in values:
             return values
         ranks = _split_list(values["ranks"])
-        numbers = [int(rank) for rank in ranks if str(rank).isdecimal()]  # type: ignore[attr-defined]
+        if not isinstance(ranks, list | tuple):
+            return values
+        numbers = [int(rank) for rank in ranks if str(rank).isdecimal()]
         return {**values, "rank": max(numbers, default=1)}
 
     @model_validator(mode="after")
@@ -264,7 +268,7 @@ def cohort_size(clients: int, fraction: float, min_clients: int) -> int:
 
 
 class SimulationConfig(Section):
-    """The machine; results do not depend on it."""
+    """The machine. No result depends on the number of workers; last digits may depend on threads, and on a GPU."""
 
     workers: int | None = Field(None, ge=0, description="Ray workers, one per core if unset; 0 trains in this process")
     threads_per_worker: int = Field(1, ge=1, description="CPU threads of a worker")

@@ -8,12 +8,14 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import quote
 
 from fedpeft.config import RunConfig, read_toml, resolve
 from fedpeft.errors import RunDirectoryError
@@ -115,6 +117,12 @@ def default_directory(config: RunConfig) -> Path:
         again += 1
         path = Path("runs") / f"{stem}-{again}"
     return path
+
+
+def folder_name(client_id: str) -> str:
+    """Return a client's id as the name of a file: what comes from a column of rows must not be a path."""
+    name = re.sub(r"[^\w.\- ]", lambda found: quote(found[0], safe=""), client_id)
+    return quote(name, safe="").replace(".", "%2E") if name.strip(".") == "" else name
 
 
 def check_vacant(path: Path) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedpeft.adapters import AdaptedModel
 from fedpeft.config import TrainConfig
@@ -131,6 +132,9 @@ def train_locally(
     autocast = torch.autocast(adapted.device.type, torch.bfloat16, enabled=train.precision == "bf16")
     losses = []
     adapted.model.train()
+    for module in adapted.model.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()  # its running statistics belong to the frozen base, and rows of clients would move them
     with seeded(seed, "dropout", server_round, client_id):
         for step, batch in enumerate(batches(rows, train.batch_size, steps, rng)):
             for group in optimizer.param_groups:
@@ -142,8 +146,8 @@ def train_locally(
             (loss if penalty is None else loss + penalty()).backward()
             for parameter, anchor in zip(parameters, start, strict=False):
                 # FedProx: the gradient of mu/2 |w - w_global|^2
-                assert parameter.grad is not None
-                parameter.grad.add_(parameter.detach() - anchor, alpha=train.proximal_mu)
+                if parameter.grad is not None:  # else the loss does not depend on it, and it has not moved
+                    parameter.grad.add_(parameter.detach() - anchor, alpha=train.proximal_mu)
             if train.max_grad_norm:
                 torch.nn.utils.clip_grad_norm_(parameters, train.max_grad_norm)
             optimizer.step()

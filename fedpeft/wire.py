@@ -34,12 +34,23 @@ def to_tensors(record: ArrayRecord) -> dict[str, Tensor]:
 
 
 def payload_bytes(message: Message, counts: Callable[[str], bool] = lambda name: True) -> int:
-    """Return the bytes of the array values in a message whose names count, without headers."""
+    """Return the bytes of the array values in a message whose names count, without headers.
+
+    Of an array whose header makes no sense, all its bytes count.
+    """
     if not message.has_content():
         return 0
     return sum(
-        math.prod(array.shape) * np.dtype(array.dtype).itemsize
+        _value_bytes(array)
         for record in message.content.array_records.values()
         for name, array in record.items()
         if counts(name)
     )
+
+
+def _value_bytes(array: Array) -> int:
+    try:
+        size = math.prod(array.shape) * np.dtype(array.dtype).itemsize
+    except TypeError:
+        size = len(array.data)
+    return min(max(size, 0), len(array.data))  # what a header claims is not there if the bytes are not

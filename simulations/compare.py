@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpeft.config import Layer, RunConfig, cohort_size, nest, resolve
-from fedpeft.errors import ConfigError, RunDirectoryError, nearest
+from fedpeft.errors import ConfigError, FedpeftError, RunDirectoryError, nearest
 from fedpeft.report.comparison import BOUNDS, comparison, comparison_markdown
 from fedpeft.report.formats import duration, finite, number
 from fedpeft.report.history import History, domain_scores, main_metric, worst
@@ -69,8 +69,10 @@ class Job:
 
 
 def _same(one: RunConfig, other: RunConfig) -> bool:
-    """Tell whether two configurations are of one run; workers change no result."""
-    return one.model_copy(update={"simulation": other.simulation}).to_flat() == other.to_flat()
+    """Tell whether two configurations are of one run; the number of workers changes no result."""
+    workers = {"workers": other.simulation.workers}
+    alike = one.model_copy(update={"simulation": one.simulation.model_copy(update=workers)})
+    return alike.to_flat() == other.to_flat()
 
 
 def split_words(words: Iterable[str]) -> tuple[list[Row], list[str]]:
@@ -92,6 +94,9 @@ def split_words(words: Iterable[str]) -> tuple[list[Row], list[str]]:
             rest.append(word)
         else:
             rows.append(_row(word))
+    if options := [word for word in rest if word.startswith("strategy.")]:
+        key, _, value = options[0].removeprefix("strategy.").partition("=")
+        raise ConfigError(f"'{options[0]}': options belong to one method; write NAME:{key}={value} for it.")
     if not rows:
         raise ConfigError("no method to compare; name some, as in: fedpeft compare centralized local fedit lora-fair")
     labels = [row.label for row in rows]
@@ -110,7 +115,10 @@ def _row(word: str) -> Row:
         key, equals, value = part.partition("=")
         if not equals:
             raise ConfigError(f"'{part}' in '{word}' is not of the form option=value; write NAME:option=value,...")
-        settings[key.strip() if "." in key else f"strategy.{key.strip()}"] = value.strip()
+        setting = key.strip() if "." in key else f"strategy.{key.strip()}"
+        if setting.startswith("simulation.") or setting in ("run.seed", "federation.rounds"):
+            raise ConfigError(f"'{setting}' in '{word}' is the same for all rows of a comparison; give it once, apart.")
+        settings[setting] = value.strip()
     return Row(word, name, nest(settings))
 
 
@@ -218,6 +226,10 @@ def run_jobs(
             except KeyboardInterrupt:
                 compared.interrupted = True
                 break
+            except FedpeftError as error:  # of this row; the others may have cost hours
+                compared.failed[str(job.path)] = str(error)
+                tell(f"{name}  failed: {error}")
+                continue
             if outcome.reason == "interrupted":
                 compared.interrupted = True
                 break

@@ -12,7 +12,7 @@ from fedpeft.clients.app import OWN_PERSONAL, TRUST_REMOTE_CODE
 from fedpeft.config import RunConfig, cohort_size
 from fedpeft.presets import provenance
 from fedpeft.resident import Resident, resident
-from fedpeft.runs import Listener, RunDirectory
+from fedpeft.runs import Listener, RunDirectory, folder_name
 from fedpeft.simulations.inline_grid import InlineGrid
 from fedpeft.simulations.ray_grid import RayGrid
 from fedpeft.strategies import find
@@ -50,7 +50,8 @@ def drive(config: RunConfig, out: Path, listener: Listener, grid: InlineGrid | R
         )
 
     def keep_traceback(node: int, message: Message, text: str) -> None:
-        directory.write_traceback(f"round-{int(message.metadata.group_id or 0):04d}-client-{client_ids[node]}", text)
+        client = folder_name(client_ids[node])
+        directory.write_traceback(f"round-{int(message.metadata.group_id or 0):04d}-client-{client}", text)
 
     grid.on_failure = keep_traceback
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from importlib.metadata import entry_points
 
-from fedpeft.config import RunConfig, StrategyConfig
+from pydantic import ValidationError
+
+from fedpeft.config import AdapterConfig, RunConfig, StrategyConfig, describe
 from fedpeft.errors import ConfigError, nearest
 from fedpeft.kinds import INITS_OF_BASE
 from fedpeft.strategies.base import AdapterStrategy, StrategyOptions
@@ -122,14 +124,21 @@ def _check_kind(config: RunConfig, method: type[AdapterStrategy]) -> None:
 def _with_own_adapter(config: RunConfig, method: type[AdapterStrategy]) -> RunConfig:
     """Choose what a method is defined with, where nobody has asked for something else."""
     adapter, facts = config.adapter, method.capabilities
+    own: dict[str, str] = {}
     if len(facts.kinds) == 1 and "kind" not in adapter.model_fields_set:
-        adapter = adapter.model_copy(update={"kind": min(facts.kinds)})
+        own["kind"] = min(facts.kinds)
     if facts.init and adapter.init != facts.init:
         if adapter.init != "default":
             raise ConfigError(
                 f"adapter.init = '{adapter.init}': strategy '{method.name}' needs '{facts.init}'; leave it unset"
             )
-        adapter = adapter.model_copy(update={"init": facts.init})
+        own["init"] = facts.init
+    if not own:
+        return config
+    try:  # anew, since what was chosen before may not go with it
+        adapter = AdapterConfig.model_validate({**adapter.model_dump(exclude_unset=True), **own})
+    except ValidationError as error:
+        raise ConfigError(f"strategy '{method.name}': {describe(error, 'adapter')}") from None
     return config.model_copy(update={"adapter": adapter})
 
 

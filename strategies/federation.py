@@ -20,7 +20,7 @@ from fedpeft.errors import FedpeftError, TooFewClientsError
 from fedpeft.evaluation import Scores, client_metrics, mean_metrics, score, spread
 from fedpeft.kinds import ADDITIVE_KINDS
 from fedpeft.resident import Resident, resident
-from fedpeft.runs import Event, Listener, RunDirectory
+from fedpeft.runs import Event, Listener, RunDirectory, folder_name
 from fedpeft.state import AdapterState, ClientUpdate, num_bytes, role_of
 from fedpeft.strategies import find
 from fedpeft.strategies.base import AdapterStrategy
@@ -276,8 +276,9 @@ class _Run:
         whole = AdapterState(sum_of_all.factors, {**sum_of_all.dense, **drawn})
         self.directory.write_adapter(lambda path: adapted.save(path, whole, labels))
         for client, own in sorted((self.personal() if self.personal is not None else {}).items()):
-            personal = AdapterState.from_tensors({**whole.to_tensors(), **own}, adapted.scaling)
+            own_model = AdapterState.from_tensors({**self.state.to_tensors(), **drawn, **own}, adapted.scaling)
+            personal = exact_sum(own_model)
             self.directory.write_adapter(
-                lambda path, state=personal: adapted.save(path, state, labels), f"clients/{client}/adapter"
+                lambda path, state=personal: adapted.save(path, state, labels), f"clients/{folder_name(client)}/adapter"
             )
         self.emit({"event": "end", "round": outcome.rounds, "reason": outcome.reason})

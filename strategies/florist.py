@@ -25,6 +25,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from fedpeft.config import AdapterConfig
+from fedpeft.errors import ConfigError
+from fedpeft.kinds import INITS_OF_BASE
 from fedpeft.state import AdapterState, ClientUpdate
 from fedpeft.strategies.base import AdapterStrategy, StrategyOptions
 from fedpeft.strategies.capabilities import Capabilities
@@ -77,6 +80,15 @@ class Florist(AdapterStrategy):
     )
     Options = FloristOptions
     options: FloristOptions
+
+    @classmethod
+    def check(cls, options: FloristOptions, adapter: AdapterConfig) -> None:
+        """Raise ConfigError if a threshold would cut what the initialisation took out of the base."""
+        if adapter.init in INITS_OF_BASE and options.threshold < 1:
+            raise ConfigError(
+                f"strategy.threshold = {options.threshold:g} would cut parts of the weights that adapter.init = "
+                f"'{adapter.init}' has moved from the base into the adapter; give strategy.threshold=1, or another init"
+            )
 
     def aggregate(self, updates: Iterable[ClientUpdate], current: AdapterState) -> AdapterState:
         """Decompose every layer's DW and keep as many ranks as it needs; see `kept_rank`."""

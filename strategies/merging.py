@@ -196,7 +196,9 @@ def build(method: str, options: Mapping[str, Any], seed: int, first: ClientUpdat
     """Make the strategy, with the most common scaling of the first adapter for the result."""
     scaling = Counter(f.scaling for f in first.factors.values()).most_common(1)[0][0]
     frozen = [layer + A_SUFFIX for layer in first.factors] if shared else []
-    strategy = find(method)(seed=seed, scaling=scaling, frozen=frozen, measure_error=False, **options)
+    kind = find(method)
+    parsed = kind.parse_options(options).model_dump(exclude_none=True)
+    strategy = kind(seed=seed, scaling=scaling, frozen=frozen, measure_error=False, **parsed)
     for name, values in NEEDS_START.items():
         if (given := getattr(strategy.options, name, None)) in values:
             raise ConfigError(

@@ -12,8 +12,9 @@ from fedpeft.state import AdapterState, Role, role_of
 from fedpeft.strategies import find, with_typed_options
 from fedpeft.strategies.base import AdapterStrategy
 from fedpeft.strategies.exchange import sent_down
-from fedpeft.strategies.federation import client_ranks, personal_names
+from fedpeft.strategies.federation import build_strategy, client_ranks, personal_names
 from fedpeft.strategies.ranks import Ranks
+from fedpeft.strategies.rounds import require_enough
 
 
 def plan(config: RunConfig) -> DryRun:
@@ -28,6 +29,7 @@ def plan(config: RunConfig) -> DryRun:
     home = resident(config)
     adapted, held = home.adapted, home.partition
     method = find(config.strategy.name)
+    require_enough(len(held.client_ids), config.federation.min_clients)
     rounds = range(1, config.federation.rounds + 1)
     names = [name for name in adapted.initial if name not in adapted.personal]
     facts = method.capabilities
@@ -35,7 +37,9 @@ def plan(config: RunConfig) -> DryRun:
     up = sum(_volume(adapted, method.exchange(number).sent_up(names, adapted.frozen), ranks) for number in rounds)
     down = sum(_volume(adapted, sent_down(method.exchange, names, adapted.frozen, number), ranks) for number in rounds)
     cohort = cohort_size(len(held.client_ids), config.federation.fraction, config.federation.min_clients)
-    down += (len(rounds) - 1) * _step(method, adapted, ranks[:cohort])
+    build_strategy(config, home, None).check_cohort(cohort)
+    if not any(role_of(name) is Role.A for name in adapted.frozen):  # else factors of a mean are exact
+        down += (len(rounds) - 1) * _step(method, adapted, ranks[:cohort])
     head = [name for name in adapted.initial if role_of(name) is Role.HEAD]
     whole = sum(parameter.numel() for parameter in adapted.model.parameters())
     return DryRun(

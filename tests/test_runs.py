@@ -12,7 +12,7 @@ import torch
 
 from fedpeft.config import nest, resolve
 from fedpeft.errors import RunDirectoryError
-from fedpeft.runs import RunDirectory, default_directory, read_config, read_events
+from fedpeft.runs import RunDirectory, default_directory, folder_name, read_config, read_events
 
 CONFIG = resolve([nest({"run.seed": 3, "strategy.name": "fedit"})])
 Usage = namedtuple("Usage", "total used free")
@@ -123,3 +123,12 @@ def test_runs_are_named_by_run_name_else_by_strategy_and_time(tmp_path: Path, mo
     monkeypatch.setattr("time.strftime", lambda form: first.name.removeprefix("fedit-"))
     first.mkdir(parents=True)
     assert default_directory(CONFIG).name == f"{first.name}-2"
+
+
+@pytest.mark.parametrize(
+    ("client", "folder"),
+    [("0", "0"), ("Zürich 2", "Zürich 2"), ("a/b", "a%2Fb"), ("../../x", "..%2F..%2Fx"), ("..", "%2E%2E")],
+)
+def test_a_clients_id_is_never_a_path(client: str, folder: str) -> None:
+    assert folder_name(client) == folder
+    assert Path(folder).name == folder

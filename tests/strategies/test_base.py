@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 import pytest
 import torch
-from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.app import Array, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
@@ -327,3 +327,17 @@ def test_a_merged_adapter_that_overflows_ends_the_run() -> None:
 
     with pytest.raises(TooFewClientsError, match=r"merged adapter holds NaN or infinity in head.weight"):
         Overflowing(client_ids=ids(1)).start(FunctionGrid({1: adding(1.0)}), to_record(initial()), 1)
+
+
+@pytest.mark.parametrize("data", [b"PK\x03\x04not a zip", b"\x93NUMPY\x01\x00v\x00{", b""])
+def test_bytes_that_are_no_array_cost_their_client_alone(data: bytes) -> None:
+    def hostile(message: Message) -> Message:
+        reply = reply_with(message, to_tensors(message.content.array_records[ARRAYS]))
+        record = reply.content.array_records[ARRAYS]
+        record[A] = Array("bogus", record[A].shape, "numpy.ndarray", data)
+        return reply
+
+    strategy = FedIt(client_ids=ids(2))
+    strategy.start(FunctionGrid({1: adding(1.0), 2: hostile}), to_record(initial()), 1)
+    assert strategy.report is not None
+    assert [fault.client_id for fault in strategy.report.faults] == [strategy.client_ids[2]]  # type: ignore[index]

@@ -138,3 +138,37 @@ def test_a_client_that_missed_a_round_is_sent_what_changed_in_it() -> None:
         assert lacking == {moved, HEAD}
         deliveries.delivered("there", lacking, RoLora.exchange(number))
     assert set(deliveries.lacking("away", RoLora.exchange(3))) == {A, B, HEAD}
+
+
+@pytest.mark.parametrize("name", ["flora", "fedex-lora", "frlora"])
+def test_a_moving_base_costs_what_its_paper_counts(name: str) -> None:
+    """On a layer where factors are smaller than the matrix, for three clients of rank 2."""
+    d_in, d_out, r, clients = 40, 30, 2, 3
+    strategy = STRATEGIES[name](client_ids={node: str(node) for node in range(clients)}, scaling=2.0)
+    draw = torch.Generator().manual_seed(0)
+    start = {A: torch.randn(r, d_in, generator=draw), B: torch.randn(d_out, r, generator=draw)}
+
+    def client(message: Message) -> Message:
+        settings = message.content.config_records[CONFIG]
+        held = dict(start)
+        if settings[DRAW]:  # FLoRA's
+            A_new = draw_a(0, int(settings[DRAW]), A.removesuffix(A_SUFFIX), r, d_in)  # type: ignore[arg-type]
+            held = {A: A_new, B: torch.zeros(d_out, r)}
+        sent = to_tensors(message.content.array_records[ARRAYS])
+        lacking = {n: t for n, t in held.items() if n not in sent}
+        assert settings[HELD_HASH] == (fingerprint(lacking) if lacking else "")
+        noise = torch.Generator().manual_seed(int(message.metadata.dst_node_id))
+        return reply_with(message, {n: sent.get(n, t) + torch.randn(t.shape, generator=noise) for n, t in held.items()})
+
+    reports: list[RoundReport] = []
+    strategy.start(
+        FunctionGrid(dict.fromkeys(range(clients), client)),
+        to_record(start),
+        3,
+        observer=lambda report, state: reports.append(report),
+    )
+    factors = r * (d_in + d_out)
+    down = {"flora": clients * factors, "fedex-lora": clients * factors, "frlora": 2 * factors}[name]
+    for report in reports[1:]:
+        assert report.bytes_down - report.bytes_catch_up == clients * 4 * down
+    assert reports[1].bytes_catch_up == 0 < reports[2].bytes_catch_up
