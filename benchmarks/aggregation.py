@@ -80,11 +80,17 @@ class Setting:
 
 
 def at_least(what: str, value: float, target: float | None, remark: str = "") -> Row:
-    return Row(what, value, "x", *((f">= {target:g}", value >= target) if target else ()), remark=remark)
+    return _judged(what, value, target, ">=", target is not None and value >= target, remark)
 
 
 def at_most(what: str, value: float, target: float | None, remark: str = "") -> Row:
-    return Row(what, value, "x", *((f"<= {target:g}", value <= target) if target else ()), remark=remark)
+    return _judged(what, value, target, "<=", target is not None and value <= target, remark)
+
+
+def _judged(what: str, value: float, target: float | None, sign: str, passed: bool, remark: str) -> Row:
+    if target is None:
+        return Row(what, value, "x", remark=remark)
+    return Row(what, value, "x", f"{sign} {target:g}", passed, remark)
 
 
 # --- cohorts ---------------------------------------------------------------------------------------------------------
