@@ -114,7 +114,7 @@ def with_typed_options(config: RunConfig) -> RunConfig:
 def _check_kind(config: RunConfig, method: type[AdapterStrategy]) -> None:
     kind, kinds = config.adapter.kind, method.capabilities.kinds
     if kind not in kinds:
-        able = ", ".join(name for name, other in available().items() if kind in other.capabilities.kinds)
+        able = ", ".join(name for name, other in available().items() if _takes(other, config.adapter))
         raise ConfigError(
             f"strategy '{method.name}' cannot merge adapters of adapter.kind = '{kind}'. "
             f"Allowed: {', '.join(sorted(kinds))}; or use a strategy for '{kind}': {able}."
@@ -140,6 +140,16 @@ def _with_own_adapter(config: RunConfig, method: type[AdapterStrategy]) -> RunCo
     except ValidationError as error:
         raise ConfigError(f"strategy '{method.name}': {describe(error, 'adapter')}") from None
     return config.model_copy(update={"adapter": adapter})
+
+
+def _takes(method: type[AdapterStrategy], adapter: AdapterConfig) -> bool:
+    if adapter.kind not in method.capabilities.kinds:
+        return False
+    try:
+        method.check(method.Options(), adapter)
+    except ConfigError:
+        return False
+    return True
 
 
 def _check_ranks(config: RunConfig, method: type[AdapterStrategy]) -> None:
