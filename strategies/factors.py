@@ -55,6 +55,14 @@ def require_layers(update: ClientUpdate, current: AdapterState) -> None:
         )
 
 
+def whole_cohort(updates: Iterable[ClientUpdate], current: AdapterState) -> list[ClientUpdate]:
+    """Return all updates of a round, whose layers are those of the adapter; see `require_layers`."""
+    cohort = list(updates)
+    for update in cohort:
+        require_layers(update, current)
+    return cohort
+
+
 def stack(factors: Sequence[LoraFactors], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
     """Return B* ``(d_out, R)`` and A* ``(R, d_in)`` in float64, with B* A* = sum_k weights_k s_k B_k A_k."""
     plain = [f.plain() for f in factors]

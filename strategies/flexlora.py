@@ -37,7 +37,7 @@ from fedpeft.seeds import generator
 from fedpeft.state import AdapterState, ClientUpdate, LoraFactors
 from fedpeft.strategies.base import AdapterStrategy, StrategyOptions
 from fedpeft.strategies.capabilities import Capabilities
-from fedpeft.strategies.factors import client_weights, require_layers, stack, stacks
+from fedpeft.strategies.factors import client_weights, stack, stacks, whole_cohort
 from fedpeft.strategies.means import mean_dense, weighted_mean
 
 Solver = Literal["exact", "randomized"]
@@ -261,9 +261,7 @@ class FlexLora(AdapterStrategy):
         """Decompose every layer's DW and keep its ranks; see `best_rank`."""
         if not self.trains_a:  # rank r already, and A stays
             return weighted_mean(updates, current, trains_a=False)
-        cohort = list(updates)
-        for update in cohort:
-            require_layers(update, current)
+        cohort = whole_cohort(updates, current)
         weights = client_weights(cohort)
         options = self.options
         merged = {}

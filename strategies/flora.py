@@ -28,7 +28,7 @@ from fedpeft.strategies.base import AdapterStrategy
 from fedpeft.strategies.base_changes import advance, as_step, step_floats
 from fedpeft.strategies.capabilities import Capabilities
 from fedpeft.strategies.exchange import Exchange
-from fedpeft.strategies.factors import client_weights, require_layers, stack
+from fedpeft.strategies.factors import client_weights, stack, whole_cohort
 from fedpeft.strategies.means import mean_dense
 
 
@@ -61,9 +61,7 @@ class FLora(AdapterStrategy):
 
     def aggregate(self, updates: Iterable[ClientUpdate], current: AdapterState) -> AdapterState:
         """Fold the stack of every layer into the base, and begin again."""
-        cohort = list(updates)
-        for update in cohort:
-            require_layers(update, current)
+        cohort = whole_cohort(updates, current)
         weights = client_weights(cohort)
         steps = {}
         factors = {}

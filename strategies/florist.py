@@ -31,7 +31,7 @@ from fedpeft.kinds import INITS_OF_BASE
 from fedpeft.state import AdapterState, ClientUpdate
 from fedpeft.strategies.base import AdapterStrategy, StrategyOptions
 from fedpeft.strategies.capabilities import Capabilities
-from fedpeft.strategies.factors import client_weights, require_layers
+from fedpeft.strategies.factors import client_weights, whole_cohort
 from fedpeft.strategies.flexlora import decompose, truncate
 from fedpeft.strategies.means import mean_dense, weighted_mean
 
@@ -94,9 +94,7 @@ class Florist(AdapterStrategy):
         """Decompose every layer's DW and keep as many ranks as it needs; see `kept_rank`."""
         if not self.trains_a:
             return weighted_mean(updates, current, trains_a=False)
-        cohort = list(updates)
-        for update in cohort:
-            require_layers(update, current)
+        cohort = whole_cohort(updates, current)
         weights = client_weights(cohort)
         merged = {}
         for layer, f in current.factors.items():

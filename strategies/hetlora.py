@@ -30,7 +30,7 @@ from fedpeft.errors import ConfigError
 from fedpeft.state import AdapterState, ClientUpdate, LoraFactors
 from fedpeft.strategies.base import AdapterStrategy, StrategyOptions
 from fedpeft.strategies.capabilities import Capabilities
-from fedpeft.strategies.factors import client_weights, norm, require_layers
+from fedpeft.strategies.factors import client_weights, norm, whole_cohort
 from fedpeft.strategies.means import mean_dense
 from fedpeft.wire import PRUNED_RANK, TAIL_PENALTY
 
@@ -116,9 +116,7 @@ class HetLora(AdapterStrategy):
 
     def aggregate(self, updates: Iterable[ClientUpdate], current: AdapterState) -> AdapterState:
         """Average every layer's padded factors; see `sparsity_weights` and `padded_mean`."""
-        cohort = list(updates)
-        for update in cohort:
-            require_layers(update, current)
+        cohort = whole_cohort(updates, current)
         rows = client_weights(cohort)
         merged = {}
         for layer, f in current.factors.items():
