@@ -17,6 +17,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from fedpeft.errors import ConfigError, nearest
 from fedpeft.kinds import INITS, INITS_FROM_DATA, INITS_OF_BASE, WITHOUT_DROPOUT, AdapterInit, AdapterKind
+from fedpeft.privacy.settings import PrivacyConfig
+from fedpeft.section import Section
 
 Task = Literal["sequence-classification", "image-classification", "causal-lm"]
 Scalar = str | int | float | bool
@@ -29,12 +31,6 @@ def _split_list(value: object) -> object:
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_split_list)]
 Ranks = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1), BeforeValidator(_split_list)]
-
-
-class Section(BaseModel):
-    """One section of the configuration: frozen, and closed to unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
 class ModelConfig(Section):
@@ -297,6 +293,7 @@ class RunConfig(Section):
     train: TrainConfig = TrainConfig()
     strategy: StrategyConfig = StrategyConfig()
     federation: FederationConfig = FederationConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
     simulation: SimulationConfig = SimulationConfig()
     run: RunSection = RunSection()
 

@@ -48,6 +48,14 @@ class DeploymentError(FedpeftError):
     """A federation of real nodes that cannot start."""
 
 
+class PrivacyError(FedpeftError):
+    """A privacy statement that cannot be made: a budget that no noise can meet, or a mechanism that does not fit."""
+
+
+class LedgerError(FedpeftError):
+    """A privacy ledger that is damaged, held by another process, or cannot be written: nobody may train without it."""
+
+
 class TooFewClientsError(FedpeftError):
     """A round to which fewer clients answered than `federation.min_clients`; what was done before it is saved."""
 

@@ -1,0 +1,1 @@
+"""Differential privacy: what is protected, what it costs, and who keeps the books."""

@@ -1,0 +1,99 @@
+"""The ``privacy`` section of the configuration."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from fedpeft.section import Section
+
+Accountant = Literal["prv", "rdp"]
+Level = Literal["none", "record", "client"]
+Rng = Literal["seeded", "secure"]
+
+
+class PrivacyConfig(Section):
+    """What is protected, from whom, and how much of it may be spent."""
+
+    level: Level = Field(
+        "none",
+        description="unit of protection: record (DP-SGD at every client; protects from the server too), or client "
+        "(clipped updates and noise on their sum; the server is trusted)",
+    )
+    epsilon: float | None = Field(
+        None, gt=0, description="budget over ALL rounds; without noise_multiplier, the noise is calibrated to it"
+    )
+    noise_multiplier: float | None = Field(
+        None, ge=0, description="standard deviation of the noise over the sensitivity; 0 is no privacy"
+    )
+    delta: float = Field(1e-5, gt=0, lt=1, description="of the guarantee; keep it below 1 / number of units protected")
+    accountant: Accountant = Field("prv", description="prv is the tighter; where it overflows, rdp is used and said")
+    max_grad_norm: float = Field(
+        1.0, gt=0, description="record level: each row's gradient over all trained tensors is clipped to this norm"
+    )
+    max_update_norm: float = Field(
+        1.0, gt=0, description="client level: each client's whole update is clipped to this norm"
+    )
+    sampling: Literal["poisson", "shuffle"] = Field(
+        "poisson", description="record level: how batches are drawn; shuffle voids the guarantee"
+    )
+    cohort: Literal["poisson", "fixed"] = Field(
+        "poisson",
+        description="client level: how a round's clients are drawn; fixed is accounted without amplification, at twice "
+        "the sensitivity",
+    )
+    adaptive_clipping: bool = Field(
+        False, description="client level: max_update_norm follows a quantile of the updates' norms, privately"
+    )
+    clip_quantile: float = Field(0.5, gt=0, lt=1, description="share of the updates that adaptive clipping leaves whole")
+    clip_learning_rate: float = Field(0.2, gt=0, description="how fast adaptive clipping moves the norm")
+    clip_count_noise: float | None = Field(
+        None, gt=0, description="standard deviation of the noise on adaptive clipping's count; expected cohort / 20 if unset"
+    )
+    rng: Rng | None = Field(
+        None,
+        description="seeded: reproducible, hence no guarantee; secure: noise and batches from the operating system's "
+        "entropy. A simulation's default is seeded, a deployment's secure",
+    )
+    public_counts: bool = Field(
+        True, description="declare the clients' row counts public; else rate, noise and divisor are fixed publicly"
+    )
+    sample_rate: float | None = Field(
+        None, gt=0, le=1, description="record level without public_counts: the chance of each row to be in a batch"
+    )
+    public_init_data: bool = Field(
+        False, description="declare adapter.init_data public, which initialisations from data need under privacy"
+    )
+    release_metrics: bool = Field(
+        False, description="send clients' losses all the same, which voids the guarantee: for debugging"
+    )
+    spare_rounds: int = Field(
+        0, ge=0, description="rounds that calibration reserves for repeats, which secure randomness charges again"
+    )
+    on_exhausted: Literal["skip", "stop"] = Field(
+        "skip", description="when a client's budget is spent: go on without it, or stop the run"
+    )
+    physical_batch_size: int | None = Field(
+        None, ge=1, description="rows that a step holds in memory at once; twice train.batch_size if unset"
+    )
+    canaries: int = Field(
+        0, ge=0, description="planted rows for `fedpeft privacy audit`, each in the training rows with probability 1/2"
+    )
+
+    @model_validator(mode="after")
+    def _level_fits(self) -> Self:
+        if self.level == "none":
+            for key in sorted(self.model_fields_set - {"level", "canaries", "delta", "accountant"}):
+                if getattr(self, key) != type(self).model_fields[key].default:
+                    raise ValueError(
+                        f"privacy.{key} = {getattr(self, key)} does nothing with privacy.level = 'none'; "
+                        "give privacy.level=record or privacy.level=client"
+                    )
+            return self
+        if self.epsilon is None and self.noise_multiplier is None:
+            raise ValueError(
+                f"privacy.level = '{self.level}' needs privacy.epsilon, the budget over all rounds, or "
+                "privacy.noise_multiplier"
+            )
+        return self
