@@ -5,16 +5,18 @@ A message brings the adapter and a few numbers; base model, tokenizer and rows a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable
 from torch import Tensor
 
 from fedpeft.adapters import AdaptedModel
-from fedpeft.clients.rows import client_rows
+from fedpeft.clients.privacy import Permission, check_site, permit
+from fedpeft.clients.rows import ClientRows, client_rows
 from fedpeft.config import RunConfig, Scalar
 from fedpeft.deployment import run_config
 from fedpeft.draws import first_ranks
@@ -23,9 +25,10 @@ from fedpeft.models import num_threads
 from fedpeft.pruning import Tail
 from fedpeft.resident import Resident, resident
 from fedpeft.state import fingerprint, role_of
-from fedpeft.training import train_locally
+from fedpeft.training import Gradients, LocalResult, train_locally
 from fedpeft.wire import (
     ARRAYS,
+    BUDGET_SPENT,
     CLIENT_ID,
     CONFIG,
     DRAW,
@@ -89,14 +92,22 @@ def train(message: Message, context: Context) -> Message:
     held = _stored(context, OWN_KEPT, drawn, adapted.initial.keys() - sent.keys() - personal.keys())
     if _fingerprint(home, held) != settings[HELD_HASH]:
         return Message(RecordDict({CONFIG: ConfigRecord({NEEDS_ARRAYS: True})}), reply_to=message)
+    run = _run_config(context)
+    rows = client_rows(home, context.node_config)
+    permission = None
+    if run.privacy.level == "record":
+        permission = permit(message, context, home, rows, run)
+        if permission is None:
+            return Message(RecordDict({CONFIG: ConfigRecord({BUDGET_SPENT: True})}), reply_to=message)
+    else:
+        check_site(run.privacy, context.node_config)
     adapted.load({**sent, **held, **personal}, float(settings[SCALING]))  # type: ignore[arg-type]
     if kept := _names(home, settings, KEPT):
         context.state[OWN_KEPT] = to_record(adapted.tensors(kept))
     trained = [name for name in _names(home, settings, TRAINED) if name in adapted.trained]
-    rows = client_rows(home, context.node_config)
     tail = _tail(adapted, settings)
     tail_before = float(tail.size()) if tail else 0.0
-    with num_threads(_run_config(context).simulation.threads_per_worker):
+    with num_threads(run.simulation.threads_per_worker):
         result = train_locally(
             adapted,
             rows.split,
@@ -108,16 +119,50 @@ def train(message: Message, context: Context) -> Message:
             server_round=int(settings[ROUND]),  # type: ignore[arg-type]
             num_rounds=int(settings[NUM_ROUNDS]),  # type: ignore[arg-type]
             penalty=tail.loss if tail else None,
+            num_examples=rows.num_examples,
+            private=None if permission is None else _private(home, rows, run, permission),
+            dropout_seed=None if permission is None else permission.randomness.seed(),
         )
     if personal:
         context.state[OWN_PERSONAL] = to_record(adapted.tensors(personal))
     sent_up = adapted.tensors([name for name in trained if name not in personal])
     if tail and float(tail.size()) < tail_before:
         sent_up = first_ranks(sent_up, tail.kept)
-    metrics = MetricRecord(
-        {NUM_EXAMPLES: len(rows.indices), TRAIN_LOSS: result.loss, STEPS: result.steps, SECONDS: result.seconds}
-    )
+    metrics = _told(run, rows, result, {} if permission is None else permission.told)
     return Message(RecordDict({ARRAYS: to_record(sent_up), METRICS: metrics}), reply_to=message)
+
+
+def _private(
+    home: Resident, rows: ClientRows, run: RunConfig, permission: Permission
+) -> Callable[[torch.optim.Optimizer], Gradients]:
+    """Return how to make private gradients, on hooks that the resident model keeps."""
+    from fedpeft.privacy.dp_sgd import PrivateGradients  # which loads Opacus
+
+    privacy, batch_size = run.privacy, run.train.batch_size
+    return lambda optimizer: PrivateGradients(
+        home.row_engine,
+        rows.split,
+        rows.indices,
+        permission.mechanism,
+        permission.randomness,
+        optimizer,
+        physical=privacy.physical_batch_size or 2 * batch_size,
+        precision=run.train.precision,
+        shuffled=batch_size if privacy.sampling == "shuffle" else None,
+    )
+
+
+def _told(run: RunConfig, rows: ClientRows, result: LocalResult, spent: Mapping[str, float]) -> MetricRecord:
+    """Return what a client says beside its tensors: under privacy neither its loss, nor how long it took.
+
+    Client-level privacy, and record-level privacy without public counts, weigh all clients alike.
+    """
+    privacy = run.privacy
+    weighs_rows = privacy.level == "none" or (privacy.level == "record" and privacy.public_counts)
+    metrics: dict[str, float] = {NUM_EXAMPLES: rows.num_examples if weighs_rows else 1, STEPS: result.steps, **spent}
+    if privacy.level == "none" or privacy.release_metrics:
+        metrics |= {TRAIN_LOSS: result.loss, SECONDS: result.seconds}
+    return MetricRecord(metrics)
 
 
 @lru_cache(maxsize=4)

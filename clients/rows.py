@@ -30,11 +30,19 @@ class ClientRows:
         The encoded rows.
     indices : array of int64, shape (n,)
         Which of them are the client's.
+    left_out : int
+        Canaries of the client that are not in `indices`: no batch holds them, but they count as its rows.
     """
 
     client_id: str
     split: EncodedSplit
     indices: NDArray[np.int64]
+    left_out: int = 0
+
+    @property
+    def num_examples(self) -> int:
+        """The client's public number of rows: its weight, and what its sample rate refers to."""
+        return len(self.indices) + self.left_out
 
 
 def client_rows(home: Resident, node_config: Mapping[str, Scalar]) -> ClientRows:
@@ -51,9 +59,15 @@ def client_rows(home: Resident, node_config: Mapping[str, Scalar]) -> ClientRows
     Raises
     ------
     DeploymentError
-        Neither is given, or the number of partitions is not that of the configuration.
+        Neither is given, or the number of partitions is not that of the configuration, or a run with canaries meets a
+        site's own rows.
     """
     if DATA in node_config:
+        if home.config.privacy.canaries:
+            raise DeploymentError(
+                f"privacy.canaries = {home.config.privacy.canaries} would plant false rows among a site's own; "
+                "canaries are for simulations."
+            )
         path = Path(str(node_config[DATA])).expanduser()
         split = _own_rows(home, path)
         return ClientRows(str(node_config.get(NODE_CLIENT_ID, path.stem)), split, np.arange(len(split), dtype=np.int64))
@@ -71,7 +85,11 @@ def client_rows(home: Resident, node_config: Mapping[str, Scalar]) -> ClientRows
         )
     if not 0 <= index < count:
         raise DeploymentError(f"partition-id = {index} is not in 0 .. {count - 1}")
-    return ClientRows(held.client_ids[index], home.data.train, held.indices[index])
+    client, own = held.client_ids[index], held.indices[index]
+    if home.canaries is None:
+        return ClientRows(client, home.data.train, own)
+    planted, left_out = home.canaries.of(index)
+    return ClientRows(client, home.canaries.split, np.concatenate([own, planted]), left_out)
 
 
 @lru_cache(maxsize=1)

@@ -58,12 +58,13 @@ def init_app(directory: Path, config: RunConfig, out: Path | None) -> str:
             "adapter.init = 'lora-ga' works in simulations only: every site would take directions of its own gradient "
             "out of the base, and their signs depend on the processor. Use 'pissa' or 'default'."
         )
+    _refuse_canaries(config)
     # this reaches up to the strategies, and loads torch; clients import this module for `run_config` alone
     from fedpeft.resident import resident
     from fedpeft.runs import default_directory
     from fedpeft.strategies import find, with_typed_options
 
-    config = with_typed_options(config)
+    config = with_typed_options(config, rng="secure")
     if personal := find(config.strategy.name).capabilities.personal:
         raise DeploymentError(
             f"strategy '{config.strategy.name}' leaves {', '.join(sorted(personal))} with the clients and works in "
@@ -159,19 +160,29 @@ def split_run_config(flat: Mapping[str, Scalar]) -> tuple[RunConfig, Path]:
     Raises
     ------
     DeploymentError
-        It names no run directory.
+        It names no run directory, or asks for canaries.
     ConfigError
         A key or value that does not exist, such as one given to ``flwr run --run-config``.
     """
     out = flat.get(OUT)
     if not isinstance(out, str) or not out:
         raise DeploymentError(f"{OUT} = {out!r} is no run directory; write the app with `fedpeft deploy init`.")
-    return run_config(flat), Path(out)
+    config = run_config(flat)
+    _refuse_canaries(config)
+    return config, Path(out)
 
 
 def run_config(flat: Mapping[str, Scalar]) -> RunConfig:
     """Read the run config that Flower brings to a client, in a deployment or a simulation: the run alone."""
     return RunConfig.from_flat({name: value for name, value in flat.items() if name != OUT})
+
+
+def _refuse_canaries(config: RunConfig) -> None:
+    if config.privacy.canaries:
+        raise DeploymentError(
+            f"privacy.canaries = {config.privacy.canaries} plants false rows and works in simulations only; audit a "
+            "simulated run, and deploy without canaries."
+        )
 
 
 def _check_vacant(directory: Path) -> None:

@@ -62,6 +62,12 @@ class TooFewClientsError(FedpeftError):
     exit_code = 1
 
 
+class BudgetSpentError(FedpeftError):
+    """A privacy budget that allows no next step, in a run that is to end then; what was done before it is saved."""
+
+    exit_code = 1
+
+
 def nearest(given: str, allowed: Iterable[str]) -> str:
     """Say which allowed name is meant most likely, then all of them.
 

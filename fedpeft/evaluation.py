@@ -15,6 +15,7 @@ from fedpeft.config import RunConfig
 from fedpeft.data.encoding import EncodedSplit
 from fedpeft.data.partition import Partition
 from fedpeft.errors import ConfigError
+from fedpeft.losses import row_losses
 
 
 @dataclass(frozen=True)
@@ -90,16 +91,9 @@ def score(model: nn.Module, split: EncodedSplit, config: RunConfig) -> Scores:
         inputs = {name: value.to(on) for name, value in split.batch(rows).items()}
         targets = inputs.pop("labels")
         with torch.autocast(on.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
-            logits = model(**inputs).logits.float()
-        if causal:
-            logits, targets = logits[:, :-1], targets[:, 1:]  # position t predicts token t + 1
-            nll = nn.functional.cross_entropy(
-                logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none"
-            )
-            loss[rows] = nll.view(targets.shape).double().sum(1).cpu().numpy()
-            tokens[rows] = (targets != -100).sum(1).double().cpu().numpy()
-        else:
-            loss[rows] = nn.functional.cross_entropy(logits, targets, reduction="none").double().cpu().numpy()
+            logits = model(**inputs).logits
+        loss[rows], tokens[rows] = (values.cpu().numpy() for values in row_losses(logits, targets))
+        if not causal:
             predicted[rows] = logits.argmax(-1).cpu().numpy()
     if causal:
         return Scores(loss, tokens)

@@ -51,8 +51,15 @@ def device() -> torch.device:
 @contextlib.contextmanager
 def seeded(seed: int, *purpose: str | int) -> Iterator[None]:
     """Let torch draw from the seed of one purpose inside the block, and as before after it."""
+    with torch_seed(derive_seed(seed, *purpose)):
+        yield
+
+
+@contextlib.contextmanager
+def torch_seed(seed: int) -> Iterator[None]:
+    """Let torch draw from a seed inside the block, and as before after it."""
     with torch.random.fork_rng():
-        torch.manual_seed(derive_seed(seed, *purpose))
+        torch.manual_seed(seed)
         yield
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedpeft.adapters import AdaptedModel
 from fedpeft.config import FederationConfig, RunConfig, RunSection, SimulationConfig, StrategyConfig
@@ -14,6 +15,11 @@ from fedpeft.data.encoding import EncodedData, EncodedSplit, encode, encode_rows
 from fedpeft.data.partition import Partition, partition
 from fedpeft.models import load_base, locate
 from fedpeft.presets import PREFIX, is_preset, materialize
+from fedpeft.privacy.canaries import Canaries, plant
+from fedpeft.privacy.settings import PrivacyConfig
+
+if TYPE_CHECKING:
+    from fedpeft.privacy.dp_sgd import RowEngine
 
 
 class Resident:
@@ -58,14 +64,28 @@ class Resident:
         """Who holds which training rows."""
         return partition(self.config, self.data.train)
 
+    @cached_property
+    def canaries(self) -> Canaries | None:
+        """Planted rows, which are no part of `data` and `partition`; None where none are configured."""
+        if not self.config.privacy.canaries:
+            return None
+        return plant(self.config, self.data.train, self.partition, len(self.labels))
+
     def check(self) -> None:
         """Find model and rows and divide them, which raises what is wrong with them."""
-        _ = self.folder, self.partition
+        _ = self.folder, self.partition, self.canaries
 
     @cached_property
     def adapted(self) -> AdaptedModel:
         """The base and its adapter, as drawn from the run's seed."""
         return AdaptedModel(load_base(self.config, self.folder, self.labels), self.config)
+
+    @cached_property
+    def row_engine(self) -> RowEngine:
+        """What gives the model's gradients row by row, for private training."""
+        from fedpeft.privacy.dp_sgd import RowEngine  # which loads Opacus
+
+        return RowEngine(self.adapted)
 
 
 def with_preset_paths(config: RunConfig) -> RunConfig:
@@ -83,6 +103,8 @@ def resident(config: RunConfig) -> Resident:
             "federation": FederationConfig(clients=config.federation.clients),
             "simulation": SimulationConfig(),
             "run": RunSection(seed=config.run.seed),
+            # private runs leave hooks on their model, which a plain run need not carry
+            "privacy": PrivacyConfig.model_construct(level=config.privacy.level, canaries=config.privacy.canaries),
         }
     )
     return _resident(relevant)

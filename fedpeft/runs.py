@@ -30,6 +30,7 @@ CONFIG, ENVIRONMENT, METRICS, ADAPTER, CHECKPOINTS = (
     "adapter",
     "checkpoints",
 )
+CANARIES = "canaries.json"  # planted rows, their coins and their scores
 KEPT_CHECKPOINTS = 2
 PACKAGES = (
     "fedpeft",

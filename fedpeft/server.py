@@ -17,6 +17,7 @@ from fedpeft.chatter import silence
 from fedpeft.deployment import split_run_config
 from fedpeft.errors import DeploymentError
 from fedpeft.presets import provenance
+from fedpeft.privacy.books import Books
 from fedpeft.resident import resident
 from fedpeft.runs import Event, RunDirectory, check_vacant
 from fedpeft.strategies import find, with_typed_options
@@ -34,14 +35,16 @@ def main(grid: Grid, context: Context) -> None:
     """Wait for the nodes, run all rounds, and write the run directory."""
     silence()
     config, out = split_run_config(context.run_config)
-    config = with_typed_options(config)
+    config = with_typed_options(config, rng="secure")
     check_vacant(out)
     home = resident(config)
     expected = len(home.partition.client_ids) if config.federation.clients is None else config.federation.clients
     adapter_bytes = exported_bytes(find(config.strategy.name), home.adapted)
     directory = RunDirectory(out, config, adapter_bytes, {"presets": provenance(config)})
     _wait_for_nodes(grid, expected, config.federation.round_timeout)
-    outcome = federate(config, grid, directory, listener=_log_event, timeout=config.federation.round_timeout)
+    books = Books(config, directory, {}, told=True) if config.privacy.level != "none" else None
+    timeout = config.federation.round_timeout
+    outcome = federate(config, grid, directory, listener=_log_event, timeout=timeout, books=books)
     if outcome.error is not None:
         raise outcome.error
     print(f"run directory: {Path(out).resolve()}", flush=True)
@@ -60,7 +63,7 @@ def _wait_for_nodes(grid: Grid, expected: int, timeout: float) -> None:
 
 def _log_event(event: Event) -> None:
     """Print what a person watching ``flwr log`` wants to see."""
-    if event["event"] in ("round", "evaluate", "fault", "warning", "end"):
+    if event["event"] in ("round", "evaluate", "fault", "warning", "privacy", "end"):
         shown = {key: value for key, value in event.items() if not isinstance(value, dict)}
         print(
             " ".join(

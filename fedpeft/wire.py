@@ -18,9 +18,11 @@ RANK, DRAW = "rank", "draw"  # rank 0 is the adapter's own; see fedpeft.strategi
 TRAINED, PERSONAL, KEPT = "trained", "personal", "kept"  # lists of roles
 PRUNED_RANK, TAIL_PENALTY = "pruned-rank", "tail-penalty"  # see fedpeft.pruning
 # keys of a client's config record
-CLIENT_ID, NEEDS_ARRAYS = "client-id", "needs-arrays"
+CLIENT_ID, NEEDS_ARRAYS, BUDGET_SPENT = "client-id", "needs-arrays", "privacy-budget-spent"
 # keys of a client's metric record
 NUM_EXAMPLES, TRAIN_LOSS, STEPS, SECONDS = "num-examples", "train_loss", "steps", "seconds"
+# of its record-level privacy; the steps are those of the whole run so far, repeats included
+NOISE_MULTIPLIER, SAMPLE_RATE, SPENT_STEPS = "noise-multiplier", "sample-rate", "spent-steps"
 
 
 def to_record(tensors: Mapping[str, Tensor]) -> ArrayRecord:

@@ -9,7 +9,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +17,11 @@ from typing import Any
 
 from fedpeft.config import Layer, RunConfig, cohort_size, nest, resolve
 from fedpeft.errors import ConfigError, FedpeftError, RunDirectoryError, nearest
+from fedpeft.privacy.statement import read_statement
 from fedpeft.report.comparison import BOUNDS, comparison, comparison_markdown
 from fedpeft.report.formats import duration, finite, number
 from fedpeft.report.history import History, domain_scores, main_metric, worst
+from fedpeft.report.privacy import epsilon
 from fedpeft.resident import resident
 from fedpeft.runs import CONFIG, check_vacant, read_config, strict_json
 from fedpeft.simulations.simulate import ray_grid, simulate
@@ -41,21 +43,29 @@ class Row:
         Name of a strategy, or ``centralized``.
     settings : Layer
         What is laid over the common configuration.
+    own : frozenset of str
+        Sections of which the row says everything itself, and the common configuration nothing.
     """
 
     label: str
     method: str
     settings: Layer = field(default_factory=dict)
+    own: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
 class Job:
     """One run of a comparison."""
 
-    label: str
+    row: Row
     seed: int
     config: RunConfig
     path: Path
+
+    @property
+    def label(self) -> str:
+        """Its row's."""
+        return self.row.label
 
     @property
     def is_done(self) -> bool:
@@ -93,10 +103,8 @@ def split_words(words: Iterable[str]) -> tuple[list[Row], list[str]]:
         if word.endswith(".toml") or ("=" in word and ":" not in word.partition("=")[0]):
             rest.append(word)
         else:
-            rows.append(_row(word))
-    if options := [word for word in rest if word.startswith("strategy.")]:
-        key, _, value = options[0].removeprefix("strategy.").partition("=")
-        raise ConfigError(f"'{options[0]}': options belong to one method; write NAME:{key}={value} for it.")
+            rows.append(read_row(word))
+    refuse_options(rest)
     if not rows:
         raise ConfigError("no method to compare; name some, as in: fedpeft compare centralized local fedit lora-fair")
     labels = [row.label for row in rows]
@@ -105,7 +113,15 @@ def split_words(words: Iterable[str]) -> tuple[list[Row], list[str]]:
     return rows, rest
 
 
-def _row(word: str) -> Row:
+def refuse_options(words: Iterable[str]) -> None:
+    """Raise ConfigError if a word of what all rows share is an option of one method."""
+    if options := [word for word in words if word.startswith("strategy.")]:
+        key, _, value = options[0].removeprefix("strategy.").partition("=")
+        raise ConfigError(f"'{options[0]}': options belong to one method; write NAME:{key}={value} for it.")
+
+
+def read_row(word: str) -> Row:
+    """Read ``NAME`` or ``NAME:option=value[,option=value]``; see `split_words`."""
     name, _, given = word.partition(":")
     known = [*available(), CENTRALIZED]
     if name not in known:
@@ -144,9 +160,10 @@ def plan_jobs(rows: Sequence[Row], config: RunConfig, seeds: int, out: Path) -> 
     jobs = []
     for seed in range(config.run.seed, config.run.seed + seeds):
         for row in rows:
-            layers = [common, _method_layer(row, config), row.settings]
+            shared = {section: table for section, table in common.items() if section not in row.own}
+            layers = [shared, _method_layer(row, config), row.settings]
             own = with_typed_options(resolve([*layers, {"run": {"seed": seed}}]))
-            jobs.append(Job(row.label, seed, own, out / re.sub(r"[^\w.=,+-]", "_", row.label) / f"seed-{seed}"))
+            jobs.append(Job(row, seed, own, out / re.sub(r"[^\w.=,+-]", "_", row.label) / f"seed-{seed}"))
     for job in jobs:
         if not job.is_begun:
             check_vacant(job.path)
@@ -246,7 +263,8 @@ def run_jobs(
 
 
 def _score(facts: Facts) -> str:
-    return f"{facts['metric']} {number(facts['score'])}"
+    score = f"{facts['metric']} {number(facts['score'])}"
+    return score if facts["epsilon"] is None else f"{score}  epsilon {epsilon(facts['epsilon'])}"
 
 
 def run_facts(job: Job) -> Facts:
@@ -254,7 +272,8 @@ def run_facts(job: Job) -> Facts:
     history = History.read(job.path)
     metric = main_metric(job.config.task)
     domains = domain_scores(history.last, metric)
-    federated = job.label.partition(":")[0] != CENTRALIZED  # else what moved and merged says nothing
+    federated = job.row.method != CENTRALIZED  # else what moved and merged says nothing
+    statement = read_statement(job.path) or {}
     return {
         "label": job.label,
         "seed": job.seed,
@@ -267,12 +286,13 @@ def run_facts(job: Job) -> Facts:
         else None,
         "bytes": history.bytes_up + history.bytes_down if federated else None,
         "seconds": history.seconds,
+        "epsilon": finite(statement.get("epsilon_max")),
     }
 
 
-def default_folder() -> Path:
-    """Return ``runs/compare-TIME``."""
-    return Path("runs") / f"compare-{time.strftime('%Y%m%d-%H%M%S')}"
+def default_folder(what: str = "compare") -> Path:
+    """Return ``runs/compare-TIME``, or another word than compare."""
+    return Path("runs") / f"{what}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def write_comparison(jobs: Sequence[Job], compared: Compared, out: Path) -> Facts:
@@ -286,10 +306,28 @@ def write_comparison(jobs: Sequence[Job], compared: Compared, out: Path) -> Fact
     labels, seeds = (list(dict.fromkeys(getattr(job, key) for job in jobs)) for key in ("label", "seed"))
     facts = comparison(labels, seeds, jobs[0].config.federation.rounds, compared.runs)
     facts = dict(strict_json(facts | {"failed": compared.failed}))
+    write_files(
+        out,
+        {
+            "comparison.json": (json.dumps(facts, indent=2) + "\n").encode(),
+            "comparison.md": comparison_markdown(facts).encode(),
+        },
+    )
+    return facts
+
+
+def write_files(out: Path, files: Mapping[str, bytes]) -> None:
+    """Write the summaries of several runs beside their directories.
+
+    Raises
+    ------
+    RunDirectoryError
+        The files cannot be written.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "comparison.json").write_text(json.dumps(facts, indent=2) + "\n")
-        (out / "comparison.md").write_text(comparison_markdown(facts))
+        for name, data in files.items():
+            (out / name).write_bytes(data)
     except OSError as error:
-        raise RunDirectoryError(f"cannot write the comparison into '{out}': {error.strerror or error}") from None
-    return facts
+        names = ", ".join(files)
+        raise RunDirectoryError(f"cannot write {names} into '{out}': {error.strerror or error}") from None

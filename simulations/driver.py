@@ -9,10 +9,13 @@ from flwr.app import Context, Message, RecordDict
 from torch import Tensor
 
 from fedpeft.clients.app import OWN_PERSONAL, TRUST_REMOTE_CODE
+from fedpeft.clients.rows import client_rows
 from fedpeft.config import RunConfig, cohort_size
 from fedpeft.presets import provenance
+from fedpeft.privacy.books import Books
 from fedpeft.resident import Resident, resident
 from fedpeft.runs import Listener, RunDirectory, folder_name
+from fedpeft.simulations.charging import Charging
 from fedpeft.simulations.inline_grid import InlineGrid
 from fedpeft.simulations.ray_grid import RayGrid
 from fedpeft.strategies import find
@@ -36,6 +39,7 @@ def drive(config: RunConfig, out: Path, listener: Listener, grid: InlineGrid | R
         Where the clients are to train.
     """
     home = resident(config)
+    home.check()
     contexts, client_ids = client_contexts(config, home)
     federation = config.federation
     require_enough(len(contexts), federation.min_clients)
@@ -54,6 +58,15 @@ def drive(config: RunConfig, out: Path, listener: Listener, grid: InlineGrid | R
         directory.write_traceback(f"round-{int(message.metadata.group_id or 0):04d}-client-{client}", text)
 
     grid.on_failure = keep_traceback
+    books = None
+    if config.privacy.level != "none":
+        rows = {client: client_rows(home, contexts[node].node_config).num_examples for node, client in client_ids.items()}
+        books = Books(config, directory, rows)
+    grid.on_dispatch = (
+        Charging(config, home, grid, client_ids, books.ledger, books.run)
+        if books is not None and config.privacy.level == "record"
+        else None
+    )
 
     def personal() -> Mapping[str, Mapping[str, Tensor]]:
         return {
@@ -62,7 +75,7 @@ def drive(config: RunConfig, out: Path, listener: Listener, grid: InlineGrid | R
             if OWN_PERSONAL in context.state
         }
 
-    return federate(config, grid, directory, listener=listener, client_ids=client_ids, personal=personal)
+    return federate(config, grid, directory, listener=listener, client_ids=client_ids, personal=personal, books=books)
 
 
 def client_contexts(config: RunConfig, home: Resident) -> tuple[dict[int, Context], dict[int, str]]:

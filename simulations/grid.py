@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import traceback
 from abc import abstractmethod
 from collections import Counter
@@ -15,8 +16,12 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedpeft.config import Scalar
+
 SERVER_NODE_ID = 0  # clients are numbered from 1
 FailureListener = Callable[[int, Message, str], None]
+# what is added to a client's node configuration for one message
+Dispatch = Callable[[int, Message], Mapping[str, Scalar]]
 
 
 @dataclass(frozen=True)
@@ -72,11 +77,19 @@ class SimulationGrid(Grid):
     on_failure : callable, optional
         Called with node id, message and traceback (or another explanation) before an error reply is handed over. The
         attribute may be set later.
+
+    Attributes
+    ----------
+    on_dispatch : callable, optional
+        Called with node id and message EVERY time a client is about to be given it, repeats after a worker's death
+        included; returns what is added to the client's node configuration this once. May raise, and then nobody is
+        given anything.
     """
 
     def __init__(
         self, contexts: Mapping[int, Context] | None = None, *, on_failure: FailureListener | None = None
     ) -> None:
+        self.on_dispatch: Dispatch | None = None
         self.contexts: Mapping[int, Context] = contexts or {}
         self.on_failure = on_failure
         self._run = Run.create_empty(1)
@@ -160,6 +173,14 @@ class SimulationGrid(Grid):
         )
         self._sent[name] += 1
         return message
+
+    def _dispatched(self, message: Message) -> Context:
+        """Return the context that a client is given with a message, its state shared with the one that is kept."""
+        held = self.contexts[message.metadata.dst_node_id]
+        context = copy.copy(held)
+        added = self.on_dispatch(held.node_id, message) if self.on_dispatch is not None else {}
+        context.node_config, context.run_config = {**held.node_config, **added}, dict(held.run_config)
+        return context
 
     def _deliver(self, message: Message, answer: Answer, state: RecordDict | None) -> Message:
         """Hand a reply over: keep the client's new state if all went well, tell of the failure if not."""

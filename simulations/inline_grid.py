@@ -70,14 +70,11 @@ class InlineGrid(SimulationGrid):
     def _answer(self, message: Message) -> Message:
         import torch
 
-        held = self.contexts[message.metadata.dst_node_id]
-        # the client may change whatever it gets, as it may in another process
-        context = copy.copy(held)
-        context.node_config, context.run_config = dict(held.node_config), dict(held.run_config)
-        context.state = duplicate(held.state)
+        context = self._dispatched(message)
+        context.state = duplicate(context.state)  # the client may change whatever it gets, as in another process
         threads = torch.get_num_threads()
         torch.set_num_threads(self._threads)
-        identify(message.metadata.run_id, held.node_id)
+        identify(message.metadata.run_id, context.node_id)
         try:
             answered = answer(self._app, self._private(message), context)
         finally:

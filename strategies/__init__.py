@@ -9,8 +9,11 @@ from pydantic import ValidationError
 from fedpeft.config import AdapterConfig, RunConfig, StrategyConfig, describe
 from fedpeft.errors import ConfigError, nearest
 from fedpeft.kinds import INITS_OF_BASE
+from fedpeft.privacy.checks import check_privacy, with_rng
+from fedpeft.privacy.settings import Rng
 from fedpeft.strategies.base import AdapterStrategy, StrategyOptions
 from fedpeft.strategies.capabilities import Capabilities
+from fedpeft.strategies.client_privacy import require_sums
 from fedpeft.strategies.fed_sb import FedSb
 from fedpeft.strategies.fedex_lora import FedExLora
 from fedpeft.strategies.fedit import FedIt
@@ -99,14 +102,26 @@ def find(name: str) -> type[AdapterStrategy]:
     return methods[name]
 
 
-def with_typed_options(config: RunConfig) -> RunConfig:
-    """Check strategy name and options, and return the configuration with every option spelled out."""
+def with_typed_options(config: RunConfig, *, rng: Rng = "seeded") -> RunConfig:
+    """Check strategy and privacy, and return the configuration with every option spelled out.
+
+    Parameters
+    ----------
+    config : RunConfig
+        As asked for.
+    rng : {"seeded", "secure"}
+        What ``privacy.rng`` is where nobody says: a simulation's, unless given.
+    """
     method = find(config.strategy.name)
     parsed = method.parse_options(config.strategy.options)
     config = _with_own_adapter(config, method)
     _check_kind(config, method)
     _check_ranks(config, method)
     method.check(parsed, config.adapter)
+    if config.privacy.level == "client":
+        require_sums(method, parsed, config.adapter.ranks or ())
+    check_privacy(config)
+    config = with_rng(config, rng)
     options = parsed.model_dump(mode="json", exclude_none=True)
     return config.model_copy(update={"strategy": StrategyConfig(name=config.strategy.name, **options)})
 

@@ -107,9 +107,10 @@ class AveragingStrategy(AdapterStrategy):
 
     def memory(self) -> dict[str, Tensor]:
         """Return the state of the server optimizer."""
-        return {
-            name: tensor for optimizer in self._optimizers.values() for name, tensor in optimizer.state_dict().items()
-        }
+        memory = super().memory()
+        for optimizer in self._optimizers.values():
+            memory |= optimizer.state_dict()
+        return memory
 
     def average(
         self, updates: Iterable[ClientUpdate], current: AdapterState, trains_a: bool = True, trains_b: bool = True

@@ -20,10 +20,11 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from fedpeft.config import AdapterConfig, Section, cohort_size, describe
-from fedpeft.errors import ConfigError, DeploymentError, TooFewClientsError, nearest
+from fedpeft.errors import BudgetSpentError, ConfigError, DeploymentError, TooFewClientsError, nearest
 from fedpeft.seeds import generator
 from fedpeft.state import A_SUFFIX, BASE_EARLIER, AdapterState, ClientUpdate, LoraFactors, Role, role_of
 from fedpeft.strategies.capabilities import Capabilities
+from fedpeft.strategies.client_privacy import ClientPrivacy, PrivateMean, require_sums
 from fedpeft.strategies.exchange import Exchange
 from fedpeft.strategies.factors import aggregation_error, sent_products
 from fedpeft.strategies.outgoing import Outgoing, Terms
@@ -32,6 +33,7 @@ from fedpeft.strategies.rounds import Fault, Observer, RoundReport, client_order
 from fedpeft.strategies.updates import RefusedUpdateError, read_update
 from fedpeft.wire import (
     ARRAYS,
+    BUDGET_SPENT,
     CLIENT_ID,
     CONFIG,
     NEEDS_ARRAYS,
@@ -79,6 +81,11 @@ class AdapterStrategy(Strategy):
     offset : mapping of str to LoraFactors
         By layer, what the initialisation put into the adapter and took out of the base; see
         `fedpeft.adapters.AdaptedModel`.
+    client_privacy : ClientPrivacy, optional
+        Clips the clients' updates and adds noise to their sum, see `fedpeft.strategies.client_privacy`; what single
+        clients report is then told to nobody, and `min_clients` must only exist, not answer.
+    stop_when_spent : bool
+        Whether a client whose privacy budget is spent ends the run; else it goes on without it.
     **options
         The method's own, see its ``Options``.
     """
@@ -100,6 +107,8 @@ class AdapterStrategy(Strategy):
         ranks: Sequence[int] = (),
         scaling_of: Callable[[int], float] | None = None,
         offset: Mapping[str, LoraFactors] | None = None,
+        client_privacy: ClientPrivacy | None = None,
+        stop_when_spent: bool = False,
         **options: Any,
     ) -> None:
         self.fraction_train = fraction_train
@@ -114,8 +123,13 @@ class AdapterStrategy(Strategy):
         self.ranks = Ranks(ranks, scaling_of or (lambda rank: alpha / rank)) if ranks else None
         self.options = self.parse_options(options)
         self.trains_a = not any(name.endswith(A_SUFFIX) for name in self.frozen_names)
+        self.stop_when_spent = stop_when_spent
         self.report: RoundReport | None = None
         self.on_update: Callable[[int, ClientUpdate], None] | None = None  # called as each good update arrives
+        self.on_round: Callable[[int], None] | None = None  # called before a cohort is drawn; may raise to end the run
+        if client_privacy is not None:
+            require_sums(type(self), self.options, ranks)
+        self.private_mean = None if client_privacy is None else PrivateMean(client_privacy, seed)
         self.server_round = 0  # of the last round begun
         self._outgoing: Outgoing | None = None
         self._timeout: float | None = 3600.0
@@ -196,7 +210,7 @@ class AdapterStrategy(Strategy):
 
     def memory(self) -> dict[str, Tensor]:
         """Return what the method remembers from round to round besides the adapter, for checkpoints."""
-        return {}
+        return {} if self.private_mean is None else self.private_mean.memory()
 
     # --- Flower's strategy ---------------------------------------------------------------------------------------
 
@@ -209,22 +223,33 @@ class AdapterStrategy(Strategy):
     ) -> Iterable[Message]:
         """Draw the round's cohort and address one message to each member, in the order of client ids."""
         self.server_round = server_round
+        if self.on_round is not None:
+            self.on_round(server_round)
         nodes = {client: node for node, client in self._clients(grid).items()}
         everyone = sorted(nodes, key=client_order)
         require_enough(len(everyone), self.min_clients)
-        size = cohort_size(len(everyone), self.fraction_train, self.min_clients)
-        self.check_cohort(size)
-        drawn = generator(self.seed, "cohort", server_round).choice(len(everyone), size, replace=False)
+        cohort = self._draw(everyone, server_round)
         if self.ranks is not None:
             self.ranks.deal(everyone)
         outgoing = self._require_outgoing()
         outgoing.begin(server_round, arrays, config)
-        cohort = [everyone[index] for index in sorted(drawn)]
         contents = [outgoing.content(client, self._rank(client)) for client in cohort]
         return [
             Message(content, nodes[client], MessageType.TRAIN, group_id=str(server_round))
             for client, content in zip(cohort, contents, strict=True)
         ]
+
+    def _draw(self, everyone: Sequence[str], server_round: int) -> list[str]:
+        private = self.private_mean
+        if private is not None and private.privacy.cohort == "poisson":
+            return private.draw(everyone, self.fraction_train, server_round)
+        size = cohort_size(len(everyone), self.fraction_train, self.min_clients)
+        if private is None:
+            self.check_cohort(size)
+        else:
+            private.expected = size  # the method sees one client, whatever the cohort
+        drawn = generator(self.seed, "cohort", server_round).choice(len(everyone), size, replace=False)
+        return [everyone[index] for index in sorted(drawn)]
 
     def _require_outgoing(self) -> Outgoing:
         assert self._outgoing is not None, "start() sets the adapter that the first round begins with"
@@ -246,7 +271,9 @@ class AdapterStrategy(Strategy):
         started = self._started
         kept: list[ClientUpdate] = []
         exchange = self.exchange(server_round)
-        measured = self.measure_error and _has_products(state, exchange)
+        private = self.private_mean
+        # under privacy, what follows from single updates may not be told: the error, who answered, their losses
+        measured = self.measure_error and private is None and _has_products(state, exchange)
 
         def good() -> Iterator[ClientUpdate]:
             for client, reply in self._answers(replies, report):
@@ -255,19 +282,24 @@ class AdapterStrategy(Strategy):
                 except RefusedUpdateError as error:
                     report.faults.append(Fault(client, f"update refused: {error}"))
                     continue
-                report.updates.append(ClientUpdate(client, update.num_examples, {}, {}, update.metrics))
-                if self.on_update is not None:
+                told = update.metrics if private is None else {}
+                report.updates.append(ClientUpdate(client, update.num_examples, {}, {}, told))
+                if self.on_update is not None and private is None:
                     self.on_update(server_round, report.updates[-1])
                 if measured:
                     kept.append(ClientUpdate(client, update.num_examples, update.factors))
                 yield update
 
         stream = good()
+        if private is not None:
+            names = exchange.sent_up(list(state.adapter_tensors()), self.frozen_names)
+            stream = iter([private.as_one_client(stream, state, names, server_round)])
         first = next(stream, None)
         if first is not None:
             merged = self.aggregate(_chain(first, stream), state)
         report.seconds = time.perf_counter() - started
-        if len(report.updates) < self.min_clients or first is None:
+        too_few = private is None and len(report.updates) < self.min_clients  # under privacy, no answer counts as zero
+        if too_few or first is None:
             reasons = "; ".join(f"client {fault.client_id}: {fault.reason}" for fault in report.faults[:3])
             raise TooFewClientsError(
                 f"round {server_round}: {len(report.updates)} good updates, but federation.min_clients = "
@@ -365,7 +397,7 @@ class AdapterStrategy(Strategy):
         for server_round in range(1, num_rounds + 1):
             self._started = time.perf_counter()
             self._sent = list(self.configure_train(server_round, arrays, config, grid))
-            replies = grid.send_and_receive(self._sent, timeout=timeout)
+            replies = grid.send_and_receive(self._sent, timeout=timeout) if self._sent else []
             merged, metrics = self.aggregate_train(server_round, replies)
             assert merged is not None
             assert metrics is not None
@@ -417,12 +449,14 @@ class AdapterStrategy(Strategy):
             client = (self.client_ids or {})[message.metadata.dst_node_id]
             self._count_down(message, report)
             reply = first
-            if reply is not None and self._needs_arrays(reply):
+            report.asked[client] += 1
+            if reply is not None and self._says(reply, NEEDS_ARRAYS):
                 message = self._again(message, self._require_outgoing().everything(client), report)
                 reply = self._ask(message)
             raised = False
             if reply is not None and reply.has_error() and reply.error.code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION:
                 raised = True
+                report.asked[client] += 1
                 message = self._again(message, message.content, report)
                 reply = self._ask(message)
             if reply is None:
@@ -430,7 +464,9 @@ class AdapterStrategy(Strategy):
             elif reply.has_error():
                 twice = "raised twice: " if raised else "failed: "
                 report.faults.append(Fault(client, twice + error_class(reply.error.reason or "no reason given")))
-            elif self._needs_arrays(reply):
+            elif self._says(reply, BUDGET_SPENT):
+                self._out_of_budget(client, report)
+            elif self._says(reply, NEEDS_ARRAYS):
                 report.faults.append(Fault(client, "asks for tensors that it was sent"))
             else:
                 self._require_outgoing().delivered(client, message)
@@ -453,9 +489,26 @@ class AdapterStrategy(Strategy):
         return replies[0] if replies else None
 
     @staticmethod
-    def _needs_arrays(reply: Message) -> bool:
+    def _says(reply: Message, key: str) -> bool:
         answer = reply.content.config_records.get(CONFIG) if reply.has_content() else None
-        return answer is not None and bool(answer.get(NEEDS_ARRAYS, False))
+        return answer is not None and bool(answer.get(key, False))
+
+    def _out_of_budget(self, client: str, report: RoundReport) -> None:
+        """Count a client that may train no more.
+
+        Raises
+        ------
+        BudgetSpentError
+            The run is to end then.
+        """
+        report.exhausted += 1
+        report.asked[client] -= 1
+        report.faults.append(Fault(client, "its privacy budget is spent"))
+        if self.stop_when_spent:
+            raise BudgetSpentError(
+                f"round {report.server_round}: the privacy budget of client {client} is spent, and privacy.on_exhausted "
+                "= 'stop'. What was done before this round is saved."
+            )
 
 
 def _has_products(state: AdapterState, exchange: Exchange) -> bool:

@@ -16,15 +16,19 @@ from torch import Tensor
 
 from fedpeft.adapters import AdaptedModel
 from fedpeft.config import RunConfig
-from fedpeft.errors import FedpeftError, TooFewClientsError
+from fedpeft.errors import BudgetSpentError, FedpeftError, TooFewClientsError
 from fedpeft.evaluation import Scores, client_metrics, mean_metrics, score, spread
 from fedpeft.kinds import ADDITIVE_KINDS
+from fedpeft.privacy.books import Books
+from fedpeft.privacy.canaries import write_scores
+from fedpeft.privacy.statement import PRIVACY
 from fedpeft.resident import Resident, resident
 from fedpeft.runs import Event, Listener, RunDirectory, folder_name
 from fedpeft.state import AdapterState, ClientUpdate, num_bytes, role_of
 from fedpeft.strategies import find
 from fedpeft.strategies.base import AdapterStrategy
 from fedpeft.strategies.base_changes import exact_sum
+from fedpeft.strategies.client_privacy import client_privacy
 from fedpeft.strategies.rounds import RoundReport
 from fedpeft.wire import SECONDS, TRAIN_LOSS, to_record, to_tensors
 
@@ -71,6 +75,7 @@ def build_strategy(config: RunConfig, home: Resident, client_ids: Mapping[int, s
         ranks=client_ranks(config),
         scaling_of=adapter.scaling_of,
         offset=home.adapted.offset,
+        client_privacy=client_privacy(config),
         **config.strategy.options,
     )
 
@@ -108,6 +113,7 @@ def federate(
     client_ids: Mapping[int, str] | None = None,
     personal: Personal | None = None,
     timeout: float | None = None,
+    books: Books | None = None,
 ) -> Outcome:
     """Run all rounds on a grid, and leave a complete run directory whatever happens.
 
@@ -127,8 +133,10 @@ def federate(
         Gives the clients' personal tensors, where the server may see them: in a simulation.
     timeout : float, optional
         Seconds to wait for a round's replies; None waits for all.
+    books : Books, optional
+        Of what is spent, where the run is private.
     """
-    return _Run(config, grid, directory, listener, client_ids, personal).go(timeout)
+    return _Run(config, grid, directory, listener, client_ids, personal, books).go(timeout)
 
 
 class _Run:
@@ -140,6 +148,7 @@ class _Run:
         listener: Listener,
         client_ids: Mapping[int, str] | None,
         personal: Personal | None,
+        books: Books | None,
     ) -> None:
         self.config, self.grid, self.directory, self.listener, self.personal = (
             config,
@@ -148,9 +157,11 @@ class _Run:
             listener,
             personal,
         )
+        self.books = books
         self.home = resident(config)
         self.strategy = build_strategy(config, self.home, client_ids)
         self.strategy.on_update = self.client_done
+        self.strategy.on_round = self.round_begins
         adapted = self.home.adapted
         self.personal_names = personal_names(self.strategy, adapted)
         # a personal factor is part of the server's adapter too, as drawn, since there is no layer without it
@@ -171,7 +182,7 @@ class _Run:
             )
         except KeyboardInterrupt:
             outcome.reason = "interrupted"
-        except TooFewClientsError as error:
+        except (TooFewClientsError, BudgetSpentError) as error:
             outcome.reason, outcome.error = str(error), error
             if self.strategy.report is not None:
                 self.emit_faults(self.strategy.report)
@@ -189,10 +200,22 @@ class _Run:
             self.listener({"event": "warning", "round": event["round"], "message": problem})
 
     def emit_faults(self, report: RoundReport) -> None:
+        hidden = self.strategy.private_mean is not None  # who took part is what amplification keeps secret
         for fault in report.faults:
-            self.emit(
-                {"event": "fault", "round": report.server_round, "client": fault.client_id, "reason": fault.reason}
-            )
+            client = "withheld" if hidden else fault.client_id
+            self.emit({"event": "fault", "round": report.server_round, "client": client, "reason": fault.reason})
+
+    def round_begins(self, server_round: int) -> None:
+        """Charge everybody for the round, where it is clients that are protected."""
+        private = self.strategy.private_mean
+        if self.books is not None and private is not None:
+            self.books.begin_round(server_round, private.privacy.charge(self.config.federation.fraction))
+
+    def settle(self, report: RoundReport | None) -> None:
+        """Take in what sites say that a round cost, whether or not it came to its end."""
+        if self.books is not None and report is not None:
+            told = {update.client_id: update.metrics for update in report.updates}
+            self.books.settle(report.server_round, report.asked, told)
 
     def client_done(self, server_round: int, update: ClientUpdate) -> None:
         """Record a client's good update as it arrives."""
@@ -203,6 +226,7 @@ class _Run:
     def observe(self, report: RoundReport, state: AdapterState) -> None:
         """Record a round that is done."""
         self.state, self.outcome.rounds = state, report.server_round
+        self.settle(report)
         self.emit_faults(report)
         event: Event = {
             "event": "round",
@@ -216,6 +240,9 @@ class _Run:
         }
         if self.strategy.capabilities.changes_base:
             event["bytes_catch_up"] = report.bytes_catch_up
+        if self.books is not None:
+            event["exhausted"] = report.exhausted
+            event["epsilon_max"] = max(self.books.epsilons().values(), default=None)
         if report.aggregation_error is not None:
             event["aggregation_error"] = report.aggregation_error
         self.emit(event)
@@ -281,4 +308,27 @@ class _Run:
             self.directory.write_adapter(
                 lambda path, state=personal: adapted.save(path, state, labels), f"clients/{folder_name(client)}/adapter"
             )
+        if self.books is not None:
+            self.settle(self.strategy.report)
+            self.emit({"event": "privacy", "round": outcome.rounds, **self.state_privacy(self.books)})
+        if self.config.privacy.canaries:
+            self.score_canaries()
         self.emit({"event": "end", "round": outcome.rounds, "reason": outcome.reason})
+
+    def state_privacy(self, books: Books) -> Event:
+        """Write the statement of what was spent; without it no epsilon is claimed."""
+        try:
+            facts = books.close((self.strategy.client_ids or {}).values())
+        except OSError as error:
+            problem = f"no {PRIVACY}: {error.strerror or error}"
+            self.listener({"event": "warning", "round": self.outcome.rounds, "message": problem})
+            return {"epsilon_max": None, "guarantee": False, "statement": problem}
+        return {key: facts[key] for key in ("level", "epsilon_max", "delta", "guarantee", "statement")}
+
+    def score_canaries(self) -> None:
+        """Write how well the last adapter knows the planted rows; a run is not lost because that failed."""
+        try:
+            write_scores(self.directory.path, self.home, self.initial, self.state.to_tensors())
+        except OSError as error:
+            message = f"no scores of the canaries, and no audit: {error.strerror or error}"
+            self.listener({"event": "warning", "round": self.outcome.rounds, "message": message})

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
 
 from fedpeft.adapters import AdaptedModel
 from fedpeft.config import RunConfig, cohort_size
+from fedpeft.privacy.mechanism import record_mechanism
+from fedpeft.privacy.statement import state
 from fedpeft.report.planned import DryRun
-from fedpeft.resident import resident
+from fedpeft.resident import Resident, resident
 from fedpeft.state import AdapterState, Role, role_of
 from fedpeft.strategies import find, with_typed_options
 from fedpeft.strategies.base import AdapterStrategy
+from fedpeft.strategies.client_privacy import client_privacy
 from fedpeft.strategies.exchange import sent_down
 from fedpeft.strategies.federation import build_strategy, client_ranks, personal_names
 from fedpeft.strategies.ranks import Ranks
@@ -59,7 +64,71 @@ def plan(config: RunConfig) -> DryRun:
         changes_rank=facts.changes_rank,
         personal=tuple(sorted({str(role_of(name)) for name in personal_names(method, adapted)})),
         changes_base=facts.changes_base,
+        privacy=plan_privacy(config, home),
     )
+
+
+def plan_privacy(config: RunConfig, home: Resident) -> dict[str, Any] | None:
+    """Return what may be said of a run's privacy beforehand: the worst case, where all take part in all rounds.
+
+    Parameters
+    ----------
+    config : RunConfig
+        With typed options, see `fedpeft.strategies.with_typed_options`.
+    home : Resident
+        Its rows.
+
+    Returns
+    -------
+    dict or None
+        `fedpeft.privacy.statement.state` of the charges planned, without its paragraph, and beside it ``rng``,
+        ``calibrated_to`` (an epsilon, or None where the noise was given) and least and most over clients of
+        ``noise_multiplier``, ``sample_rate`` and ``steps`` in all rounds. None where the run is not private.
+
+    Raises
+    ------
+    PrivacyError
+        No noise meets the budget.
+    """
+    privacy, rounds = config.privacy, config.federation.rounds
+    if privacy.level == "none":
+        return None
+    counts = _row_counts(home)
+    private = client_privacy(config)
+    if private is not None:
+        one_round = dict.fromkeys(counts, private.charge(config.federation.fraction))
+    else:
+        one_round = {client: record_mechanism(config, rows).charge for client, rows in counts.items()}
+    charges = {client: replace(charge, steps=charge.steps * rounds) for client, charge in one_round.items()}
+    facts = state(config, {client: [charge] for client, charge in charges.items()}, counts)
+    del facts["statement"]  # which speaks of what was done
+    largest = facts["epsilon_max"]
+    if privacy.epsilon is not None and largest is not None and largest > privacy.epsilon:
+        facts["warnings"].append(
+            f"privacy.epsilon = {privacy.epsilon:g} is spent before the last round: with privacy.on_exhausted = "
+            f"'{privacy.on_exhausted}' "
+            + ("clients drop out then" if privacy.on_exhausted == "skip" else "the run ends then")
+        )
+    held = list(charges.values())
+    return facts | {
+        "rng": privacy.rng,
+        "calibrated_to": privacy.epsilon if privacy.noise_multiplier is None else None,
+        **{
+            key: [min(getattr(charge, key) for charge in held), max(getattr(charge, key) for charge in held)]
+            for key in ("noise_multiplier", "sample_rate", "steps")
+        },
+    }
+
+
+def _row_counts(home: Resident) -> dict[str, int]:
+    """Return each client's public number of rows: canaries count, those that a coin left out as well."""
+    held = home.partition
+    counts = {client: len(rows) for client, rows in zip(held.client_ids, held.indices, strict=True)}
+    if home.canaries is not None:
+        for index, client in enumerate(held.client_ids):
+            planted, left_out = home.canaries.of(index)
+            counts[client] += len(planted) + left_out
+    return counts
 
 
 def _dealt(config: RunConfig, clients: Sequence[str]) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -39,6 +40,10 @@ class RoundReport:
         Those of `bytes_down` that say what became of the base before the last round: papers do not count them.
     seconds : float
         From the first message to the new adapter.
+    exhausted : int
+        Those of the faults that are clients whose privacy budget is spent.
+    asked : Counter of str
+        How often each client was asked to train, and may have.
     aggregation_error : float or None
         ``|DW - sent| / |DW|`` over all layers, where DW is the weighted mean of the clients' updates.
     """
@@ -50,6 +55,8 @@ class RoundReport:
     bytes_down: int = 0
     bytes_catch_up: int = 0
     seconds: float = 0.0
+    exhausted: int = 0
+    asked: Counter[str] = field(default_factory=Counter)
     aggregation_error: float | None = None
 
     @property

@@ -37,7 +37,7 @@ class EncodedSplit:
     tensors : mapping of str to Tensor
         As stored: ``tokens`` (all rows' ids in one row, int32) with ``offsets`` (n + 1,) and ``types``; or ``pixels``
         (n, C, H, W), uint8 or ready float32; ``labels`` (n,), or ``prompts`` (n,), the tokens that the loss leaves out;
-        ``domains`` and ``clients`` (n,), indices into `names`.
+        ``domains`` and ``clients`` (n,), indices into `names`. ``more_pixels`` are those of rows that were appended.
     names : mapping of str to tuple of str
         Names of domains and clients.
     pad_token_id : int, optional
@@ -101,6 +101,25 @@ class EncodedSplit:
         """Return some of the rows, without copying what is stored."""
         return replace(self, rows=self._index[np.asarray(indices, dtype=np.int64)])
 
+    def append(self, more: Mapping[str, Tensor]) -> EncodedSplit:
+        """Return these rows with others behind them.
+
+        Parameters
+        ----------
+        more : mapping of str to Tensor
+            The same tensors as this split's, of the m rows to append.
+        """
+        tensors = {name: torch.cat([held, more[name]]) for name, held in self.tensors.items() if "pixels" not in name}
+        if "offsets" in more:
+            tensors["offsets"] = torch.cat([self.tensors["offsets"], self.tensors["offsets"][-1] + more["offsets"][1:]])
+            stored, count = len(self.tensors["offsets"]) - 1, len(more["offsets"]) - 1
+        else:
+            # pixels are mapped from a file that may be larger than the memory: they stay there
+            before = self.tensors.get("more_pixels", self.tensors["pixels"][:0])
+            tensors |= {"pixels": self.tensors["pixels"], "more_pixels": torch.cat([before, more["pixels"]])}
+            stored, count = len(self.tensors["pixels"]) + len(before), len(more["pixels"])
+        return replace(self, tensors=tensors, rows=np.concatenate([self._index, stored + np.arange(count)]))
+
     def batch(self, indices: Sequence[int] | NDArray[np.integer[Any]]) -> dict[str, Tensor]:
         """Return a model's inputs for some rows.
 
@@ -124,7 +143,11 @@ class EncodedSplit:
         return inputs
 
     def _pixels(self, index: Tensor) -> dict[str, Tensor]:
-        pixels = self.tensors["pixels"][index].float()  # (b, C, H, W)
+        stored = self.tensors["pixels"]
+        pixels = stored[index.clamp(max=len(stored) - 1)].float()  # (b, C, H, W)
+        if "more_pixels" in self.tensors:
+            late = index >= len(stored)  # (b,)
+            pixels[late] = self.tensors["more_pixels"][index[late] - len(stored)].float()
         if self.normalisation is not None:
             mean, std = (torch.tensor(x).view(-1, 1, 1) for x in (self.normalisation.mean, self.normalisation.std))
             pixels = pixels.mul_(self.normalisation.scale).sub_(mean).div_(std)

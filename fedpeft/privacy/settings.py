@@ -12,6 +12,14 @@ Accountant = Literal["prv", "rdp"]
 Level = Literal["none", "record", "client"]
 Rng = Literal["seeded", "secure"]
 
+ANY_LEVEL = frozenset({"level", "delta", "accountant", "canaries"})
+# which level a setting is of, where it is of one only
+LEVELS: dict[str, set[str]] = {
+    **dict.fromkeys(("max_grad_norm", "sampling", "public_counts", "sample_rate", "physical_batch_size"), {"record"}),
+    **dict.fromkeys(("max_update_norm", "cohort", "adaptive_clipping"), {"client"}),
+    **dict.fromkeys(("clip_quantile", "clip_learning_rate", "clip_count_noise"), {"client"}),
+}
+
 
 class PrivacyConfig(Section):
     """What is protected, from whom, and how much of it may be spent."""
@@ -83,17 +91,36 @@ class PrivacyConfig(Section):
 
     @model_validator(mode="after")
     def _level_fits(self) -> Self:
-        if self.level == "none":
-            for key in sorted(self.model_fields_set - {"level", "canaries", "delta", "accountant"}):
-                if getattr(self, key) != type(self).model_fields[key].default:
-                    raise ValueError(
-                        f"privacy.{key} = {getattr(self, key)} does nothing with privacy.level = 'none'; "
-                        "give privacy.level=record or privacy.level=client"
-                    )
-            return self
-        if self.epsilon is None and self.noise_multiplier is None:
+        for key in sorted(self.model_fields_set - ANY_LEVEL):
+            value, levels = getattr(self, key), LEVELS.get(key, {"record", "client"})
+            if value != type(self).model_fields[key].default and self.level not in levels:
+                wanted = " or ".join(f"privacy.level={level}" for level in sorted(levels, reverse=True))
+                raise ValueError(
+                    f"privacy.{key} = {value} does nothing with privacy.level = '{self.level}'; give {wanted}, or drop it"
+                )
+        if self.level != "none" and self.epsilon is None and self.noise_multiplier is None:
             raise ValueError(
                 f"privacy.level = '{self.level}' needs privacy.epsilon, the budget over all rounds, or "
                 "privacy.noise_multiplier"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rate_is_public(self) -> Self:
+        if self.level == "record" and self.public_counts == (self.sample_rate is not None):
+            raise ValueError(
+                "privacy.public_counts = false needs privacy.sample_rate, the chance of each row to be in a batch"
+                if self.sample_rate is None
+                else f"privacy.sample_rate = {self.sample_rate:g} goes with privacy.public_counts = false; else it is "
+                "train.batch_size over the client's rows"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _canaries_are_rows(self) -> Self:
+        if self.canaries and self.level == "client":
+            raise ValueError(
+                f"privacy.canaries = {self.canaries} are rows, and privacy.level = 'client' protects whole clients; audit "
+                "privacy.level = 'record' or 'none'"
             )
         return self

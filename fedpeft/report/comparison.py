@@ -11,6 +11,7 @@ from rich.text import Text
 
 from fedpeft.report.formats import NONE, duration, number, one_line, size
 from fedpeft.report.layout import cell, new_table
+from fedpeft.report.privacy import epsilon
 
 Facts = dict[str, Any]
 BOUNDS = {
@@ -54,6 +55,7 @@ def comparison(labels: Sequence[str], seeds: Sequence[int], rounds: int, runs: S
                     key: _mean([run[key] for run in own if run[key] is not None])
                     for key in ("worst_domain", "aggregation_error", "bytes", "seconds")
                 },
+                "epsilon": max((run["epsilon"] for run in own if run["epsilon"] is not None), default=None),
             }
         )
     metric = runs[0]["metric"] if runs else "score"
@@ -73,6 +75,10 @@ def _notes(facts: Facts) -> list[str]:
         f"After {facts['rounds']} rounds, {over}{spread}. Aggregation error is the last round's, |DW - sent| / |DW|; "
         "moved is up and down in all rounds, and time that of all rounds, of one run."
     ]
+    if any(row["epsilon"] is not None for row in facts["rows"]):
+        notes.append(
+            "Epsilon, the largest over seeds, is what each run states in its privacy.json, beside what it rests on."
+        )
     methods = {row["method"].partition(":")[0] for row in facts["rows"]}
     return notes + [note for name, note in BOUNDS.items() if name in methods]
 
@@ -87,6 +93,7 @@ def _columns(facts: Mapping[str, Any]) -> dict[str, list[str]]:
             for row in rows
         ],
         facts["metric"]: [_with_spread(row) for row in rows],
+        "epsilon": [epsilon(row["epsilon"]) for row in rows],
         "worst domain": [number(row["worst_domain"]) for row in rows],
         "aggregation error": [number(row["aggregation_error"]) for row in rows],
         "moved": [size(row["bytes"]) for row in rows],

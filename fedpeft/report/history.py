@@ -58,6 +58,7 @@ class History:
     clients: dict[str, ClientRecord] = field(default_factory=dict)
     client_scores: list[dict[str, dict[str, float]]] = field(default_factory=list)
     faults: list[Event] = field(default_factory=list)
+    privacy: Event | None = None
     end: Event | None = None
 
     @classmethod
@@ -105,6 +106,8 @@ class History:
             self.client(event.get("client")).faults += 1
         elif kind == "evaluate" and event.get("split", "test") == "test":
             self._add_evaluation(number, event)
+        elif kind == "privacy":
+            self.privacy = event
         elif kind == "end":
             self.end = event
 
@@ -163,6 +166,17 @@ class History:
     def seconds(self) -> float:
         """Seconds that the rounds took, evaluation not counted."""
         return sum(finite(event.get("seconds")) or 0.0 for event in self.rounds.values())
+
+    @property
+    def is_private(self) -> bool:
+        """Whether rounds, or an end, speak of privacy."""
+        return self.privacy is not None or any("epsilon_max" in event for event in self.rounds.values())
+
+    @property
+    def epsilon(self) -> float | None:
+        """What was spent on the client that spent most: as stated at the end, or what it is not above so far."""
+        told = self.rounds.get(self.done, {}) if self.privacy is None else self.privacy
+        return finite(told.get("epsilon_max"))
 
     def _sum(self, key: str) -> int:
         return sum(int(finite(event.get(key)) or 0) for event in self.rounds.values())

@@ -18,14 +18,18 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from fedpeft.config import RunConfig
+from fedpeft.privacy.statement import PRIVACY
 from fedpeft.report.formats import NONE, duration, finite, number, size
 from fedpeft.report.history import HIGHER_IS_BETTER, METRICS, History, domain_scores, worst
 from fedpeft.report.plots import DARK, draw, write_plots
+from fedpeft.report.privacy import epsilon, guarantee
 from fedpeft.report.tables import environment_rows
 from fedpeft.runs import ADAPTER, CONFIG, ENVIRONMENT, read_config
 
 PAGE, PLOTS = "report.html", "plots"
 TEMPLATE = "page.html.jinja"
+UNSTATED = "No statement of this run's privacy is on record."
+UNFINISHED = "It is written when the run ends; until then, its ledger holds what was spent: fedpeft privacy ledger RUN."
 CLASSES = {
     "sequence-classification": "AutoModelForSequenceClassification",
     "image-classification": "AutoModelForImageClassification",
@@ -35,12 +39,13 @@ CLASSES = {
 
 @dataclass(frozen=True)
 class View:
-    """A table of the page: a title, names of columns, and rows of words."""
+    """A table of the page: a title, names of columns, rows of words, and what is said above them."""
 
     title: str
     headers: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
+    text: str = ""  # shown without a table, too
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,11 @@ def render(run: Path, config: RunConfig, history: History, images: Iterable[Imag
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    views = [_evaluations(history), _domains(history), _clients(history), _faults(history)]
+    statement = _json(run / PRIVACY)
+    views = [
+        _evaluations(history), _domains(history), _privacy(config, history, statement), _clients(history),
+        _faults(history),
+    ]  # fmt: skip
     facts = _json(run / ENVIRONMENT)
     # bytes that are not text must not keep the rest of the page from being seen
     written = (run / CONFIG).read_text(encoding="utf-8", errors="replace")
@@ -122,9 +131,9 @@ def render(run: Path, config: RunConfig, history: History, images: Iterable[Imag
         reason=(history.end or {}).get("reason", ""),
         strategy=config.strategy.name,
         task=config.task,
-        cards=_cards(config, history),
+        cards=_cards(config, history, statement),
         images=list(images),
-        views=[view for view in views if view.rows],
+        views=[view for view in views if view.rows or view.text],
         has_faults=bool(history.faults),
         snippet=loading_code(run, config),
         saved=(run / ADAPTER / "adapter_config.json").is_file(),
@@ -198,7 +207,7 @@ def _json(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _cards(config: RunConfig, history: History) -> list[tuple[str, str, str]]:
+def _cards(config: RunConfig, history: History, statement: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Return the summary: what, how much, and a remark each."""
     cards = []
     metric = history.metric
@@ -215,6 +224,8 @@ def _cards(config: RunConfig, history: History) -> list[tuple[str, str, str]]:
         if isinstance(spread, Mapping) and isinstance(spread.get(metric), Mapping):
             tenth, mean_client = spread[metric].get("worst_tenth"), spread[metric].get("mean")
             cards.append(("worst tenth of clients", number(tenth), f"mean over clients {number(mean_client)}"))
+    if config.privacy.level != "none":
+        cards.append(_epsilon_card(config, history, statement))
     cards.append(("rounds", f"{history.done} / {config.federation.rounds}", history.state))
     if history.rounds:
         up, down = history.bytes_up, history.bytes_down
@@ -229,15 +240,55 @@ def _cards(config: RunConfig, history: History) -> list[tuple[str, str, str]]:
     return cards
 
 
+def _epsilon_card(config: RunConfig, history: History, statement: Mapping[str, Any]) -> tuple[str, str, str]:
+    of = f"delta {config.privacy.delta:g}, {config.privacy.level} level"
+    told = statement or history.privacy
+    if told is None:
+        return ("epsilon so far, at most", epsilon(history.epsilon), of)
+    return ("epsilon", epsilon(told.get("epsilon_max")), f"{of}; {guarantee(told, config.privacy)}")
+
+
+def _privacy(config: RunConfig, history: History, statement: Mapping[str, Any]) -> View:
+    if config.privacy.level == "none":
+        return View("Privacy", (), ())
+    told = statement or history.privacy or {}
+    text = str(told.get("statement") or f"{UNSTATED} {UNFINISHED if history.end is None else ''}".strip())
+    clients = told.get("clients")
+    rows = []
+    for name, facts in clients.items() if isinstance(clients, Mapping) else ():
+        if not isinstance(facts, Mapping):
+            continue
+        noise, rate = (_short(facts.get(key)) for key in ("noise_multiplier", "sample_rate"))
+        held = (_whole(facts.get(key)) for key in ("steps", "examples"))
+        rows.append((str(name), epsilon(facts.get("epsilon")), noise, rate, *held))
+    headers = ("client", "epsilon", "noise multiplier", "sample rate", "steps", "rows")
+    return View("Privacy", headers, tuple(rows), text=text)
+
+
+def _short(value: object) -> str:
+    known = finite(value)
+    return NONE if known is None else f"{known:.4g}"
+
+
+def _whole(value: object) -> str:
+    known = finite(value)
+    return NONE if known is None else f"{known:.0f}"
+
+
 def _evaluations(history: History) -> View:
     metrics = [name for name in METRICS if any(name in event for event in history.evaluations.values())]
     errors = any("aggregation_error" in event for event in history.rounds.values())
-    headers = ("round", *(f"test {name}" for name in metrics), "train loss", *(["aggregation error"] if errors else []))
+    private = history.is_private
+    trained = not private or any(event.get("train_loss") is not None for event in history.rounds.values())
+    optional = {"train loss": trained, "aggregation error": errors, "epsilon": private}
+    headers = ("round", *(f"test {name}" for name in metrics), *(name for name, shown in optional.items() if shown))
     rows = []
     for at, event in sorted(history.evaluations.items()):
         done = history.rounds.get(at, {})
-        cells = [str(at), *(number(event.get(name)) for name in metrics), number(done.get("train_loss"))]
+        cells = [str(at), *(number(event.get(name)) for name in metrics)]
+        cells += [number(done.get("train_loss"))] if trained else []
         cells += [number(done.get("aggregation_error"))] if errors else []
+        cells += [epsilon(done.get("epsilon_max"))] if private else []
         rows.append((*cells, size(history.bytes_until(at)), duration(done.get("seconds"))))
     return View("Scores", (*headers, "moved so far", "round took"), tuple(rows))
 

@@ -12,6 +12,8 @@ from rich.text import Text
 from fedpeft.report.formats import NONE, size
 from fedpeft.report.holdings import rows_summary
 from fedpeft.report.layout import as_typed, cell, new_table, pairs
+from fedpeft.report.privacy import planned_rows
+from fedpeft.runs import strict_json
 
 if TYPE_CHECKING:
     from fedpeft.config import RunConfig
@@ -59,6 +61,8 @@ class DryRun:
         What stays with each client.
     changes_base : bool
         Whether clients are also sent what became of the base before the last round, which `bytes_down` leaves out.
+    privacy : mapping, optional
+        What may be said of a private run beforehand, see `fedpeft.strategies.plan.plan_privacy`.
     """
 
     config: RunConfig
@@ -77,6 +81,7 @@ class DryRun:
     changes_rank: bool = False
     personal: tuple[str, ...] = ()
     changes_base: bool = False
+    privacy: Mapping[str, Any] | None = None
 
     @property
     def cohort(self) -> int:
@@ -119,6 +124,7 @@ class DryRun:
             "changes_rank": self.changes_rank,
             "personal": list(self.personal),
             "changes_base": self.changes_base,
+            **({} if self.privacy is None else {"privacy": strict_json(self.privacy)}),
         }
 
 
@@ -163,6 +169,7 @@ def dry_run_table(planned: DryRun) -> RenderableType:
         ("a client moves", f"{size(up)} up and {size(down)} down a round{at_rank}"),
         *([("", CATCH_UP)] if planned.changes_base else []),
         ("in all", f"{size(planned.total_bytes)} for {federation.rounds} rounds"),
+        *([] if planned.privacy is None else planned_rows(planned.privacy)),
         ("seed", config.run.seed),
     ]
     parts: list[RenderableType] = [pairs(facts)]

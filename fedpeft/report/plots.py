@@ -1,4 +1,4 @@
-"""A run's curves as PNG files: scores and losses over rounds, the aggregation error, and the score over bytes moved.
+"""A run's curves as PNG files: scores, losses and epsilon over rounds, the aggregation error, the score over bytes.
 
 Figures are drawn with matplotlib's objects and its default style, whatever the user's settings: no global state is left
 behind, and equal histories give equal bytes. Colours are those of Okabe and Ito (https://jfly.uni-koeln.de/color/) or
@@ -44,7 +44,7 @@ class Theme:
 LIGHT = Theme("#ffffff", "#23272e", "#e3e6ea", ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"))
 DARK = Theme("#1b1f26", "#d7dce3", "#333a45", ("#56b4e9", "#e69f00", "#2fc49a", "#cc79a7", "#f0e442", "#5c9bff"))
 
-Points = list[tuple[float, float]]
+Points = Sequence[tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,8 @@ def draw(history: History, theme: Theme = LIGHT) -> list[Plot]:
     Returns
     -------
     list of Plot
-        ``accuracy`` or ``perplexity``, ``loss``, ``aggregation_error`` and ``communication``, those that have points.
+        ``accuracy`` or ``perplexity``, ``loss``, ``aggregation_error``, ``epsilon`` and ``communication``, those that
+        have points.
     """
     figures: list[tuple[str, str, Callable[[Axes], bool]]] = []
     metric = history.metric
@@ -88,12 +89,13 @@ def draw(history: History, theme: Theme = LIGHT) -> list[Plot]:
         figures.append((metric, title, lambda axes: _scores(axes, history, metric, theme)))
     figures.append(("loss", "Loss over rounds", lambda axes: _losses(axes, history, theme)))
     figures.append(("aggregation_error", "Aggregation error", lambda axes: _errors(axes, history, theme)))
+    figures.append(("epsilon", "Epsilon over rounds, an upper bound", lambda axes: _epsilons(axes, history, theme)))
     if metric is not None:
         title = f"Test {metric} over bytes moved"
         figures.append(("communication", title, lambda axes: _communication(axes, history, metric, theme)))
     drawn = []
     for name, title, fill in figures:
-        png = _render(title, fill, theme)
+        png = render_figure(title, fill, theme)
         if png is not None:
             drawn.append(Plot(name, title, png))
     return drawn
@@ -122,42 +124,51 @@ def write_plots(history: History, folder: Path) -> list[Plot]:
 def _scores(axes: Axes, history: History, metric: str, theme: Theme) -> bool:
     points = _series(history.evaluations, metric)
     domains = _domains(history, metric)
-    lines = [_line(axes, points, _label("all test rows", points), theme, 0, width=2.4)]
+    lines = [draw_line(axes, points, short_label("all test rows", points), theme, 0, width=2.4)]
     if len(domains) <= NAMED_DOMAINS:
         for index, (name, values) in enumerate(domains.items(), start=1):
-            lines.append(_line(axes, values, _label(name, values), theme, index, width=1.1))
+            lines.append(draw_line(axes, values, short_label(name, values), theme, index, width=1.1))
     else:
         for values in domains.values():
             axes.plot(*zip(*values, strict=True), color=theme.ink, alpha=0.3, linewidth=0.8, zorder=1)
         lines.append(axes.lines[-1])
         axes.lines[-1].set_label(f"each of {len(domains)} domains")
     axes.set_ylabel(metric)
-    _scale(axes, [*points, *(point for values in domains.values() for point in values)], bounded=metric != "perplexity")
+    everything = [*points, *(point for values in domains.values() for point in values)]
+    scale_axis(axes, everything, bounded=metric != "perplexity")
     return _finish(axes, lines, points)
 
 
 def _losses(axes: Axes, history: History, theme: Theme) -> bool:
     tested, trained = _series(history.evaluations, "loss"), _series(history.rounds, "train_loss")
     lines = [
-        _line(axes, points, _label(name, points), theme, index, width=width)
+        draw_line(axes, points, short_label(name, points), theme, index, width=width)
         for index, (name, points, width) in enumerate((("test", tested, 2.4), ("clients' training", trained, 1.6)))
         if points
     ]
     axes.set_ylabel("loss")
-    _scale(axes, [*tested, *trained])
+    scale_axis(axes, [*tested, *trained])
     return _finish(axes, lines, [*tested, *trained])
 
 
 def _errors(axes: Axes, history: History, theme: Theme) -> bool:
     points = _series(history.rounds, "aggregation_error")
-    _line(axes, points, "", theme, 0, width=2.0)
+    draw_line(axes, points, "", theme, 0, width=2.0)
     axes.set_ylabel("|mean of updates - sent| / |mean of updates|")
     if points and max(value for _, value in points) < ROUNDING:
         axes.set_ylim(0, ROUNDING)
         axes.set_yticks([0.0])
         axes.text(0.5, 0.5, "zero up to rounding", transform=axes.transAxes, ha="center", color=theme.ink)
     else:
-        _scale(axes, points)
+        scale_axis(axes, points)
+    return _finish(axes, [], points)
+
+
+def _epsilons(axes: Axes, history: History, theme: Theme) -> bool:
+    points = _series(history.rounds, "epsilon_max")
+    draw_line(axes, points, "", theme, 0, width=2.0)
+    axes.set_ylabel("epsilon of the client that spent most")
+    scale_axis(axes, points)
     return _finish(axes, [], points)
 
 
@@ -166,9 +177,9 @@ def _communication(axes: Axes, history: History, metric: str, theme: Theme) -> b
     points = [(history.bytes_until(int(at)) / 1e6, value) for at, value in scores]
     if not any(moved > 0 for moved, _ in points):
         return False
-    _line(axes, points, "", theme, 0, width=2.0)
+    draw_line(axes, points, "", theme, 0, width=2.0)
     axes.set_ylabel(metric)
-    _scale(axes, points, bounded=metric != "perplexity")
+    scale_axis(axes, points, bounded=metric != "perplexity")
     _finish(axes, [], points)
     axes.set_xlabel("MB moved, up and down together")
     axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
@@ -183,8 +194,8 @@ def _series(events: Mapping[int, Event], key: str) -> Points:
     return [(at, value) for at, value in known if value is not None]
 
 
-def _domains(history: History, metric: str) -> dict[str, Points]:
-    found: dict[str, Points] = {}
+def _domains(history: History, metric: str) -> Mapping[str, Points]:
+    found: dict[str, list[tuple[float, float]]] = {}
     for at, event in sorted(history.evaluations.items()):
         domains = event.get("domains")
         for name, scores in domains.items() if isinstance(domains, Mapping) else ():
@@ -194,13 +205,15 @@ def _domains(history: History, metric: str) -> dict[str, Points]:
     return found
 
 
-def _label(name: str, points: Points) -> str:
+def short_label(name: str, points: Points = (), limit: int = 18) -> str:
+    """Return a line's name for the legend, with its last value if points are given."""
     # matplotlib reads $...$ as mathematics and hides names that begin with an underscore
-    shown = one_line(name, 18).replace("$", r"\$")
+    shown = one_line(name, limit).replace("$", r"\$")
     return f" {shown}  {number(points[-1][1])}" if points else f" {shown}"
 
 
-def _line(axes: Axes, points: Points, label: str, theme: Theme, index: int, *, width: float) -> Any:
+def draw_line(axes: Axes, points: Points, label: str, theme: Theme, index: int, *, width: float) -> Any:
+    """Draw the line of this index, in its colour and dashes; the first lies on top."""
     (line,) = axes.plot(
         [at for at, _ in points],
         [value for _, value in points],
@@ -215,7 +228,8 @@ def _line(axes: Axes, points: Points, label: str, theme: Theme, index: int, *, w
     return line
 
 
-def _scale(axes: Axes, points: Points, *, bounded: bool = False) -> None:
+def scale_axis(axes: Axes, points: Points, *, bounded: bool = False) -> None:
+    """Scale the vertical axis to what is drawn; a bounded score ends at 1."""
     values = [value for _, value in points]
     if not bounded and values and min(values) > 0 and max(values) > 30 * min(values):
         axes.set_yscale("log")
@@ -230,19 +244,25 @@ def _finish(axes: Axes, lines: Sequence[Any], points: Points) -> bool:
     axes.set_xlabel("round")
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
     if len(lines) > 1:
-        axes.legend(
-            handles=lines,
-            loc="upper left",
-            bbox_to_anchor=(1.01, 1.0),
-            frameon=False,
-            labelcolor="linecolor",
-            fontsize=9,
-            handlelength=1.8,
-        )
+        place_legend(axes, lines)
     return bool(points)
 
 
-def _render(title: str, fill: Callable[[Axes], bool], theme: Theme) -> bytes | None:
+def place_legend(axes: Axes, lines: Sequence[Any]) -> None:
+    """Name lines beside the plot, each in its own colour."""
+    axes.legend(
+        handles=lines,
+        loc="upper left",
+        bbox_to_anchor=(1.01, 1.0),
+        frameon=False,
+        labelcolor="linecolor",
+        fontsize=9,
+        handlelength=1.8,
+    )
+
+
+def render_figure(title: str, fill: Callable[[Axes], bool], theme: Theme) -> bytes | None:
+    """Return one plot as PNG; None if what fills it finds nothing to draw."""
     with _default_style():
         figure = Figure(figsize=SIZE, dpi=DPI, facecolor=theme.paper)
         canvas = FigureCanvasAgg(figure)

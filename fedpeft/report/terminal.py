@@ -10,6 +10,7 @@ import json
 import os
 import shlex
 import sys
+import textwrap
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 BAR_WIDTH = 36
 ETA_ROUNDS = 10  # the pace of this many recent rounds gives the ETA
 NEXT_COMMANDS = ("fedpeft evaluate {run}", "fedpeft runs")
+PRIVATE_COMMANDS = ("fedpeft evaluate {run}", "fedpeft privacy ledger {run}", "fedpeft runs")
+PARAGRAPH_WIDTH = 100  # at most, of a statement
 
 
 class RunConsole(Console):
@@ -104,8 +107,8 @@ class TerminalListener:
         Receives the bar, faults and warnings; stderr if not given. Decides whether a bar is shown.
     clock : callable
         Seconds that only grow.
-    next_commands : sequence of str
-        Suggested at the end; ``{run}`` stands for the run directory.
+    next_commands : sequence of str, optional
+        Suggested at the end; ``{run}`` stands for the run directory. What suits the run if not given.
     """
 
     def __init__(
@@ -115,9 +118,13 @@ class TerminalListener:
         out: RunConsole | None = None,
         progress: RunConsole | None = None,
         clock: Callable[[], float] = time.monotonic,
-        next_commands: Sequence[str] = NEXT_COMMANDS,
+        next_commands: Sequence[str] | None = None,
     ) -> None:
-        self.config, self.next_commands = config, tuple(next_commands)
+        self.config = config
+        self.private = config.privacy.level != "none"
+        if next_commands is None:
+            next_commands = PRIVATE_COMMANDS if self.private else NEXT_COMMANDS
+        self.next_commands = tuple(next_commands)
         self.history = History()
         self.metric = main_metric(config.task)
         self._progress = progress if progress is not None else open_console(stderr=True)
@@ -231,8 +238,8 @@ class TerminalListener:
         width = len(str(self.total))
         line = Text.assemble((f"round {at:>{width}}/{self.total}", "bold"))
         fields: list[tuple[str, str]] = []
-        if round_event is not None:
-            fields.append((f"train loss {number(round_event.get('train_loss'))}", ""))
+        if round_event is not None and (loss := self._train_loss(round_event)):
+            fields.append((loss, ""))
         if evaluation is not None:
             if not self._shared or round_event is None:
                 fields.append((f"test loss {number(evaluation.get('loss'))}", ""))
@@ -241,8 +248,13 @@ class TerminalListener:
             if (error := round_event.get("aggregation_error")) is not None:
                 name = "error" if self._shared else "aggregation error"
                 fields.append((f"{name} {number(error)}", ""))
-            if failed := round_event.get("failed"):
+            if spent := self._epsilon(round_event):
+                fields.append((spent, ""))
+            exhausted = round_event.get("exhausted") or 0  # clients that are counted among the failed
+            if failed := (round_event.get("failed") or 0) - exhausted:
                 fields.append((f"{failed} failed", "red"))
+            if exhausted:
+                fields.append((f"{exhausted} out of budget", "yellow"))
             moved = (finite(round_event.get("bytes_up")) or 0) + (finite(round_event.get("bytes_down")) or 0)
             fields += [(size(moved), ""), (duration(round_event.get("seconds")), "")]
             if not self._shared and at < self.total and (eta := self._eta()) is not None:
@@ -250,6 +262,19 @@ class TerminalListener:
         for text, style in fields:
             line.append("  ").append(text, style)
         self._out.say(line)
+
+    def _train_loss(self, round_event: Event) -> str:
+        """Return the training loss in words; nothing where clients keep it to themselves."""
+        loss = round_event.get("train_loss")
+        return "" if loss is None and self.private else f"train loss {number(loss)}"
+
+    def _epsilon(self, round_event: Event) -> str:
+        """Return what was spent so far in words; nothing where none can be stated."""
+        if (spent := finite(round_event.get("epsilon_max"))) is None:
+            return ""
+        from fedpeft.report.privacy import epsilon  # which loads SciPy: a private run has it anyway
+
+        return f"epsilon {epsilon(spent)}"
 
     # --- the bar -------------------------------------------------------------------------------------------------
 
@@ -279,7 +304,8 @@ class TerminalListener:
         if history.last is not None:
             facts.append(f"{self.metric} {number(history.last.get(self.metric))}")
         if history.rounds:
-            facts.append(f"train loss {number(history.rounds[done].get('train_loss'))}")
+            last = history.rounds[done]
+            facts += [words for words in (self._train_loss(last), self._epsilon(last)) if words]
         if self._answered:
             facts.append(f"clients {len(self._answered)}" + (f"/{cohort}" if (cohort := self._cohort()) else ""))
         facts.append(f"{size(history.bytes_up + history.bytes_down)} moved")
@@ -317,6 +343,8 @@ class TerminalListener:
             out.say(Text(f"stopped after {spent}{reason}", "bold red"))
         for name, value in [*self._facts(), *([("run directory", str(run))] if run is not None else [])]:
             out.say(Text(f"  {name:<13} {value}"))
+        for line in self._statement():
+            out.say(Text(f"  {line}"))
         if run is not None:
             out.say(Text("next:"))
             for command in self.next_commands:
@@ -344,6 +372,10 @@ class TerminalListener:
         if history.rounds:
             facts.append(("moved", f"{size(history.bytes_up)} up, {size(history.bytes_down)} down"))
             facts.append(("rounds took", duration(history.seconds)))
+        if history.privacy is not None:
+            from fedpeft.report.privacy import claim
+
+            facts.append(("privacy", claim(history.privacy, self.config.privacy)))
         if history.faults:
             clients = len({str(fault.get("client")) for fault in history.faults})
             facts.append(("faults", f"{len(history.faults)}, of {clients} client{'s' * (clients > 1)}"))
@@ -356,6 +388,14 @@ class TerminalListener:
         else:
             facts.append(("saved", "all records"))
         return facts
+
+    def _statement(self) -> list[str]:
+        """Return the lines of what may be said of the run's privacy."""
+        words = (self.history.privacy or {}).get("statement")
+        if not words:
+            return []
+        width = max(20, min(self._out.width - 2, PARAGRAPH_WIDTH))
+        return textwrap.wrap(one_line(words, 10_000), width, break_long_words=False, break_on_hyphens=False)
 
 
 def _change(first: Event, last: Event, before: object, after: object) -> str:

@@ -12,7 +12,7 @@ from tests.report.printing import printed
 
 
 def run(label: str, seed: int, score: float | None, **facts: Any) -> dict[str, Any]:
-    known = {"worst_domain": None, "aggregation_error": 0.25, "bytes": 1_500_000, "seconds": 4.0}
+    known = {"worst_domain": None, "aggregation_error": 0.25, "bytes": 1_500_000, "seconds": 4.0, "epsilon": None}
     return {
         "label": label,
         "seed": seed,

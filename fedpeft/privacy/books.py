@@ -1,0 +1,174 @@
+"""A run's own books: what it charged or was told of, what that costs so far, and the statement at its end.
+
+Record level: a simulation's driver charges every message as it is given to a worker (`fedpeft.simulations.charging`); in
+a deployment each site charges itself, and tells its total. Client level: the server charges every round before it
+begins, for all clients alike, since it must not be known who was in it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from fedpeft.config import RunConfig
+from fedpeft.errors import BudgetSpentError
+from fedpeft.privacy.accounting import Charge, upper_bound
+from fedpeft.privacy.budget import Budget, charged
+from fedpeft.privacy.ledger import EVERYBODY, LEDGER, Entry, Ledger
+from fedpeft.privacy.mechanism import record_mechanism
+from fedpeft.privacy.statement import PRIVACY, Facts, state, void
+from fedpeft.runs import RunDirectory, strict_json
+from fedpeft.wire import NOISE_MULTIPLIER, NUM_EXAMPLES, SAMPLE_RATE, SPENT_STEPS, STEPS
+
+
+class Books:
+    """The books of one run.
+
+    Parameters
+    ----------
+    config : RunConfig
+        With ``privacy.level`` other than ``none``.
+    directory : RunDirectory
+        Where ledger and statement go.
+    clients : mapping of str to int
+        Row counts of all clients, as far as they are known from the start.
+    told : bool
+        Whether sites keep their own ledgers and tell of them: a deployment.
+    """
+
+    def __init__(
+        self, config: RunConfig, directory: RunDirectory, clients: Mapping[str, int], *, told: bool = False
+    ) -> None:
+        self.config, self.directory, self.told = config, directory, told
+        self.ledger = Ledger(directory.path / LEDGER)
+        self.run = directory.path.name
+        self._examples = dict(clients)
+        self._known: dict[str, Charge] = {}  # one round's charge of each site, as it last told
+        self._silent: set[str] = set()
+        self._settled = 0
+
+    def begin_round(self, server_round: int, charge: Charge) -> None:
+        """Charge everybody for a round, before anybody is drawn.
+
+        Raises
+        ------
+        BudgetSpentError
+            The budget does not allow another round.
+        """
+        entry = Entry(self.run, EVERYBODY, server_round, charge.noise_multiplier, charge.sample_rate, charge.steps)
+        if not charged(self.ledger, entry, Budget.of(self.config.privacy)):
+            raise BudgetSpentError(
+                f"round {server_round} would pass privacy.epsilon = {self.config.privacy.epsilon:g}. What was done before "
+                "this round is saved."
+            )
+
+    def settle(self, server_round: int, messages: Mapping[str, int], told: Mapping[str, Mapping[str, float]]) -> None:
+        """Take in what the sites of a deployment say that they spent, and assume the worst of those that say nothing.
+
+        Parameters
+        ----------
+        server_round : int
+            Which round is over; a second call for it changes nothing.
+        messages : mapping of str to int
+            How often each client was asked to train.
+        told : mapping of str to mapping of str to float
+            Metrics of those whose answers count.
+        """
+        if not self.told or self.config.privacy.level != "record" or server_round <= self._settled:
+            return
+        self._settled = server_round
+        for client, asked in messages.items():
+            metrics = told.get(client, {})
+            total = _told(metrics)
+            if total is not None:
+                self._examples[client] = int(metrics.get(NUM_EXAMPLES, 0))
+                self._known[client] = replace(total, steps=int(metrics.get(STEPS, total.steps)))
+                self._silent.discard(client)
+                steps = total.steps - sum(entry.steps for entry in self.ledger.entries(client))
+            elif (known := self._assumed(client)) is not None:
+                total, steps = known, known.steps * asked
+            else:
+                self._silent.add(client)
+                continue
+            if steps > 0:
+                noise, rate = total.noise_multiplier, total.sample_rate
+                self.ledger.charge(Entry(self.run, client, server_round, noise, rate, steps))
+
+    def _assumed(self, client: str) -> Charge | None:
+        if not self.config.privacy.public_counts:
+            return record_mechanism(self.config, 0).charge
+        return self._known.get(client)
+
+    def charges(self, clients: Iterable[str] = ()) -> dict[str, list[Charge]]:
+        """Return what was spent on each client; on those named, at least nothing."""
+        held: dict[str, list[Charge]] = {client: [] for client in [*self._examples, *clients]}
+        everybody: list[Charge] = []
+        for entry in self.ledger.entries():
+            if entry.client == EVERYBODY:
+                everybody.append(entry.charge)
+            else:
+                held.setdefault(entry.client, []).append(entry.charge)
+        return {client: own + everybody for client, own in held.items()}
+
+    def epsilons(self) -> dict[str, float]:
+        """Return cheap upper bounds of what each client has spent so far; empty where none can be stated.
+
+        The accountant's own number is never above the budget, as every charge was held against it.
+        """
+        privacy = self.config.privacy
+        if void(privacy):
+            return {}
+        most = float("inf") if privacy.epsilon is None else privacy.epsilon
+        bounds: dict[tuple[Charge, ...], float] = {}
+        found = {}
+        for client, charges in self.charges().items():
+            merged = _merged(charges)
+            if merged not in bounds:
+                bounds[merged] = min(most, upper_bound(merged, privacy.delta))
+            found[client] = bounds[merged]
+        return found
+
+    def close(self, clients: Iterable[str] = ()) -> Facts:
+        """Write the statement; return it.
+
+        Parameters
+        ----------
+        clients : iterable of str
+            All that the server came to know.
+
+        Raises
+        ------
+        OSError
+            It cannot be written.
+        """
+        notes = []
+        if self._silent:
+            names = ", ".join(sorted(self._silent))
+            notes.append(f"{names} was asked to train and never answered: what that cost is in its own ledger alone")
+        if self.told and self.config.privacy.level == "record":
+            notes.append("this is one run: a site's own ledger adds up all runs on its rows")
+        facts = state(self.config, self.charges(clients), self._examples, notes=notes)
+        text = json.dumps(strict_json(facts), indent=2, allow_nan=False) + "\n"
+        path = self.directory.path / PRIVACY
+        partial = path.with_name(f".{PRIVACY}")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+        return facts
+
+
+def _told(metrics: Mapping[str, float]) -> Charge | None:
+    """Return what a site says that it spent in this run; None where it says nothing that makes sense."""
+    noise, rate, steps = (metrics.get(key, math.nan) for key in (NOISE_MULTIPLIER, SAMPLE_RATE, SPENT_STEPS))
+    if not (0 <= noise < math.inf and 0 < rate <= 1 and 0 <= steps < 2**53):
+        return None
+    return Charge(noise, rate, int(steps))
+
+
+def _merged(charges: Sequence[Charge]) -> tuple[Charge, ...]:
+    total: dict[tuple[float, float], int] = {}
+    for charge in charges:
+        key = (charge.noise_multiplier, charge.sample_rate)
+        total[key] = total.get(key, 0) + charge.steps
+    return tuple(Charge(noise, rate, steps) for (noise, rate), steps in sorted(total.items()))

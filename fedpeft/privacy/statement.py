@@ -1,0 +1,235 @@
+"""What a run may say of its privacy: numbers for machines, and a paragraph that names what they rest on."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedpeft.config import RunConfig
+from fedpeft.errors import RunDirectoryError
+from fedpeft.privacy.accounting import Charge, Spent, spent
+from fedpeft.privacy.settings import PrivacyConfig
+
+PRIVACY = "privacy.json"  # in a run directory
+Facts = dict[str, Any]
+
+ADJACENCY = {
+    ("record", ""): "add or remove one row of one client; {counts}",
+    ("client", "poisson"): "add or remove one client with all its rows; the number of clients is public",
+    ("client", "fixed"): "replace one client with all its rows by another; the number of clients is public",
+}
+COUNTS = {
+    True: "row counts are public and held fixed, so that a removed row is one that contributes nothing",
+    False: "sample rate, noise and divisor are fixed publicly, so that row counts show in nothing",
+}
+PUBLIC = ("base model", "tokenizer or image processor", "label set", "test rows", "configuration")
+ADVERSARY = {
+    "record": "the server, the other clients, and whoever sees any adapter of the run; not whoever reads a client's own "
+    "disk, or learns how long its training takes",
+    "client": "the other clients and whoever sees any adapter of the run; the SERVER IS TRUSTED: it sees single updates, "
+    "and its log (metrics.jsonl, faults, checkpoints' clipping norm apart) stays with it",
+}
+
+
+def void(privacy: PrivacyConfig) -> list[str]:
+    """Return why no epsilon can be stated at all; mostly nothing."""
+    reasons = []
+    if privacy.sampling == "shuffle":
+        reasons.append("privacy.sampling = 'shuffle': batches are no Poisson samples, which the accounting rests on")
+    if privacy.release_metrics:
+        reasons.append("privacy.release_metrics = true: losses leave the clients without noise")
+    if privacy.noise_multiplier == 0:
+        reasons.append("privacy.noise_multiplier = 0: there is no noise")
+    return reasons
+
+
+def state(
+    config: RunConfig,
+    charges: Mapping[str, Sequence[Charge]],
+    examples: Mapping[str, int],
+    *,
+    notes: Sequence[str] = (),
+) -> Facts:
+    """Return a run's statement, as privacy.json holds it.
+
+    Parameters
+    ----------
+    config : RunConfig
+        With ``privacy.level`` other than ``none``.
+    charges : mapping of str to sequence of Charge
+        What was spent on each client, over ALL rounds; clients that were never asked have none.
+    examples : mapping of str to int
+        Public row counts, where they are public.
+    notes : sequence of str
+        What else qualifies it.
+    """
+    privacy = config.privacy
+    voided = void(privacy)
+    reasons = list(voided)
+    if privacy.rng != "secure":
+        reasons.append(
+            "privacy.rng = 'seeded': whoever knows the seed can replay batches and noise; epsilon is what the mechanism "
+            "gives with secret randomness"
+        )
+    found = {client: spent(held, privacy.delta, privacy.accountant) for client, held in charges.items()}
+    epsilons = [one.epsilon for one in found.values()]
+    protected = len(found) if privacy.level == "client" else min(examples.values(), default=0)
+    facts: Facts = {
+        "level": privacy.level,
+        "epsilon_max": None if voided else max(epsilons, default=0.0),
+        "epsilon_median": None if voided else statistics.median(epsilons or [0.0]),
+        "delta": privacy.delta,
+        "accountant": privacy.accountant,
+        "guarantee": not reasons,
+        "reasons": reasons,
+        "adjacency": _adjacency(privacy),
+        "adversary": ADVERSARY[privacy.level],
+        "mechanism": _mechanism(privacy),
+        "sampling": _sampling(config),
+        "public": [*PUBLIC, *_declared(config)],
+        "warnings": [*_warnings(privacy, protected), *notes],
+        "rounds": config.federation.rounds,
+        "clients": _clients(privacy, charges, found, examples, voided=bool(voided)),
+    }
+    return facts | {"statement": paragraph(facts)}
+
+
+def _clients(
+    privacy: PrivacyConfig,
+    charges: Mapping[str, Sequence[Charge]],
+    found: Mapping[str, Spent],
+    examples: Mapping[str, int],
+    *,
+    voided: bool,
+) -> dict[str, Facts]:
+    """Return what each client spent; where counts are private, that is in the client's own ledger only."""
+    if privacy.level == "record" and not privacy.public_counts:
+        return {}
+    rows = {}
+    for client, held in charges.items():
+        epsilon = found[client].epsilon
+        last = held[-1] if held else None
+        rows[client] = {
+            "epsilon": None if voided or not math.isfinite(epsilon) else epsilon,
+            "noise_multiplier": last and last.noise_multiplier,
+            "sample_rate": last and last.sample_rate,
+            "steps": sum(charge.steps for charge in held),
+            "examples": examples.get(client),
+        }
+        if found[client].accountant not in (privacy.accountant, "none"):
+            rows[client]["accountant"] = found[client].accountant
+    return rows
+
+
+def _adjacency(privacy: PrivacyConfig) -> str:
+    kind = (privacy.level, "" if privacy.level == "record" else privacy.cohort)
+    return ADJACENCY[kind].format(counts=COUNTS[privacy.public_counts])
+
+
+def _mechanism(privacy: PrivacyConfig) -> str:
+    if privacy.level == "record":
+        return (
+            f"DP-SGD at every client: each row's gradient over all trained tensors together clipped to "
+            f"{privacy.max_grad_norm:g}, Gaussian noise on the sum, at every step, those without rows included"
+        )
+    moving = ", moved along by a noised quantile whose cost is included" if privacy.adaptive_clipping else ""
+    return (
+        f"each client's whole update clipped to {privacy.max_update_norm:g}{moving}; uniform weights; Gaussian noise on "
+        "the sum, in every round, those without answers included; divided by the public size of a cohort"
+    )
+
+
+def _sampling(config: RunConfig) -> str:
+    privacy = config.privacy
+    if privacy.level == "record":
+        drawn = "Poisson sampling of rows" if privacy.sampling == "poisson" else "shuffled rows"
+        return f"{drawn}; no amplification by the choice of clients, each is taken to be in every round it was asked in"
+    if privacy.cohort == "poisson":
+        return f"Poisson sampling of clients with chance {config.federation.fraction:g}, kept secret"
+    return "fixed cohorts: no amplification, every client is taken to be in every round, at twice the sensitivity"
+
+
+def _declared(config: RunConfig) -> list[str]:
+    declared = []
+    if config.privacy.level == "client":
+        declared.append("number of clients")
+    elif config.privacy.public_counts:
+        declared.append("row counts of the clients")
+    if config.adapter.init_data is not None:
+        declared.append(f"adapter.init_data ({Path(config.adapter.init_data).name})")
+    return declared
+
+
+def _warnings(privacy: PrivacyConfig, protected: int) -> list[str]:
+    """Return what an expert would ask about."""
+    unit = "client" if privacy.level == "client" else "row"
+    if protected and privacy.delta >= 1 / protected:
+        whose = "" if unit == "client" else " of the smallest client"
+        return [
+            f"delta = {privacy.delta:g} is not below 1/n for the {protected} {unit}s{whose}: releasing one {unit} in the "
+            f"clear would satisfy it; set privacy.delta below {1 / protected:.2g}"
+        ]
+    return []
+
+
+def paragraph(facts: Mapping[str, Any]) -> str:
+    """Say a statement in words, so that it can be quoted whole.
+
+    Parameters
+    ----------
+    facts : mapping
+        See `state`.
+    """
+    unit = "row of a client" if facts["level"] == "record" else "client"
+    if facts["epsilon_max"] is None:
+        head = f"No guarantee: {'; '.join(facts['reasons'])}."
+    else:
+        largest, median = number(facts["epsilon_max"]), number(facts["epsilon_median"])
+        head = (
+            f"Over all rounds, each {unit} is protected with epsilon = {largest} at delta = {facts['delta']:g} in the worst "
+            f"case over clients (median {median})."
+        )
+        if not facts["guarantee"]:
+            head += f" No guarantee for this very run: {'; '.join(facts['reasons'])}."
+    sentences = [
+        head,
+        f"Neighbours: {facts['adjacency']}.",
+        f"Against: {facts['adversary']}.",
+        f"Mechanism: {facts['mechanism']}.",
+        f"Sampling: {facts['sampling']}.",
+        f"Accountant: {facts['accountant'].upper()}, composed over every step that was charged, repeats included; the "
+        "analytic Gaussian where all take part in every step.",
+        f"Public: {', '.join(facts['public'])}.",
+        "Assumed: Gaussians in floating point are as good as real ones, and the clients run this code.",
+        *(f"Warning: {warning}." for warning in facts["warnings"]),
+    ]
+    return " ".join(sentences)
+
+
+def number(epsilon: float) -> str:
+    """Show an epsilon, rounded UP to three digits behind the point."""
+    return "infinity" if not math.isfinite(epsilon) else f"{math.ceil(epsilon * 1000 - 1e-9) / 1000:.3f}"
+
+
+def read_statement(run: Path) -> Facts | None:
+    """Read a run's privacy.json; None where it has none.
+
+    Raises
+    ------
+    RunDirectoryError
+        It cannot be read.
+    """
+    path = run / PRIVACY
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise RunDirectoryError(f"'{path}' cannot be read: {error}.") from None
+    if not isinstance(found, dict) or "level" not in found:
+        raise RunDirectoryError(f"'{path}' is no privacy statement.")
+    return found

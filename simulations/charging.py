@@ -1,0 +1,78 @@
+"""The books of a simulation: the driver charges every message before a worker is given it, repeats included.
+
+A worker that dies has perhaps released nothing, and perhaps all: its message was charged. Under seeded randomness the
+repeat computes the very same numbers, and is on the books already; under secure randomness it is a new release.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from flwr.app import Message, MessageType
+
+from fedpeft.clients.privacy import BOOKS, CHARGED, EXHAUSTED, data_fingerprint, release
+from fedpeft.clients.rows import client_rows
+from fedpeft.config import RunConfig, Scalar
+from fedpeft.privacy.budget import Budget, charged
+from fedpeft.privacy.ledger import Entry, Ledger
+from fedpeft.privacy.mechanism import record_mechanism
+from fedpeft.resident import Resident
+from fedpeft.simulations.grid import SimulationGrid
+from fedpeft.wire import CONFIG, NOISE_MULTIPLIER, ROUND
+
+
+class Charging:
+    """A grid's ``on_dispatch`` under record-level privacy.
+
+    Parameters
+    ----------
+    config : RunConfig
+        The run.
+    home : Resident
+        Its rows.
+    grid : SimulationGrid
+        Where clients' contexts are.
+    client_ids : mapping of int to str
+        By node id.
+    ledger : Ledger
+        The run's.
+    run : str
+        Its name on the books.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        home: Resident,
+        grid: SimulationGrid,
+        client_ids: Mapping[int, str],
+        ledger: Ledger,
+        run: str,
+    ) -> None:
+        self._config, self._home, self._grid, self._ledger, self._run = config, home, grid, ledger, run
+        self._client_ids = client_ids
+        self._budget = Budget.of(config.privacy)
+        self._data: dict[int, str] = {}
+
+    def __call__(self, node: int, message: Message) -> dict[str, Scalar]:
+        """Charge a training message; tell the client what came of it."""
+        if message.metadata.message_type != MessageType.TRAIN:
+            return {}
+        context, privacy = self._grid.contexts[node], self._config.privacy
+        rows = client_rows(self._home, context.node_config)
+        mechanism = record_mechanism(self._config, rows.num_examples)
+        if node not in self._data:
+            self._data[node] = data_fingerprint(self._home, rows, context.node_config)
+        entry = Entry(
+            run=self._run,
+            client=self._client_ids[node],
+            round=int(message.content.config_records[CONFIG][ROUND]),  # type: ignore[arg-type]
+            noise_multiplier=mechanism.noise_multiplier,
+            sample_rate=mechanism.sample_rate,
+            steps=mechanism.steps,
+            release=release(message, context, self._config, self._data[node]) if privacy.rng == "seeded" else "",
+            data=self._data[node],
+        )
+        if not charged(self._ledger, entry, self._budget, entry.client):
+            return {BOOKS: EXHAUSTED}
+        return {BOOKS: CHARGED, NOISE_MULTIPLIER: mechanism.noise_multiplier}

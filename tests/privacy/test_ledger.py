@@ -1,0 +1,152 @@
+"""The book of what was spent: never less than what was released, whatever is killed and whoever writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fedpeft.errors import LedgerError
+from fedpeft.privacy import ledger as module
+from fedpeft.privacy.budget import Budget, charged
+from fedpeft.privacy.ledger import Entry, Ledger
+
+ENTRY = Entry("run", "a", 1, 1.1, 0.25, 10)
+
+
+def test_what_was_charged_is_there_after_a_restart(tmp_path: Path) -> None:
+    book = Ledger(tmp_path / "deep" / "ledger.jsonl")
+    assert book.charge(ENTRY)
+    assert book.charge(replace(ENTRY, client="b", round=2))
+    again = Ledger(book.path)
+    assert again.entries() == [ENTRY, replace(ENTRY, client="b", round=2)]
+    assert again.entries("b") == [replace(ENTRY, client="b", round=2)]
+    assert again.entries(run="other") == []
+
+
+def test_a_release_is_charged_once_and_what_names_none_every_time(tmp_path: Path) -> None:
+    book = Ledger(tmp_path / "ledger.jsonl")
+    seeded = replace(ENTRY, release="abc")
+    assert [book.charge(seeded), book.charge(seeded), Ledger(book.path).charge(seeded)] == [True, False, False]
+    assert book.charge(replace(seeded, client="b"))  # other rows, another release
+    assert book.charge(replace(seeded, run="next"))
+    assert [book.charge(ENTRY), book.charge(ENTRY)] == [True, True]
+    assert len(book.entries()) == 5
+
+
+def test_half_a_line_of_a_process_that_died_is_no_charge_and_spoils_nothing(tmp_path: Path) -> None:
+    book = Ledger(tmp_path / "ledger.jsonl")
+    book.charge(ENTRY)
+    with book.path.open("a") as file:
+        file.write('{"run": "run", "client": "a", "rou')
+    again = Ledger(book.path)
+    assert again.entries() == [ENTRY]
+    again.charge(replace(ENTRY, round=2))
+    assert [json.loads(line)["round"] for line in book.path.read_text().splitlines()] == [1, 2]
+    assert book.entries() == Ledger(book.path).entries()
+
+
+@pytest.mark.parametrize(
+    "line", ["nonsense", "{}", '{"run": "r", "client": "a", "round": 1, "noise_multiplier": -1, "sample_rate": 0.1}']
+)
+def test_a_damaged_book_lets_nobody_train(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(LedgerError, match="damaged"):
+        Ledger(path).charge(ENTRY)
+
+
+def test_a_book_that_is_taken_away_lets_nobody_train(tmp_path: Path) -> None:
+    book = Ledger(tmp_path / "ledger.jsonl")
+    book.charge(ENTRY)
+    book.path.unlink()
+    with pytest.raises(LedgerError, match="gone"):
+        book.charge(ENTRY)
+
+
+def test_a_book_that_cannot_be_synced_lets_nobody_train_and_holds_no_half_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    book = Ledger(tmp_path / "ledger.jsonl")
+    book.charge(ENTRY)
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module.os, "fsync", full)
+    with pytest.raises(LedgerError, match="No space left"):
+        book.charge(replace(ENTRY, round=2))
+    monkeypatch.undo()
+    assert Ledger(book.path).entries() == [ENTRY]
+    assert book.charge(replace(ENTRY, round=3))
+
+
+def test_it_is_synced_before_charge_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    sync = os.fsync
+    monkeypatch.setattr(module.os, "fsync", lambda descriptor: (synced.append(descriptor), sync(descriptor))[1])
+    Ledger(tmp_path / "ledger.jsonl").charge(ENTRY)
+    assert synced
+
+
+def test_a_second_process_waits_and_then_sees_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "ledger.jsonl"
+    held = Ledger(path)
+    code = "import sys; from pathlib import Path; from fedpeft.privacy.ledger import *\n"
+    code += "book = Ledger(Path(sys.argv[1]))\nprint('ready', flush=True)\n"
+    code += "print(book.charge(Entry('run', 'b', 1, 1.0, 0.5, 3)), len(book.entries()), flush=True)"
+    with held.held():
+        other = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True)
+        assert other.stdout is not None
+        assert other.stdout.readline() == "ready\n"
+        held.charge(ENTRY)
+        time.sleep(0.3)
+        assert other.poll() is None  # it waits
+    assert other.communicate(timeout=60)[0] == "True 2\n"
+    assert len(held.entries()) == 2
+    monkeypatch.setattr(module, "LOCK_SECONDS", 0.1)
+    with Ledger(path).held(), pytest.raises(LedgerError, match="another process"):
+        Ledger(path).charge(ENTRY)
+
+
+def test_a_process_that_is_killed_as_it_trains_has_paid(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    code = "import sys, time; from pathlib import Path; from fedpeft.privacy.ledger import *\n"
+    code += "Ledger(Path(sys.argv[1])).charge(Entry('run', 'a', 1, 1.1, 0.25, 10))\nprint('trains', flush=True)\n"
+    code += "time.sleep(600)"
+    process = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "trains\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert Ledger(path).entries() == [ENTRY]  # and its lock is free
+
+
+def test_a_charge_that_would_pass_the_budget_is_not_made(tmp_path: Path) -> None:
+    book = Ledger(tmp_path / "ledger.jsonl")
+    from fedpeft.privacy.accounting import spent
+
+    two = spent([ENTRY.charge, ENTRY.charge], 1e-5).epsilon
+    budget = Budget(two, 1e-5)
+    made = [charged(book, replace(ENTRY, round=number), budget, "a") for number in (1, 2, 3)]
+    assert made == [True, True, False]
+    assert len(book.entries()) == 2
+    assert charged(book, replace(ENTRY, client="b"), budget, "b")  # another client's account
+    assert not charged(book, replace(ENTRY, client="c"), budget)  # all of the book
+    assert charged(book, replace(ENTRY, client="c"), None)
+
+
+def test_a_release_that_is_on_the_books_may_be_computed_again_though_the_budget_is_spent(tmp_path: Path) -> None:
+    book = Ledger(tmp_path / "ledger.jsonl")
+    seeded = replace(ENTRY, release="abc")
+    book.charge(seeded)
+    budget = Budget(0.01, 1e-5)
+    assert charged(book, seeded, budget)
+    assert not charged(book, replace(seeded, release="other"), budget)
