@@ -2,9 +2,9 @@
 
     python benchmarks/dp_step.py [--turns 40] [--batch-size 16] [--json FILE]
 
-The two take turns within one process, step by step, so that what else the machine does slows both alike; a figure is the
-median over turns of the ratio of one pair. A step is gradient and optimizer step; hooks are attached once, as they are in
-a worker. Plain steps are taken by a model without hooks.
+The two take turns within one process, step by step, so that what else the machine does slows both alike; a figure is
+the median over turns of the ratio of one pair. A step is gradient and optimizer step; hooks are attached once, as they
+are in a worker. Plain steps are taken by a model without hooks.
 """
 
 from __future__ import annotations
@@ -58,9 +58,7 @@ def steps(home: Resident, batch: np.ndarray[Any, Any], source: Randomness | None
         plain = PlainGradients(adapted, split, batch, train, 1, rng)
     else:
         mechanism = RecordMechanism(1.0, 0.1, 1, float(len(batch)), 1.0)
-        private = PrivateGradients(
-            home.row_engine, split, batch, mechanism, source, optimizer, physical=2 * len(batch)
-        )
+        private = PrivateGradients(home.row_engine, split, batch, mechanism, source, optimizer, physical=2 * len(batch))
 
     def step() -> None:
         adapted.model.train()
@@ -116,9 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for row in rows:
         within = "yes" if row.ratio <= TARGET else "no"
         spread = f"{row.low:.3f} to {row.high:.3f}"
-        table.add_row(
-            row.model, row.kind, row.noise, f"{1000 * row.plain:.1f} ms", f"{row.ratio:.3f}", spread, within
-        )
+        table.add_row(row.model, row.kind, row.noise, f"{1000 * row.plain:.1f} ms", f"{row.ratio:.3f}", spread, within)
     print(f"{platform.machine()}, {options.threads} thread(s), batches of {options.batch_size}, {options.turns} pairs")
     Console().print(table)
     if options.json:

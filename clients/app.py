@@ -100,7 +100,7 @@ def train(message: Message, context: Context) -> Message:
         if permission is None:
             return Message(RecordDict({CONFIG: ConfigRecord({BUDGET_SPENT: True})}), reply_to=message)
     else:
-        check_site(run.privacy, context.node_config)
+        check_site(run, context.node_config)
     adapted.load({**sent, **held, **personal}, float(settings[SCALING]))  # type: ignore[arg-type]
     if kept := _names(home, settings, KEPT):
         context.state[OWN_KEPT] = to_record(adapted.tensors(kept))
@@ -159,7 +159,11 @@ def _told(run: RunConfig, rows: ClientRows, result: LocalResult, spent: Mapping[
     """
     privacy = run.privacy
     weighs_rows = privacy.level == "none" or (privacy.level == "record" and privacy.public_counts)
-    metrics: dict[str, float] = {NUM_EXAMPLES: rows.num_examples if weighs_rows else 1, STEPS: result.steps, **spent}
+    metrics: dict[str, int | float | list[int] | list[float]] = {
+        NUM_EXAMPLES: rows.num_examples if weighs_rows else 1,
+        STEPS: result.steps,
+        **spent,
+    }
     if privacy.level == "none" or privacy.release_metrics:
         metrics |= {TRAIN_LOSS: result.loss, SECONDS: result.seconds}
     return MetricRecord(metrics)

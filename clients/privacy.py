@@ -1,10 +1,10 @@
 """What stands between a message and a client's rows under record-level privacy: the books, the budget, the site's word.
 
-On a SuperNode the site keeps its own ledger, across runs and restarts, in a file named by the fingerprint of its rows as
-they lie on disk (so that another tokenizer opens no new account), or in the file that ``privacy-ledger`` of the node's
-configuration names: name one where rows are added or corrected from time to time, for what was spent on the old rows is
-spent. In a simulation the driver keeps the books, and says so in the configuration that it hands to the client; a
-server's messages cannot.
+On a SuperNode the site keeps its own ledger, across runs and restarts, in a file named by the fingerprint of its rows
+as they lie on disk (so that another tokenizer opens no new account), or in the file that ``privacy-ledger`` of the
+node's configuration names: name one where rows are added or corrected from time to time, for what was spent on the old
+rows is spent. In a simulation the driver keeps the books, and says so in the configuration that it hands to the client;
+a server's messages cannot.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def permit(
         No noise meets the run's budget.
     """
     privacy, node = config.privacy, context.node_config
-    check_site(privacy, node)
+    check_site(config, node)
     if node.get(BOOKS) == EXHAUSTED:
         return None
     mechanism = record_mechanism(config, rows.num_examples, noise_multiplier=_float(node.get(NOISE_MULTIPLIER)))
@@ -100,7 +100,7 @@ def permit(
     return Permission(mechanism, randomness, told if privacy.public_counts else {})
 
 
-def check_site(privacy: PrivacyConfig, node: Mapping[str, Scalar]) -> None:
+def check_site(config: RunConfig, node: Mapping[str, Scalar]) -> None:
     """Hold a run to what a site demands: with a budget of its own, it trains under record-level privacy alone.
 
     Raises
@@ -110,17 +110,20 @@ def check_site(privacy: PrivacyConfig, node: Mapping[str, Scalar]) -> None:
     """
     if SITE_EPSILON not in node:
         return
+    privacy = config.privacy
     given = {
         "privacy.level": (privacy.level, "record"),
         "privacy.rng": (privacy.rng or "secure", "secure"),
         "privacy.sampling": (privacy.sampling, "poisson"),
         "privacy.release_metrics": (privacy.release_metrics, False),
+        # a server could name private rows as public ones
+        "adapter.init_data": (config.adapter.init_data, None),
     }
     for key, (value, wanted) in given.items():
         if value != wanted:
             raise DeploymentError(
-                f"this site has a privacy budget ({SITE_EPSILON} = {node[SITE_EPSILON]}) and trains with {key} = {wanted} "
-                f"only; the run has {value}."
+                f"this site has a privacy budget ({SITE_EPSILON} = {node[SITE_EPSILON]}) and trains with "
+                f"{key} = {wanted} only; the run has {value}."
             )
 
 

@@ -26,7 +26,5 @@ def row_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         nll = nn.functional.cross_entropy(logits.float(), targets, reduction="none")
         return nll.double(), nll.new_ones(nll.shape).long()
     logits, targets = logits[:, :-1].float(), targets[:, 1:]  # position t predicts token t + 1
-    nll = nn.functional.cross_entropy(
-        logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
-    )
+    nll = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
     return nll.view(targets.shape).double().sum(1), (targets != IGNORED).sum(1)

@@ -135,7 +135,7 @@ class PlainGradients:
         inputs = {name: value.to(adapted.device) for name, value in self.split.batch(batch).items()}
         with torch.autocast(adapted.device.type, torch.bfloat16, enabled=self.train.precision == "bf16"):
             loss: Tensor = adapted.model(**inputs).loss
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach(), 1
 
 

@@ -60,13 +60,9 @@ def drive(config: RunConfig, out: Path, listener: Listener, grid: InlineGrid | R
     grid.on_failure = keep_traceback
     books = None
     if config.privacy.level != "none":
-        rows = {client: client_rows(home, contexts[node].node_config).num_examples for node, client in client_ids.items()}
-        books = Books(config, directory, rows)
-    grid.on_dispatch = (
-        Charging(config, home, grid, client_ids, books.ledger, books.run)
-        if books is not None and config.privacy.level == "record"
-        else None
-    )
+        books = Books(config, directory, _row_counts(config, home, contexts, client_ids))
+    of_rows = books is not None and config.privacy.level == "record"
+    grid.on_dispatch = Charging(config, home, grid, client_ids, books.ledger, books.run) if books and of_rows else None
 
     def personal() -> Mapping[str, Mapping[str, Tensor]]:
         return {
@@ -97,3 +93,12 @@ def client_contexts(config: RunConfig, home: Resident) -> tuple[dict[int, Contex
         for index in range(len(held.client_ids))
     }
     return contexts, {index + 1: client for index, client in enumerate(held.client_ids)}
+
+
+def _row_counts(
+    config: RunConfig, home: Resident, contexts: Mapping[int, Context], client_ids: Mapping[int, str]
+) -> dict[str, int]:
+    """Return the rows of each client where they are public: of no interest where whole clients are protected."""
+    if config.privacy.level == "client" or not config.privacy.public_counts:
+        return {}
+    return {client_ids[node]: client_rows(home, held.node_config).num_examples for node, held in contexts.items()}

@@ -19,8 +19,9 @@ from flwr.serverapp.strategy import Result, Strategy
 from pydantic import ValidationError
 from torch import Tensor
 
-from fedpeft.config import AdapterConfig, Section, cohort_size, describe
+from fedpeft.config import AdapterConfig, cohort_size, describe
 from fedpeft.errors import BudgetSpentError, ConfigError, DeploymentError, TooFewClientsError, nearest
+from fedpeft.section import Section
 from fedpeft.seeds import generator
 from fedpeft.state import A_SUFFIX, BASE_EARLIER, AdapterState, ClientUpdate, LoraFactors, Role, role_of
 from fedpeft.strategies.capabilities import Capabilities
@@ -506,8 +507,8 @@ class AdapterStrategy(Strategy):
         report.faults.append(Fault(client, "its privacy budget is spent"))
         if self.stop_when_spent:
             raise BudgetSpentError(
-                f"round {report.server_round}: the privacy budget of client {client} is spent, and privacy.on_exhausted "
-                "= 'stop'. What was done before this round is saved."
+                f"round {report.server_round}: the privacy budget of client {client} is spent, and "
+                "privacy.on_exhausted = 'stop'. What was done before this round is saved."
             )
 
 

@@ -1,7 +1,7 @@
 """A run's own books: what it charged or was told of, what that costs so far, and the statement at its end.
 
-Record level: a simulation's driver charges every message as it is given to a worker (`fedpeft.simulations.charging`); in
-a deployment each site charges itself, and tells its total. Client level: the server charges every round before it
+Record level: a simulation's driver charges every message as it is given to a worker (`fedpeft.simulations.charging`);
+in a deployment each site charges itself, and tells its total. Client level: the server charges every round before it
 begins, for all clients alike, since it must not be known who was in it.
 """
 
@@ -60,8 +60,8 @@ class Books:
         entry = Entry(self.run, EVERYBODY, server_round, charge.noise_multiplier, charge.sample_rate, charge.steps)
         if not charged(self.ledger, entry, Budget.of(self.config.privacy)):
             raise BudgetSpentError(
-                f"round {server_round} would pass privacy.epsilon = {self.config.privacy.epsilon:g}. What was done before "
-                "this round is saved."
+                f"round {server_round} would pass privacy.epsilon = {self.config.privacy.epsilon:g}. What was done "
+                "before this round is saved."
             )
 
     def settle(self, server_round: int, messages: Mapping[str, int], told: Mapping[str, Mapping[str, float]]) -> None:

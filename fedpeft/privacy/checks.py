@@ -32,13 +32,13 @@ def check_privacy(config: RunConfig) -> None:
         return
     if adapter.init in INITS_FROM_DATA and not privacy.public_init_data:
         raise ConfigError(
-            f"adapter.init = '{adapter.init}' looks at adapter.init_data, which no noise covers. If those rows are public, "
-            "say so: privacy.public_init_data=true; else take another adapter.init."
+            f"adapter.init = '{adapter.init}' looks at adapter.init_data, which no noise covers. If those rows are "
+            "public, say so: privacy.public_init_data=true; else take another adapter.init."
         )
     if config.run.evaluate_clients and not privacy.release_metrics:
         raise ConfigError(
-            "run.evaluate_clients = true weighs scores by each client's own labels or rows, which no noise covers; leave "
-            "it off under privacy (privacy.release_metrics=true allows it, and voids the guarantee)."
+            "run.evaluate_clients = true weighs scores by each client's own labels or rows, which no noise covers; "
+            "leave it off under privacy (privacy.release_metrics=true allows it, and voids the guarantee)."
         )
     if privacy.level == "record":
         _check_record(config)
@@ -48,8 +48,8 @@ def _check_record(config: RunConfig) -> None:
     privacy, adapter, train = config.privacy, config.adapter, config.train
     if adapter.kind not in RECORD_KINDS:
         raise ConfigError(
-            f"adapter.kind = '{adapter.kind}' is not for privacy.level = 'record': the gradient of each single row cannot "
-            f"be had for what it trains. Allowed: {', '.join(sorted(RECORD_KINDS))}; or privacy.level=client."
+            f"adapter.kind = '{adapter.kind}' is not for privacy.level = 'record': the gradient of each single row "
+            f"cannot be had for what it trains. Allowed: {', '.join(sorted(RECORD_KINDS))}; or privacy.level=client."
         )
     if train.max_grad_norm:
         raise ConfigError(

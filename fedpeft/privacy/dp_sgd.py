@@ -1,7 +1,7 @@
 """DP-SGD on the adapter: clipped gradients of single rows, and noise on their sum.
 
-M. Abadi et al., "Deep Learning with Differential Privacy", CCS 2016, arXiv 1607.00133. At every step a batch is drawn by
-Poisson sampling, each row's gradient g_i over ALL trained tensors together (factors and head) becomes
+M. Abadi et al., "Deep Learning with Differential Privacy", CCS 2016, arXiv 1607.00133. At every step a batch is drawn
+by Poisson sampling, each row's gradient g_i over ALL trained tensors together (factors and head) becomes
 
     g_i min(1, C / |g_i|),
 
@@ -9,9 +9,10 @@ and what the optimizer gets is (sum_i of those + sigma C N(0, I)) / (q n), also 
 single rows come from Opacus's hooks, which are attached to a resident model once and sleep while nobody trains
 privately.
 
-Two things that Opacus leaves to its caller. A row's loss must not depend on the other rows: the loss of a causal language
-model is a mean over all tokens of a batch, so here each row's own mean is taken. And clipping must bound ANY row: norms
-are computed in float32 whatever the precision of the model, and a row whose gradient is not finite counts as zero.
+Two things that Opacus leaves to its caller. A row's loss must not depend on the other rows: the loss of a causal
+language model is a mean over all tokens of a batch, so here each row's own mean is taken. And clipping must bound ANY
+row: norms are computed in float32 whatever the precision of the model, and a row whose gradient is not finite counts as
+zero.
 """
 
 from __future__ import annotations
@@ -228,7 +229,7 @@ class PrivateGradients:
         return total, len(batch)
 
     def _see_that_weights_moved(self, before: Sequence[Tensor]) -> None:
-        """Raise PrivacyError if the first step changed nothing: noise or gradients that reach no weight protect none."""
+        """Raise PrivacyError if the first step changed nothing: noise that reaches no weight protects nobody."""
         parameters = self._clipping.params
         pushed = any(p.grad is not None and bool(p.grad.any()) for p in parameters)
         if pushed and all(torch.equal(p, old) for p, old in zip(parameters, before, strict=True)):

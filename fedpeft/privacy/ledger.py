@@ -1,7 +1,7 @@
 """The book of what was spent: one JSON object a line, appended and synced to disk before anybody trains.
 
-A charge is written for ALL steps of a message before the first of them is made. So whatever is killed, and whenever, the
-book never holds less than what was released. A charge that names its release (the hash of everything that a seeded
+A charge is written for ALL steps of a message before the first of them is made. So whatever is killed, and whenever,
+the book never holds less than what was released. A charge that names its release (the hash of everything that a seeded
 training depends on) is written once, however often the very same numbers are computed again; one that names none is
 written every time.
 """
@@ -116,11 +116,7 @@ class Ledger:
     def entries(self, client: str | None = None, run: str | None = None) -> list[Entry]:
         """Return what is written, of one client or run if they are named."""
         with self.held():
-            return [
-                entry
-                for entry in self._entries
-                if client in (None, entry.client) and run in (None, entry.run)
-            ]
+            return [entry for entry in self._entries if client in (None, entry.client) and run in (None, entry.run)]
 
     def is_charged(self, entry: Entry) -> bool:
         """Tell whether the very same release is on the books already."""
@@ -195,6 +191,23 @@ class Ledger:
         self._size += size
         if entry.release:
             self._releases.add((entry.run, entry.client, entry.release))
+
+
+def read_entries(path: Path) -> list[Entry]:
+    """Return what a ledger holds without locking it: whoever looks may not be allowed to write there.
+
+    Raises
+    ------
+    LedgerError
+        It is damaged, or cannot be read.
+    """
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise LedgerError(f"cannot read the privacy ledger '{path}': {error.strerror or error}.") from None
+    ledger = Ledger(path)
+    ledger._read()
+    return list(ledger._entries)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -50,9 +50,7 @@ class RecordMechanism:
         return Charge(self.noise_multiplier, self.sample_rate, self.steps)
 
 
-def record_mechanism(
-    config: RunConfig, num_examples: int, noise_multiplier: float | None = None
-) -> RecordMechanism:
+def record_mechanism(config: RunConfig, num_examples: int, noise_multiplier: float | None = None) -> RecordMechanism:
     """Return the mechanism of a client with so many rows.
 
     Parameters

@@ -50,7 +50,8 @@ class _Seeded:
 
 class _Secure:
     def uniform(self, count: int) -> NDArray[np.float64]:
-        return (_words(count) >> np.uint64(11)) * 2.0**-53
+        numbers: NDArray[np.float64] = (_words(count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        return numbers
 
     def normal(self, shape: Sequence[int]) -> Tensor:
         """Box and Muller's transform: two uniform numbers make two normal ones."""

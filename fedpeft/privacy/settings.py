@@ -14,10 +14,14 @@ Rng = Literal["seeded", "secure"]
 
 ANY_LEVEL = frozenset({"level", "delta", "accountant", "canaries"})
 # which level a setting is of, where it is of one only
-LEVELS: dict[str, set[str]] = {
-    **dict.fromkeys(("max_grad_norm", "sampling", "public_counts", "sample_rate", "physical_batch_size"), {"record"}),
-    **dict.fromkeys(("max_update_norm", "cohort", "adaptive_clipping"), {"client"}),
-    **dict.fromkeys(("clip_quantile", "clip_learning_rate", "clip_count_noise"), {"client"}),
+RECORD = ("max_grad_norm", "sampling", "public_counts", "sample_rate", "physical_batch_size")
+CLIENT = (
+    *("max_update_norm", "cohort", "adaptive_clipping"),
+    *("clip_quantile", "clip_learning_rate", "clip_count_noise"),
+)
+LEVELS: dict[str, frozenset[Level]] = {
+    **{key: frozenset({"record"}) for key in RECORD},
+    **{key: frozenset({"client"}) for key in CLIENT},
 }
 
 
@@ -54,10 +58,15 @@ class PrivacyConfig(Section):
     adaptive_clipping: bool = Field(
         False, description="client level: max_update_norm follows a quantile of the updates' norms, privately"
     )
-    clip_quantile: float = Field(0.5, gt=0, lt=1, description="share of the updates that adaptive clipping leaves whole")
+    clip_quantile: float = Field(
+        0.5, gt=0, lt=1, description="share of the updates that adaptive clipping leaves whole"
+    )
     clip_learning_rate: float = Field(0.2, gt=0, description="how fast adaptive clipping moves the norm")
     clip_count_noise: float | None = Field(
-        None, gt=0, description="standard deviation of the noise on adaptive clipping's count; expected cohort / 20 if unset"
+        None,
+        gt=0,
+        description="standard deviation of the noise on adaptive clipping's count; if unset, a twentieth of the "
+        "expected cohort, and at least the noise multiplier",
     )
     rng: Rng | None = Field(
         None,
@@ -96,7 +105,8 @@ class PrivacyConfig(Section):
             if value != type(self).model_fields[key].default and self.level not in levels:
                 wanted = " or ".join(f"privacy.level={level}" for level in sorted(levels, reverse=True))
                 raise ValueError(
-                    f"privacy.{key} = {value} does nothing with privacy.level = '{self.level}'; give {wanted}, or drop it"
+                    f"privacy.{key} = {value} does nothing with privacy.level = '{self.level}'; give {wanted}, or "
+                    "drop it"
                 )
         if self.level != "none" and self.epsilon is None and self.noise_multiplier is None:
             raise ValueError(
@@ -120,7 +130,7 @@ class PrivacyConfig(Section):
     def _canaries_are_rows(self) -> Self:
         if self.canaries and self.level == "client":
             raise ValueError(
-                f"privacy.canaries = {self.canaries} are rows, and privacy.level = 'client' protects whole clients; audit "
-                "privacy.level = 'record' or 'none'"
+                f"privacy.canaries = {self.canaries} are rows, and privacy.level = 'client' protects whole clients; "
+                "audit privacy.level = 'record' or 'none'"
             )
         return self

@@ -28,10 +28,10 @@ COUNTS = {
 }
 PUBLIC = ("base model", "tokenizer or image processor", "label set", "test rows", "configuration")
 ADVERSARY = {
-    "record": "the server, the other clients, and whoever sees any adapter of the run; not whoever reads a client's own "
-    "disk, or learns how long its training takes",
-    "client": "the other clients and whoever sees any adapter of the run; the SERVER IS TRUSTED: it sees single updates, "
-    "and its log (metrics.jsonl, faults, checkpoints' clipping norm apart) stays with it",
+    "record": "the server, the other clients, and whoever sees any adapter of the run; not whoever reads a client's "
+    "own disk, or learns how long its training takes",
+    "client": "the other clients and whoever sees any adapter of the run; the SERVER IS TRUSTED: it sees single "
+    "updates, and keeps to itself its log of who took part (metrics.jsonl, faults)",
 }
 
 
@@ -72,8 +72,8 @@ def state(
     reasons = list(voided)
     if privacy.rng != "secure":
         reasons.append(
-            "privacy.rng = 'seeded': whoever knows the seed can replay batches and noise; epsilon is what the mechanism "
-            "gives with secret randomness"
+            "privacy.rng = 'seeded': whoever knows the seed can replay batches and noise; epsilon is what the "
+            "mechanism gives with secret randomness"
         )
     found = {client: spent(held, privacy.delta, privacy.accountant) for client, held in charges.items()}
     epsilons = [one.epsilon for one in found.values()]
@@ -109,7 +109,7 @@ def _clients(
     """Return what each client spent; where counts are private, that is in the client's own ledger only."""
     if privacy.level == "record" and not privacy.public_counts:
         return {}
-    rows = {}
+    rows: dict[str, Facts] = {}
     for client, held in charges.items():
         epsilon = found[client].epsilon
         last = held[-1] if held else None
@@ -138,8 +138,8 @@ def _mechanism(privacy: PrivacyConfig) -> str:
         )
     moving = ", moved along by a noised quantile whose cost is included" if privacy.adaptive_clipping else ""
     return (
-        f"each client's whole update clipped to {privacy.max_update_norm:g}{moving}; uniform weights; Gaussian noise on "
-        "the sum, in every round, those without answers included; divided by the public size of a cohort"
+        f"each client's whole update clipped to {privacy.max_update_norm:g}{moving}; uniform weights; Gaussian noise "
+        "on the sum, in every round, those without answers included; divided by the public size of a cohort"
     )
 
 
@@ -170,8 +170,8 @@ def _warnings(privacy: PrivacyConfig, protected: int) -> list[str]:
     if protected and privacy.delta >= 1 / protected:
         whose = "" if unit == "client" else " of the smallest client"
         return [
-            f"delta = {privacy.delta:g} is not below 1/n for the {protected} {unit}s{whose}: releasing one {unit} in the "
-            f"clear would satisfy it; set privacy.delta below {1 / protected:.2g}"
+            f"delta = {privacy.delta:g} is not below 1/n for the {protected} {unit}s{whose}: releasing one {unit} in "
+            f"the clear would satisfy it; set privacy.delta below {1 / protected:.2g}"
         ]
     return []
 
@@ -190,8 +190,8 @@ def paragraph(facts: Mapping[str, Any]) -> str:
     else:
         largest, median = number(facts["epsilon_max"]), number(facts["epsilon_median"])
         head = (
-            f"Over all rounds, each {unit} is protected with epsilon = {largest} at delta = {facts['delta']:g} in the worst "
-            f"case over clients (median {median})."
+            f"Over all rounds, each {unit} is protected with epsilon = {largest} at delta = {facts['delta']:g} in the "
+            f"worst case over clients (median {median})."
         )
         if not facts["guarantee"]:
             head += f" No guarantee for this very run: {'; '.join(facts['reasons'])}."

@@ -79,13 +79,14 @@ def planned_rows(facts: Facts) -> list[tuple[str, str]]:
             f"{epsilon(facts['epsilon_max'])} at delta {facts['delta']:g} ({facts['accountant'].upper()}), if every "
             "client takes part in every round"
         )
-    promise = "a guarantee" if facts["guarantee"] else f"no guarantee: {'; '.join(facts['reasons'])}"
+    promise = "yes, if randomness stays secret" if facts["guarantee"] else f"none: {'; '.join(facts['reasons'])}"
     return [
-        ("privacy", f"{facts['level']} level; neighbours: {facts['adjacency']}"),
+        ("privacy", f"{facts['level']} level"),
         ("noise", f"multiplier {spread(facts['noise_multiplier'])}, {source}"),
         ("", f"{total} {noisy} in all, each {unit} in one with chance {spread(facts['sample_rate'])}"),
         ("epsilon", planned),
-        ("randomness", f"{facts['rng']}; {promise}"),
+        ("randomness", facts["rng"]),
+        ("guarantee", promise),
         *(("warning", warning) for warning in facts["warnings"]),
     ]
 

@@ -1,0 +1,231 @@
+"""A site's own books, and what it holds a server to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedpeft.clients.app import ClientFailedError, app
+from fedpeft.clients.privacy import BOOKS, CHARGED, EXHAUSTED, data_fingerprint
+from fedpeft.clients.rows import client_rows
+from fedpeft.config import RunConfig
+from fedpeft.privacy.ledger import Ledger
+from fedpeft.resident import resident
+from fedpeft.wire import (
+    ARRAYS,
+    BUDGET_SPENT,
+    CONFIG,
+    DRAW,
+    HELD_HASH,
+    KEPT,
+    METRICS,
+    NOISE_MULTIPLIER,
+    NUM_EXAMPLES,
+    NUM_ROUNDS,
+    PERSONAL,
+    RANK,
+    ROUND,
+    SAMPLE_RATE,
+    SCALING,
+    SECONDS,
+    SPENT_STEPS,
+    STEPS,
+    TRAIN_LOSS,
+    TRAINED,
+    to_record,
+)
+
+Make = Callable[..., RunConfig]
+
+
+@pytest.fixture(autouse=True)
+def identity() -> None:
+    """Messages ask the process who it is."""
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 0, 1
+
+
+@pytest.fixture
+def private(text_config: Make, tmp_path: Path) -> Make:
+    """Make a private configuration, and know where its site keeps its ledger."""
+
+    def make(**settings: object) -> RunConfig:
+        base = {"privacy__level": "record", "privacy__noise_multiplier": 1.0, "privacy__rng": "secure"}
+        return text_config(**base | settings)
+
+    return make
+
+
+def site(config: RunConfig, tmp_path: Path, run_id: int = 7, **node: Any) -> Context:
+    named = {name.replace("_", "-"): value for name, value in node.items()}
+    rows = {"partition-id": 0, "num-partitions": 3, "privacy-ledger": str(tmp_path / "ledger.jsonl")}
+    return Context(run_id, 1, {**rows, **named}, RecordDict(), dict(config.to_flat()))
+
+
+def order(config: RunConfig, server_round: int = 1, shift: float = 0.0) -> Message:
+    adapted = resident(config).adapted
+    settings: dict[str, Any] = {ROUND: server_round, NUM_ROUNDS: 2, SCALING: adapted.scaling}
+    settings |= {HELD_HASH: adapted.frozen_hash, TRAINED: ["A", "B", "head"], PERSONAL: [], KEPT: [], RANK: 0, DRAW: 0}
+    arrays = to_record({name: adapted.initial[name] + shift for name in adapted.trained})
+    content = RecordDict({ARRAYS: arrays, CONFIG: ConfigRecord(settings)})
+    return Message(content, 1, MessageType.TRAIN, group_id=str(server_round))
+
+
+def is_spent(reply: Message) -> bool:
+    return bool(reply.content.config_records.get(CONFIG, {}).get(BUDGET_SPENT, False))
+
+
+def test_all_steps_are_charged_before_the_first(private: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fedpeft.clients.app as module
+
+    config = private()
+    seen: list[int] = []
+
+    def dies(*arguments: object, **settings: object) -> None:
+        seen.extend(entry.steps for entry in Ledger(tmp_path / "ledger.jsonl").entries())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "train_locally", dies)
+    with pytest.raises(KeyboardInterrupt):
+        app(order(config), site(config, tmp_path))
+    assert seen == [3]
+    (entry,) = Ledger(tmp_path / "ledger.jsonl").entries()
+    rows = client_rows(resident(config), site(config, tmp_path).node_config)
+    assert (entry.run, entry.client, entry.round) == ("7", rows.client_id, 1)
+    assert entry.sample_rate == 8 / len(rows.indices)
+    assert entry.data == data_fingerprint(resident(config), rows, site(config, tmp_path).node_config)
+
+
+def test_secure_repeats_are_charged_again_and_seeded_ones_once(private: Make, tmp_path: Path) -> None:
+    for rng, expected in (("secure", 3), ("seeded", 1)):
+        config = private(privacy__rng=rng)
+        folder = tmp_path / rng
+        for _ in range(3):
+            app(order(config), site(config, folder))
+        assert len(Ledger(folder / "ledger.jsonl").entries()) == expected
+    config = private(privacy__rng="seeded")
+    app(order(config, shift=0.5), site(config, tmp_path / "seeded"))  # other numbers are another release
+    app(order(config, server_round=2), site(config, tmp_path / "seeded"))
+    app(order(config), site(config, tmp_path / "seeded", run_id=8))
+    assert len(Ledger(tmp_path / "seeded" / "ledger.jsonl").entries()) == 4
+
+
+def test_seeded_training_repeats_to_the_byte_and_secure_training_does_not(private: Make, tmp_path: Path) -> None:
+    for rng, alike in (("seeded", True), ("secure", False)):
+        config = private(privacy__rng=rng, adapter__dropout=0.1)
+        replies = [app(order(config), site(config, tmp_path)) for _ in range(2)]
+        one, two = ({n: a.data for n, a in reply.content.array_records[ARRAYS].items()} for reply in replies)
+        assert (one == two) is alike
+
+
+def test_a_client_whose_budget_is_spent_says_so_and_does_not_train(private: Make, tmp_path: Path) -> None:
+    config = private(privacy__noise_multiplier=None, privacy__epsilon=2.0)
+    replies = [app(order(config, number), site(config, tmp_path)) for number in (1, 2, 3)]
+    assert [is_spent(reply) for reply in replies] == [False, False, True]  # calibrated to two rounds
+    assert not replies[2].content.array_records
+    assert len(Ledger(tmp_path / "ledger.jsonl").entries()) == 2
+
+
+def test_spare_rounds_leave_room_for_repeats(private: Make, tmp_path: Path) -> None:
+    config = private(privacy__noise_multiplier=None, privacy__epsilon=2.0, privacy__spare_rounds=1)
+    replies = [app(order(config, number), site(config, tmp_path)) for number in (1, 1, 2, 2)]
+    assert [is_spent(reply) for reply in replies] == [False, False, False, True]
+
+
+def test_another_run_on_the_same_rows_goes_on_the_same_account(private: Make, tmp_path: Path) -> None:
+    config = private(privacy__noise_multiplier=None, privacy__epsilon=2.0)
+    for number in (1, 2):
+        app(order(config, number), site(config, tmp_path))
+    assert is_spent(app(order(config), site(config, tmp_path, run_id=8)))
+    generous = site(config, tmp_path, run_id=8, privacy_epsilon=5.0)  # the site's word, which no server can change
+    assert not is_spent(app(order(config), generous))
+    assert is_spent(app(order(config), site(config, tmp_path, run_id=9, privacy_epsilon=0.5)))
+
+
+def test_the_default_account_is_the_rows_own_whatever_the_tokenizer(
+    private: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fedpeft.clients.privacy as module
+
+    monkeypatch.setattr(module.platformdirs, "user_data_path", lambda name: tmp_path / name)
+    for length in (128, 5):
+        config = private(data__max_length=length)
+        held = site(config, tmp_path)
+        del held.node_config["privacy-ledger"]
+        app(order(config), held)
+    (book,) = (path for path in (tmp_path / "fedpeft" / "ledgers").iterdir() if path.suffix == ".jsonl")
+    assert len(Ledger(book).entries()) == 2
+    config = private()
+    other = site(config, tmp_path, partition_id=1)
+    del other.node_config["privacy-ledger"]
+    app(order(config), other)
+    assert len(list((tmp_path / "fedpeft" / "ledgers").glob("*.jsonl"))) == 2
+
+
+def test_neither_loss_nor_time_is_told(private: Make, text_config: Make, tmp_path: Path) -> None:
+    config = private()
+    told = app(order(config), site(config, tmp_path)).content.metric_records[METRICS]
+    assert set(told) == {NUM_EXAMPLES, STEPS, NOISE_MULTIPLIER, SAMPLE_RATE, SPENT_STEPS}
+    told = app(order(config), site(config, tmp_path)).content.metric_records[METRICS]
+    assert told[SPENT_STEPS] == 6  # of the whole run so far
+    config = private(privacy__release_metrics=True)
+    assert {TRAIN_LOSS, SECONDS} <= set(app(order(config), site(config, tmp_path)).content.metric_records[METRICS])
+    config = text_config(privacy__level="client", privacy__noise_multiplier=1.0)
+    assert set(app(order(config), site(config, tmp_path)).content.metric_records[METRICS]) == {NUM_EXAMPLES, STEPS}
+
+
+def test_without_public_counts_nothing_that_is_told_depends_on_them(private: Make, tmp_path: Path) -> None:
+    config = private(privacy__public_counts=False, privacy__sample_rate=0.2)
+    for index in (0, 1):
+        told = app(order(config), site(config, tmp_path, partition_id=index)).content.metric_records[METRICS]
+        assert dict(told) == {NUM_EXAMPLES: 1, STEPS: 3}
+    assert {entry.sample_rate for entry in Ledger(tmp_path / "ledger.jsonl").entries()} == {0.2}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"privacy__level": "none", "privacy__noise_multiplier": None, "privacy__rng": None},
+        {"privacy__level": "client"},
+        {"privacy__rng": "seeded"},
+        {"privacy__sampling": "shuffle"},
+        {"privacy__release_metrics": True},
+        {"adapter__init": "eva", "adapter__init_data": "rows.csv", "privacy__public_init_data": True},
+    ],
+)
+def test_a_site_with_a_budget_trains_under_its_own_terms_only(
+    settings: dict[str, Any], private: Make, tmp_path: Path
+) -> None:
+    from fedpeft.clients.privacy import check_site
+    from fedpeft.errors import DeploymentError
+
+    config = private(**settings)
+    check_site(config, {})
+    with pytest.raises(DeploymentError, match="this site has a privacy budget"):
+        check_site(config, {"privacy-epsilon": 3.0})
+
+
+def test_a_server_cannot_make_a_site_train_without_privacy(private: Make, text_config: Make, tmp_path: Path) -> None:
+    config = text_config()
+    with pytest.raises(ClientFailedError, match="DeploymentError"):
+        app(order(config), site(config, tmp_path, privacy_epsilon=3.0))
+    assert not (tmp_path / "ledger.jsonl").exists()
+
+
+def test_a_simulations_driver_keeps_the_books_in_the_clients_place(private: Make, tmp_path: Path) -> None:
+    config = private()
+    reply = app(order(config), site(config, tmp_path, **{BOOKS: CHARGED, NOISE_MULTIPLIER: 2.5}))
+    assert reply.content.metric_records[METRICS][NOISE_MULTIPLIER] == 2.5
+    assert is_spent(app(order(config), site(config, tmp_path, **{BOOKS: EXHAUSTED})))
+    assert not (tmp_path / "ledger.jsonl").exists()
+
+
+def test_a_ledger_that_cannot_be_kept_keeps_the_client_from_training(private: Make, tmp_path: Path) -> None:
+    config = private()
+    (tmp_path / "ledger.jsonl").write_text("nonsense\n")
+    with pytest.raises(ClientFailedError, match="LedgerError"):
+        app(order(config), site(config, tmp_path))
