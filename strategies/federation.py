@@ -76,6 +76,7 @@ def build_strategy(config: RunConfig, home: Resident, client_ids: Mapping[int, s
         scaling_of=adapter.scaling_of,
         offset=home.adapted.offset,
         client_privacy=client_privacy(config),
+        stop_when_spent=config.privacy.on_exhausted == "stop",
         **config.strategy.options,
     )
 
@@ -242,7 +243,7 @@ class _Run:
             event["bytes_catch_up"] = report.bytes_catch_up
         if self.books is not None:
             event["exhausted"] = report.exhausted
-            event["epsilon_max"] = max(self.books.epsilons().values(), default=None)
+            event["epsilon_max"] = self.books.epsilon_max()
         if report.aggregation_error is not None:
             event["aggregation_error"] = report.aggregation_error
         self.emit(event)

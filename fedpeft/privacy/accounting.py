@@ -20,9 +20,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
+from numpy.typing import NDArray
+from scipy.fft import next_fast_len
 from scipy.special import log_ndtr
 
 from fedpeft.errors import ConfigError, PrivacyError, nearest
@@ -33,10 +35,11 @@ LEAST_NOISE, MOST_NOISE = 1e-2, 1e4  # noise multipliers between which `calibrat
 _DIGITS = 4  # significant digits of a calibrated noise multiplier
 # prv: its error in epsilon, absolute and relative to RDP's epsilon, which is a few times too large at worst
 _ERROR, _RELATIVE_ERROR, _LARGEST_ERROR = 0.002, 0.001, 0.5
-_MOST_POINTS = 2**21  # prv: points of the mesh, some 300 MB at work
+_USUAL_POINTS, _MOST_POINTS = 2**19, 2**21  # prv: points of the mesh; two million take two seconds and some 300 MB
+_WIDEST = 4  # prv: how many times its error may grow to stay with the usual number of points
 _LARGEST_LOSS = 690.0  # prv: exp of a privacy loss must stay a float
-_NO_FRACTIONS = 3.0  # rdp: with more noise than that orders that are no whole number do not help, and take seconds
-_RDP_ROUNDING = 1e-12  # rdp: what Opacus's series may be off, each step
+_NO_FRACTIONS = 2.0  # upper bounds: with that much noise orders that are no whole number hardly help, and take seconds
+_RDP_ROUNDING = 1e-12  # upper bounds: what Opacus's series may be off, each step
 
 
 @dataclass(frozen=True)
@@ -162,22 +165,29 @@ def _prv_epsilon(charges: Charges, delta: float) -> float | None:
         *(_renyi_bound((_one_step(charge),), delta_error / (8 * sum(steps))) for charge in charges),
     )
     half_width = reach + 3  # as Opacus and the authors' own code have it
-    if half_width > _LARGEST_LOSS:
+    scale = math.sqrt(sum(steps) * math.log(12 / delta_error) / 2)  # the error in meshes
+    relative = _renyi_bound(charges, delta)
+    least = max(_ERROR, min(_RELATIVE_ERROR * relative, _LARGEST_ERROR))
+    most = max(_WIDEST * _ERROR, min(_WIDEST * _RELATIVE_ERROR * relative, _LARGEST_ERROR))
+    error = min(max(least, 2 * half_width * scale / _USUAL_POINTS), most)
+    # an even number of points that Fourier transforms are fast for: zero is the last of the lower half
+    half = math.ceil(half_width * scale / error) + 1
+    if half > _MOST_POINTS / 2:
         return None
-    error = max(_ERROR, min(_RELATIVE_ERROR * _renyi_bound(charges, delta), _LARGEST_ERROR))
-    mesh = error / math.sqrt(sum(steps) * math.log(12 / delta_error) / 2)
-    if 2 * half_width / mesh > _MOST_POINTS:
+    half = next_fast_len(half, real=True)
+    mesh = error / scale
+    if half * mesh > _LARGEST_LOSS:
         return None
     # numpy's and scipy's complaints are of limits, such as log(1 - q) for q = 1, and of what the checks below find
     with _silence(), contextlib.suppress(RuntimeError, ValueError, ArithmeticError):
-        domain = prv.Domain.create_aligned(-half_width, half_width, mesh)
+        domain = prv.Domain(-(half - 1) * mesh, half * mesh, 2 * half)
         variables = [prv.PoissonSubsampledGaussianPRV(each.sample_rate, each.noise_multiplier) for each in charges]
         truncated = [prv.TruncatedPrivacyRandomVariable(each, domain.t_min, domain.t_max) for each in variables]
         composed = prv.compose_heterogeneous([prv.discretize(each, domain) for each in truncated], steps)
         # probabilities below zero are what the Fourier transforms are off, and as much again is off upwards
         noise = -2 * float(composed.pmf[composed.pmf < 0].sum())
-        if noise < delta_error:
-            _, _, epsilon = composed.compute_epsilon(delta, delta_error, error)
+        if noise < delta / 10:
+            _, _, epsilon = composed.compute_epsilon(delta - noise, delta_error, error)
             if math.isfinite(epsilon):
                 return max(0.0, float(epsilon))
     return None
@@ -197,32 +207,31 @@ def _renyi_bound(charges: Charges, delta: float) -> float:
         return 0.0
     if any(charge.noise_multiplier == 0 for charge in charges):
         return math.inf
-    divergences = sum(
-        charge.steps * _renyi_divergences(charge.noise_multiplier, charge.sample_rate) for charge in charges
-    )
     orders = _renyi_orders()
+    divergences = np.zeros(orders.shape)
+    for charge in charges:
+        divergences += charge.steps * _renyi_divergences(charge.noise_multiplier, charge.sample_rate)
     # Balle et al. 2020, theorem 21, https://arxiv.org/abs/1905.09982
     bounds = divergences - (math.log(delta) + np.log(orders)) / (orders - 1) + np.log1p(-1 / orders)
     return max(0.0, float(bounds.min()))
 
 
-def _renyi_orders() -> Any:  # (orders,)
+def _renyi_orders() -> NDArray[np.float64]:  # (orders,)
     """Return some of Opacus's orders: where the best one lies between two of these, the bound hardly moves."""
-    return np.array([1 + x / 10 for x in range(1, 10)] + [2.5, 3.5, *range(2, 17), 18, 20, 24, 28, 32, 40, 48, 63])
+    return np.array([1.2, 1.5, 2, 2.5, *range(3, 17), 18, 20, 24, 28, 32, 40, 48, 63])
 
 
 @lru_cache(maxsize=4096)
-def _renyi_divergences(noise_multiplier: float, sample_rate: float) -> Any:  # (orders,)
+def _renyi_divergences(noise_multiplier: float, sample_rate: float) -> NDArray[np.float64]:  # (orders,)
     from opacus.accountants.analysis.rdp import compute_rdp
 
     orders = _renyi_orders()
-    useful = (orders % 1 == 0) | (noise_multiplier < _NO_FRACTIONS)
-    divergences = np.full(orders.shape, np.inf)
+    if noise_multiplier >= _NO_FRACTIONS:
+        orders = np.ceil(orders)  # the divergence grows with its order: the next whole one bounds it
+    distinct, places = np.unique(orders, return_inverse=True)
     with _silence():
-        divergences[useful] = compute_rdp(
-            q=sample_rate, noise_multiplier=noise_multiplier, steps=1, orders=orders[useful].tolist()
-        )
-    return np.maximum(divergences, 0) + _RDP_ROUNDING
+        divergences = compute_rdp(q=sample_rate, noise_multiplier=noise_multiplier, steps=1, orders=distinct.tolist())
+    return np.maximum(divergences, 0)[places] + _RDP_ROUNDING
 
 
 def _gaussian_mu(charges: Iterable[Charge]) -> float:
@@ -326,8 +335,8 @@ def _calibrate(
 
     least, most = _index(LEAST_NOISE), _index(MOST_NOISE)
     # low costs too much and high does not: walk from a guess until both are known, then close in on the first that fits
-    costs = {}
-    low, high, stride = least - 1, most + 1, 30
+    costs: dict[int, float] = {}
+    low, high, stride, turns = least - 1, most + 1, 100, 0
     index = min(max(_index(_guess(epsilon, delta, sample_rate, steps, before)), least), most)
     while high - low > 1:
         costs[index] = cost(index)
@@ -339,20 +348,24 @@ def _calibrate(
                 "give a larger budget, fewer steps, or a smaller sample rate."
             )
         if low in costs and high in costs:
-            index = _between(low, high, costs[low], costs[high], epsilon)
+            turns += 1
+            index = _between(low, high, costs[low], costs[high], epsilon, turns)
         else:
             index = min(low + stride, most) if low in costs else max(high - stride, least)
-            stride *= 4
+            stride *= 6
     return _noise_multiplier(high)
 
 
-def _between(low: int, high: int, above: float, below: float, epsilon: float) -> int:
-    """Interpolate in logarithms: there the cost is almost a straight line. Far from straight, halve instead."""
-    if not (math.isfinite(above) and below > 0) or high - low > 5000:
+def _between(low: int, high: int, above: float, below: float, epsilon: float, turns: int) -> int:
+    """Interpolate in logarithms, where the cost is almost a straight line, and halve at every fourth turn."""
+    if turns % 4 == 0 or not (math.isfinite(above) and below > 0):
         return (low + high) // 2
     share = (math.log(above) - math.log(epsilon)) / (math.log(above) - math.log(below))
-    # just above the root: if it fits, its neighbour below is next, and both together are the answer
-    return min(max(low + math.ceil(share * (high - low)), low + 1), high - 1)
+    first, last = math.log(_noise_multiplier(low)), math.log(_noise_multiplier(high))
+    index = _index(math.exp(first + share * (last - first)))
+    # the line passes a root on the same side each time: a step beyond makes it the other side's turn
+    index += (1 if share < 0.5 else -1) * (turns > 1)
+    return min(max(index, low + 1), high - 1)
 
 
 def _guess(epsilon: float, delta: float, sample_rate: float, steps: int, before: Charges) -> float:
@@ -379,7 +392,7 @@ def _central_limit(charge: Charge) -> float:
 
 
 def _noise_multiplier(index: int) -> float:
-    """Number the multipliers of four digits: 0 is 1.000, 1 is 1.001, 9000 is 10.00, -1 is 0.9999."""
+    """Return a multiplier of four digits by its number: 0 is 1.000, 1 is 1.001, 9000 is 10.00, -1 is 0.9999."""
     exponent, mantissa = divmod(index, 9 * 10 ** (_DIGITS - 1))
     # read as it would be typed, because a product would be off in its last bit
     return float(f"{mantissa + 10 ** (_DIGITS - 1)}e{exponent - _DIGITS + 1}")

@@ -13,6 +13,7 @@ from fedpeft.config import RunConfig, nest, resolve
 
 Event = dict[str, Any]
 DOMAINS = {"photo": 0.05, "sketch": -0.1}
+STATEMENT = "Each row is protected, and this sentence goes on for more than a line of a terminal. " * 2 + "So it ends."
 
 
 def accuracy(at: int) -> float:
@@ -47,8 +48,9 @@ def make_events(
     causal: bool = False,
     domains: bool = False,
     by_client: bool = False,
+    private: bool = False,
 ) -> list[Event]:
-    """Return what a run emits, in order; `reason` None leaves the end out."""
+    """Return what a run emits, in order; `reason` None leaves the end out, and the statement of a private one."""
     scored = clients if by_client else ()
     events = [evaluation(0, causal=causal, domains=domains, clients=scored)]
     for at in range(1, done + 1):
@@ -62,11 +64,16 @@ def make_events(
         round_event: Event = {"event": "round", "round": at, "train_loss": 1.5 / at, "clients": len(good)}
         round_event |= {"failed": len(clients) - len(good), "bytes_up": 1_500_000, "bytes_down": 2_000_000}
         round_event |= {"seconds": 8.25, "aggregation_error": 0.5 / at}
+        if private:
+            round_event |= {"train_loss": None, "exhausted": 0, "epsilon_max": 0.5 * at}
         events.append(round_event)
         if at in (warnings or {}):
             events.append({"event": "warning", "round": at, "message": (warnings or {})[at]})
         if at % every == 0 or at == (planned or done):
             events.append(evaluation(at, causal=causal, domains=domains, clients=scored))
+    if reason is not None and private:
+        facts = {"level": "record", "epsilon_max": 0.45 * done, "delta": 1e-5, "guarantee": False}
+        events.append({"event": "privacy", "round": done, **facts, "statement": STATEMENT})
     if reason is not None:
         events.append({"event": "end", "round": done, "reason": reason})
     return events

@@ -82,3 +82,13 @@ def test_nothing_done_is_a_table_too() -> None:
     facts = comparison(["fedit", "local"], [0, 1], 12, [])
     assert "| fedit (0 of 2 runs) |" in comparison_markdown(facts)
     printed(comparison_table(facts), width=80)
+
+
+def test_private_runs_show_the_largest_epsilon_that_they_state() -> None:
+    runs = [run("fedit", 0, 0.7, epsilon=2.9), run("fedit", 1, 0.7, epsilon=2.9981), run("local", 0, 0.5)]
+    facts = comparison(["fedit", "local"], [0, 1], 12, runs)
+    text = comparison_markdown(facts)
+    assert "| method | accuracy | epsilon |" in text
+    assert "| fedit | 0.7000 ± 0.0000 | 2.999 |" in text
+    assert "privacy.json" in text
+    assert "epsilon" not in comparison_markdown(comparison(LABELS, [0, 1], 12, RUNS))

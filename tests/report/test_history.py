@@ -65,3 +65,13 @@ def test_metrics_that_are_no_text_are_a_user_error(run_directory: Any, config: A
     (run / "metrics.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(RunDirectoryError, match=r"metrics\.jsonl"):
         History.read(run)
+
+
+def test_epsilon_is_the_bound_of_the_last_round_until_it_is_stated(events: Events) -> None:
+    going = History.from_events(events(3, private=True, reason=None))
+    assert (going.is_private, going.epsilon, going.privacy) == (True, 1.5, None)
+    done = History.from_events(events(3, private=True))
+    assert done.privacy is not None
+    assert done.epsilon == done.privacy["epsilon_max"] == 0.45 * 3
+    plain = History.from_events(events(3))
+    assert (plain.is_private, plain.epsilon) == (False, None)

@@ -74,6 +74,42 @@ def test_domains_and_clients_have_tables_where_they_were_scored(
     assert ["1", "101", "4", "0", "0.3750", "0.5 s"] in table_rows(plain)
 
 
+def statement(**facts: Any) -> dict[str, Any]:
+    client = {"epsilon": 1.8, "noise_multiplier": 1.25, "sample_rate": 0.1, "steps": 40, "examples": 100}
+    known = {"level": "record", "epsilon_max": 1.8, "delta": 1e-5, "guarantee": True, "statement": "All <is> well."}
+    return known | {"clients": {"0": client, "<b>": client | {"epsilon": None}}} | facts
+
+
+def test_a_private_run_has_a_card_a_paragraph_and_a_table_of_clients(
+    run_directory: Maker, config: Config, events: Events
+) -> None:
+    chosen, stream = config(privacy__level="record", privacy__epsilon=3), events(4, private=True)
+    run = run_directory(chosen, stream)
+    (run / "privacy.json").write_text(json.dumps(statement()))
+    page = page_of(run, chosen, stream)
+    assert "<span>epsilon</span><b>1.800</b><span>delta 1e-05, record level; guaranteed</span>" in page
+    assert "<p>All &lt;is&gt; well.</p>" in page
+    rows = table_rows(page)
+    assert ["0", "1.800", "1.25", "0.1", "40", "100"] in rows
+    assert ["<b>", "-", "1.25", "0.1", "40", "100"] in rows
+    assert ["2", "0.5000", "0.4375", "1.5000", "0.2500", "1.000", "7.0 MB", "8.2 s"] in rows  # no training loss
+    (run / "privacy.json").write_text(json.dumps(statement(guarantee=False, epsilon_max=None, clients={})))
+    page = page_of(run, chosen, stream)
+    assert "<b>-</b><span>delta 1e-05, record level; no guarantee: seeded</span>" in page
+    assert "<p>All &lt;is&gt; well.</p>" in page
+
+
+def test_a_private_run_that_goes_on_has_a_bound_and_no_statement_yet(
+    run_directory: Maker, config: Config, events: Events
+) -> None:
+    chosen = config(privacy__level="client", privacy__epsilon=3)
+    stream = events(2, private=True, reason=None)
+    page = page_of(run_directory(chosen, stream), chosen, stream)
+    assert "<span>epsilon so far, at most</span><b>1.000</b><span>delta 1e-05, client level</span>" in page
+    assert "No statement of this run&#39;s privacy is on record. It is written when the run ends" in page
+    assert "Privacy" not in page_of(run_directory(config(), events(2), "second"), config(), events(2))
+
+
 def test_foreign_text_is_escaped(run_directory: Maker, config: Config, events: Events) -> None:
     evil = "<script>alert('&')</script>"
     stream = events(2, clients=(evil, "b"), faults={1: (evil, f"raised: {evil}")}, domains=True, reason=evil)

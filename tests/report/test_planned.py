@@ -66,3 +66,25 @@ def test_bytes_that_depend_on_a_changing_rank_say_so(config: Config) -> None:
     words = "down a round while the rank is 8, which the method may change"
     assert words in joined(printed(dry_run_table(planned(config(), changes_rank=True))))
     assert words not in joined(printed(dry_run_table(planned(config()))))
+
+
+def test_a_private_dry_run_says_what_would_be_spent_and_whether_it_is_a_guarantee(config: Config) -> None:
+    facts = {
+        "level": "record", "noise_multiplier": [1.25, 1.5], "sample_rate": [0.1, 0.1], "steps": [30, 60],
+        "calibrated_to": 3.0, "epsilon_max": 2.99901, "delta": 1e-5, "accountant": "prv", "guarantee": False,
+        "reasons": ["it is seeded"], "rng": "seeded", "warnings": ["delta is large"],
+    }  # fmt: skip
+    text = joined(printed(dry_run_table(planned(config(), privacy=facts))))
+    for expected in (
+        "privacy record level",
+        "noise multiplier 1.25 to 1.5, calibrated to epsilon 3",
+        "30 to 60 noised steps a client in all, each row in one with chance 0.1",
+        "epsilon 3.000 at delta 1e-05 (PRV), if every client takes part in every round",
+        "randomness seeded",
+        "guarantee none: it is seeded",
+        "warning delta is large",
+    ):
+        assert expected in text
+    assert planned(config(), privacy=facts | {"epsilon_max": float("inf")}).to_dict()["privacy"]["epsilon_max"] is None
+    assert "privacy" not in planned(config()).to_dict()
+    assert "epsilon" not in printed(dry_run_table(planned(config())))

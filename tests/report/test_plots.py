@@ -59,6 +59,13 @@ def test_what_a_run_did_not_measure_is_not_plotted(events: Events) -> None:
     assert draw(History()) == []
 
 
+def test_a_private_run_plots_epsilon_too_and_no_training_loss(events: Events) -> None:
+    drawn = draw(History.from_events(events(3, private=True)))
+    assert [plot.name for plot in drawn] == ["accuracy", "loss", "aggregation_error", "epsilon", "communication"]
+    untested = [event for event in events(3, private=True) if event["event"] != "evaluate"]
+    assert [plot.name for plot in draw(History.from_events(untested))] == ["aggregation_error", "epsilon"]
+
+
 def test_domains_are_lines_of_their_own(events: Events) -> None:
     with_domains, without = (draw(History.from_events(events(0, domains=some)))[0] for some in (True, False))
     assert with_domains.name == without.name == "accuracy"

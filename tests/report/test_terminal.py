@@ -14,6 +14,7 @@ import pytest
 
 from fedpeft.config import RunConfig
 from fedpeft.report.terminal import JsonListener, RunConsole, TerminalListener, open_console
+from tests.report.conftest import STATEMENT
 
 Events = Callable[..., list[dict[str, Any]]]
 Config = Callable[..., RunConfig]
@@ -213,6 +214,70 @@ def test_the_summary_says_what_was_done_where_it_is_and_what_to_try(config: Conf
         "fedpeft evaluate 'runs/a run'",
     ):
         assert expected in summary
+
+
+def private(config: Config, **settings: object) -> RunConfig:
+    return config(privacy__level="record", privacy__epsilon=3, privacy__rng="seeded", **settings)
+
+
+def test_a_private_run_shows_epsilon_rounded_up_in_the_place_of_a_training_loss(config: Config, events: Events) -> None:
+    stream = events(4, private=True)
+    stream[-4]["epsilon_max"] = 1.23400001
+    out, _ = show(private(config), stream)
+    lines = round_lines(out)
+    assert "epsilon 1.000" in lines[2]
+    assert "epsilon 1.235" in lines[4]
+    assert "epsilon" not in lines[0]
+    assert "train loss" not in out
+    _, progress = show(private(config), stream, live=True)
+    assert max(map(len, round_lines(progress))) <= 80
+    assert "train loss" not in progress
+
+
+def test_a_round_of_an_unknown_epsilon_shows_none(config: Config, events: Events) -> None:
+    stream = events(1, private=True, reason=None)
+    for event in stream:
+        event.pop("epsilon_max", None)
+    out, _ = show(private(config), stream, None)
+    assert "epsilon" not in round_lines(out)[1]
+
+
+def test_clients_out_of_budget_are_no_failures(config: Config, events: Events) -> None:
+    stream = events(1, private=True)
+    for event in stream:
+        if event["event"] == "round":
+            event |= {"failed": 3, "exhausted": 2}
+    out, _ = show(private(config), stream)
+    assert "1 failed  2 out of budget" in round_lines(out)[1]
+
+
+def test_the_summary_states_privacy_with_its_caveat_and_the_whole_paragraph_once(
+    config: Config, events: Events
+) -> None:
+    out, _ = show(private(config), events(4, private=True), Path("runs/a run"))
+    summary = out[out.index("completed") :]
+    assert "  privacy       epsilon 1.800 at delta 1e-05 (record), no guarantee: seeded\n" in summary
+    assert "fedpeft privacy ledger 'runs/a run'" in summary
+    assert max(map(len, summary.splitlines())) <= 80
+    assert " ".join(summary.split()).count(STATEMENT) == 1
+    assert summary.index("run directory") < summary.index("Each row") < summary.index("next:")
+
+
+def test_the_summary_of_a_guarantee_and_of_a_run_without_one(config: Config, events: Events) -> None:
+    stream = events(4, private=True)
+    (stated,) = [event for event in stream if event["event"] == "privacy"]
+    stated["guarantee"] = True
+    out, _ = show(private(config), stream)
+    assert "epsilon 1.800 at delta 1e-05 (record)\n" in out
+    stated |= {"guarantee": False, "epsilon_max": None}
+    out, _ = show(private(config, privacy__sampling="shuffle"), stream)
+    assert "privacy       no epsilon can be stated; no guarantee: shuffled batches, seeded\n" in out
+
+
+def test_a_run_that_is_not_private_says_nothing_of_privacy(config: Config, events: Events) -> None:
+    out, _ = show(config(), events(4))
+    assert "privacy" not in out
+    assert "epsilon" not in out
 
 
 def test_a_causal_run_is_judged_by_perplexity(config: Config, events: Events) -> None:
