@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,9 +23,11 @@ from fedpeft.options import (
     Words,
     Workers,
     configure,
+    end_of_runs,
     quiet,
     show,
 )
+from fedpeft.privacy_commands import privacy_app
 
 if TYPE_CHECKING:
     from fedpeft.config import RunConfig
@@ -44,6 +45,7 @@ presets_app = typer.Typer(help="Models and data that come with fedpeft.", invoke
 deploy_app = typer.Typer(help="Run on real Flower SuperNodes.", no_args_is_help=True)
 app.add_typer(presets_app, name="presets")
 app.add_typer(deploy_app, name="deploy")
+app.add_typer(privacy_app, name="privacy")
 
 
 @app.command()
@@ -236,13 +238,7 @@ def compare(
         show(facts, comparison_table, json_lines)
     if not json_lines:
         print(f"saved {folder}/comparison.md and comparison.json")
-    if compared.interrupted:
-        again = sys.argv[1:] if out is not None else [*sys.argv[1:], "--out", str(folder)]
-        line = f"{len(compared.runs)} of {len(jobs)} runs are done; go on with: fedpeft {shlex.join(again)}"
-        print(f"interrupted: {line}", file=sys.stderr)
-        raise typer.Exit(INTERRUPTED)
-    if compared.failed:
-        raise typer.Exit(1)  # each was told of when it failed
+    end_of_runs(compared, len(jobs), folder, out)
 
 
 @app.command()

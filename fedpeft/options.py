@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from fedpeft.config import RunConfig
+    from fedpeft.simulations.compare import Compared
 
 INTERRUPTED = 130
 
@@ -92,3 +95,26 @@ def show(facts: Any, table: Callable[[Any], RenderableType], json_lines: bool) -
     from rich.console import Console
 
     Console().print(table(facts))
+
+
+def end_of_runs(compared: Compared, total: int, folder: Path, out: Path | None) -> None:
+    """Exit as several runs ended: with the words to go on with, where they were interrupted.
+
+    Parameters
+    ----------
+    compared : Compared
+        How they ended.
+    total : int
+        How many there were to be.
+    folder : Path
+        Where they are.
+    out : Path, optional
+        The folder that the user named, if any.
+    """
+    if compared.interrupted:
+        again = sys.argv[1:] if out is not None else [*sys.argv[1:], "--out", str(folder)]
+        line = f"{len(compared.runs)} of {total} runs are done; go on with: fedpeft {shlex.join(again)}"
+        print(f"interrupted: {line}", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED)
+    if compared.failed:
+        raise typer.Exit(1)  # each was told of when it failed

@@ -28,7 +28,13 @@ from fedpeft.simulations.compare import (
 from fedpeft.strategies.plan import plan_privacy
 
 # what a sweep itself sets, and where from
-VARIED = {"level": "--level", "epsilon": "--epsilons", "delta": "--delta"}
+VARIED = {
+    "privacy.level": "--level",
+    "privacy.epsilon": "--epsilons",
+    "privacy.delta": "--delta",
+    "strategy.name": "--strategies",
+    "adapter.kind": "--adapters",
+}
 
 
 @dataclass(frozen=True)
@@ -109,13 +115,13 @@ def private_words(
     ConfigError
         Words that say themselves what the sweep sets, or that are options of one method.
     """
-    refuse_options(words)
     for word in words:
-        section, _, key = word.partition("=")[0].strip().partition(".")
-        if section == "privacy" and key in VARIED:
-            raise ConfigError(f"'{word}': in a sweep, that is {VARIED[key]}. Drop it.")
-        if section == "privacy" and key == "noise_multiplier":
+        key = word.partition("=")[0].strip()
+        if key in VARIED:
+            raise ConfigError(f"'{word}': in a sweep, that is {VARIED[key]}; use it, and drop the word.")
+        if key == "privacy.noise_multiplier":
             raise ConfigError(f"'{word}' fixes the noise, which a sweep calibrates to each epsilon. Drop it.")
+    refuse_options(words)
     own = [f"privacy.level={level or 'record'}", f"privacy.epsilon={min(epsilons)}"]
     return [*words, *own, *([] if delta is None else [f"privacy.delta={delta}"])]
 

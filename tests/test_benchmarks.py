@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import aggregation
+from benchmarks import aggregation, audit
 
 
 def test_the_aggregation_benchmark_has_all_its_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -33,3 +33,12 @@ def test_the_aggregation_benchmark_has_all_its_rows(tmp_path: Path, capsys: pyte
 
 def test_growth_is_a_slope_on_logarithmic_axes() -> None:
     assert aggregation.slope([10, 20, 50], [1.0, 4.0, 25.0]) == pytest.approx(2.0)
+
+
+def test_the_audit_benchmark_has_a_row_for_a_run() -> None:
+    small = {"federation.rounds": 1, "run.evaluate_every": 1, "train.local_steps": 2, "privacy.canaries": 50}
+    found = audit.audited({**audit.SETTINGS, **audit.CASES["no noise, no clipping"], **small})
+    assert found["canaries"] == 50
+    header, _, row = audit.table([{**found, "case": "no noise"}]).splitlines()
+    assert row.startswith("| no noise | none | 0.000 |")
+    assert header.count("|") == row.count("|")

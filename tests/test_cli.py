@@ -260,3 +260,58 @@ def test_methods_are_compared(fedpeft: Run, small: list[str], tmp_path: Path) ->
     assert err.count("done before") == 2
     assert [row["method"] for row in json.loads(stdout)["rows"]] == ["local", "fedit:server_optimizer=adam"]
     assert "Did you mean 'fedit'" in refused(fedpeft("compare", "local", "fedti", *small))
+
+
+def test_a_private_dry_run_plans_what_the_run_then_spends(fedpeft: Run, small: list[str], tmp_path: Path) -> None:
+    words = [*small, "partition.by=client", "privacy.level=record", "privacy.epsilon=8"]
+    code, stdout, err = fedpeft("simulate", *words, "--dry-run", "--json")
+    assert code == 0, err
+    planned = json.loads(stdout)["privacy"]
+    assert (planned["level"], planned["rng"], planned["guarantee"]) == ("record", "seeded", False)
+    code, stdout, err = fedpeft("simulate", *words, "--out", tmp_path / "run")
+    assert code == 0, err
+    stated = json.loads((tmp_path / "run" / "privacy.json").read_text())
+    assert planned["epsilon_max"] == stated["epsilon_max"] <= 8
+    assert planned["steps"] == [2, 2]
+    assert "no guarantee: seeded" in stdout
+    assert stated["statement"] in " ".join(stdout.split())
+    code, stdout, _ = fedpeft("simulate", *words, "--dry-run")
+    assert "calibrated to epsilon 8" in stdout
+    line = refused(fedpeft("simulate", *words, "privacy.epsilon=1e-9", "--dry-run"))
+    assert "no noise multiplier" in line
+
+
+def test_a_ledger_shows_who_spent_what(fedpeft: Run, small: list[str], tmp_path: Path) -> None:
+    words = [*small, "partition.by=client", "privacy.level=record", "privacy.noise_multiplier=1"]
+    fedpeft("simulate", *words, "--out", tmp_path / "run")
+    code, stdout, err = fedpeft("privacy", "ledger", tmp_path / "run")
+    assert code == 0, err
+    assert "site-2" in stdout
+    assert "Neighbours: add or remove one row of one client" in " ".join(stdout.split())
+    code, stdout, _ = fedpeft("privacy", "ledger", tmp_path / "run", "--json")
+    facts = json.loads(stdout)
+    assert facts["epsilon_max"] == json.loads((tmp_path / "run" / "privacy.json").read_text())["epsilon_max"]
+    assert [each["messages"] for each in facts["clients"]] == [1, 1, 1]
+    (tmp_path / "run" / "ledger.jsonl").rename(tmp_path / "site.jsonl")
+    code, stdout, _ = fedpeft("privacy", "ledger", tmp_path / "site.jsonl", "--delta", "1e-6", "--json")
+    assert [each["run"] for each in json.loads(stdout)["runs"]] == ["run"]
+    assert "no run directory" in refused(fedpeft("privacy", "ledger", tmp_path / "nothing"))
+    assert "for a site's ledger" in refused(fedpeft("privacy", "ledger", tmp_path / "run", "--delta", "1e-6"))
+    assert "there is no accountant 'gdp'" in refused(
+        fedpeft("privacy", "ledger", tmp_path / "site.jsonl", "--accountant", "gdp")
+    )
+
+
+def test_budgets_are_swept(fedpeft: Run, small: list[str], tmp_path: Path) -> None:
+    words = ["privacy", "sweep", *small, "--clients", "2", "--strategies", "fedit", "--out", tmp_path / "all"]
+    code, stdout, err = fedpeft(*words, "--epsilons", "8,inf", "--adapters", "ffa-lora")
+    assert code == 0, err
+    assert "run 2/2  ffa-lora_fedit_epsilon=8  seed 0" in err
+    assert "budget 8" in stdout
+    assert "epsilon 8.000" in stdout or "epsilon 7.99" in stdout
+    assert (tmp_path / "all" / "sweep.png").exists()
+    code, stdout, err = fedpeft(*words, "--epsilons", "8,inf", "--adapters", "ffa-lora", "--json")
+    assert err.count("done before") == 2
+    assert json.loads(stdout)["budgets"] == [8.0, None]
+    assert "'dora' is not for" in refused(fedpeft(*words, "--epsilons", "8", "--adapters", "lora,dora"))
+    assert "--level site does not exist" in refused(fedpeft(*words, "--level", "site"))

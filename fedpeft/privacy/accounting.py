@@ -32,7 +32,7 @@ from fedpeft.privacy.settings import Accountant
 
 LEAST_NOISE, MOST_NOISE = 1e-2, 1e4  # noise multipliers between which `calibrate` looks
 
-_DIGITS = 4  # significant digits of a calibrated noise multiplier
+_LEAST_MANTISSA = 1000  # of a calibrated noise multiplier, which has four significant digits
 # prv: its error in epsilon, absolute and relative to RDP's epsilon, which is a few times too large at worst
 _ERROR, _RELATIVE_ERROR, _LARGEST_ERROR = 0.002, 0.001, 0.5
 _USUAL_POINTS, _MOST_POINTS = 2**19, 2**21  # prv: points of the mesh; two million take two seconds and some 300 MB
@@ -231,7 +231,8 @@ def _renyi_divergences(noise_multiplier: float, sample_rate: float) -> NDArray[n
     distinct, places = np.unique(orders, return_inverse=True)
     with _silence():
         divergences = compute_rdp(q=sample_rate, noise_multiplier=noise_multiplier, steps=1, orders=distinct.tolist())
-    return np.maximum(divergences, 0)[places] + _RDP_ROUNDING
+    bounded: NDArray[np.float64] = np.maximum(divergences, 0)[places] + _RDP_ROUNDING
+    return bounded
 
 
 def _gaussian_mu(charges: Iterable[Charge]) -> float:
@@ -393,16 +394,16 @@ def _central_limit(charge: Charge) -> float:
 
 def _noise_multiplier(index: int) -> float:
     """Return a multiplier of four digits by its number: 0 is 1.000, 1 is 1.001, 9000 is 10.00, -1 is 0.9999."""
-    exponent, mantissa = divmod(index, 9 * 10 ** (_DIGITS - 1))
+    exponent, mantissa = divmod(index, 9 * _LEAST_MANTISSA)
     # read as it would be typed, because a product would be off in its last bit
-    return float(f"{mantissa + 10 ** (_DIGITS - 1)}e{exponent - _DIGITS + 1}")
+    return float(f"{mantissa + _LEAST_MANTISSA}e{exponent - 3}")
 
 
 def _index(noise_multiplier: float) -> int:
     """Return the number of the first multiplier of four digits that is not below."""
     exponent = math.floor(math.log10(noise_multiplier))
-    mantissa = math.ceil(noise_multiplier / 10.0 ** (exponent - _DIGITS + 1) - 1e-9)
-    return exponent * 9 * 10 ** (_DIGITS - 1) + mantissa - 10 ** (_DIGITS - 1)
+    mantissa = math.ceil(noise_multiplier / 10.0 ** (exponent - 3) - 1e-9)
+    return (exponent * 9 - 1) * _LEAST_MANTISSA + mantissa
 
 
 # --- input -------------------------------------------------------------------------------------------------------

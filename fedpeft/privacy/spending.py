@@ -16,6 +16,11 @@ from fedpeft.privacy.statement import Facts, number, read_statement, state, void
 from fedpeft.runs import CONFIG, read_config, strict_json
 
 DELTA = 1e-5  # at which a site's ledger is summed up unless another is asked for
+COMPUTED = {
+    "prv": "PRV, composed over every step that was charged",
+    "rdp": "RDP, composed over every step that was charged",
+    "gaussian": "the analytic Gaussian, as all rows took part in every step",
+}
 UNFINISHED = "the run goes on, or was killed: this is what its ledger holds so far"
 
 
@@ -153,7 +158,7 @@ def _site_paragraph(facts: Mapping[str, Any], runs: int) -> str:
         f"{facts['delta']:g} over all that is in it, {runs} {'run' if runs == 1 else 'runs'}, as though every charge "
         "were on the same rows.",
         *(f"No guarantee: {reason}." for reason in facts["reasons"]),
-        f"Accountant: {facts['accountant'].upper()}; the analytic Gaussian where all rows take part in every step.",
+        f"Accountant: {COMPUTED[facts['computed_by']]}.",
         "Assumed: rows were drawn and noise was added as the runs' own statements (privacy.json) say, nothing else was "
         "released of these rows, and no other ledger holds charges on them.",
     ]

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from fedpeft.privacy.statement import number
 from fedpeft.report.layout import pairs
 
 
@@ -17,7 +18,7 @@ def audit_view(facts: Mapping[str, Any]) -> RenderableType:
     claimed, level = facts["claimed_epsilon"], facts["level"]
     why = "privacy.level = none" if level == "none" else "see privacy.json"
     rows = [
-        ("claimed epsilon", f"none ({why})" if claimed is None else f"{upwards(claimed)} for each row"),
+        ("claimed epsilon", f"none ({why})" if claimed is None else f"{number(claimed)} for each row"),
         ("delta", f"{facts['delta']:g}"),
         ("canaries", f"{facts['canaries']}, of which {facts['included']} were trained on"),
         ("guesses", f"{facts['guesses']}, of which {facts['correct']} were right"),
@@ -28,11 +29,6 @@ def audit_view(facts: Mapping[str, Any]) -> RenderableType:
         ),
     ]
     return Group(pairs(rows), Text(), Text(facts["meaning"], style="bold red" if facts["violated"] else ""))
-
-
-def upwards(epsilon: float) -> str:
-    """Write a claim, which must not be written smaller than it is."""
-    return f"{math.ceil(epsilon * 1000 - 1e-9) / 1000:.3f}"
 
 
 def downwards(epsilon: float) -> str:

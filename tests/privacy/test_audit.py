@@ -12,10 +12,12 @@ import pytest
 from numpy.typing import NDArray
 from scipy.optimize import linprog
 from scipy.stats import binom
+from typer.testing import CliRunner
 
 from fedpeft.config import RunConfig, nest, resolve
-from fedpeft.errors import PrivacyError, RunDirectoryError
+from fedpeft.errors import FedpeftError, PrivacyError, RunDirectoryError
 from fedpeft.privacy.audit import FRACTIONS, audit_run, bound_of, epsilon_lower_bound, p_value
+from fedpeft.privacy_commands import privacy_app
 
 
 def randomised_response(
@@ -181,3 +183,37 @@ def test_what_is_no_audited_run_is_refused(tmp_path: Path) -> None:
     (run / "canaries.json").unlink()
     with pytest.raises(PrivacyError, match="still going on"):
         audit_run(run)
+
+
+def command(*words: object) -> tuple[int, str]:
+    """Run ``fedpeft privacy audit``; return exit code and output, or the error."""
+    result = CliRunner(env={"COLUMNS": "100"}).invoke(privacy_app, ["audit", *map(str, words)])
+    if isinstance(result.exception, FedpeftError):
+        return result.exception.exit_code, str(result.exception)
+    return result.exit_code, result.output
+
+
+def test_the_command_prints_claim_and_bound(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", right=0.6, level="record", epsilon=3.0)
+    code, text = command(run)
+    assert code == 0
+    assert "claimed epsilon" in text
+    assert "at 95% confidence" in text
+    code, text = command(run, "--json", "--guesses", 100)
+    assert (code, json.loads(text)["guesses"]) == (0, 100)
+
+
+def test_the_command_says_loudly_what_is_broken(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", level="record", epsilon=3.0)
+    for words in ((run,), (run, "--json")):
+        code, text = command(*words)
+        assert code == 1
+        assert "BROKEN" in text
+
+
+def test_the_command_refuses_what_cannot_be_audited(tmp_path: Path) -> None:
+    assert command(tmp_path)[0] == 2
+    code, text = command(write_run(tmp_path / "few", canaries=5))
+    assert code == 2
+    assert "too few" in text
+    assert command(write_run(tmp_path / "run"), "--guesses", 301)[0] == 2

@@ -1,0 +1,4 @@
+"""Figures that the documentation quotes.
+
+A package, and no mere folder, because Opacus installs one of this name, which would be found in its place.
+"""
