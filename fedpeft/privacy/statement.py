@@ -26,6 +26,7 @@ COUNTS = {
     True: "row counts are public and held fixed, so that a removed row is one that contributes nothing",
     False: "sample rate, noise and divisor are fixed publicly, so that row counts show in nothing",
 }
+PERSONAL = {"fedsa-lora": ("B",)}  # methods with sums only, and parts that clients keep
 PUBLIC = ("base model", "tokenizer or image processor", "label set", "test rows", "configuration")
 ADVERSARY = {
     "record": "the server, the other clients, and whoever sees any adapter of the run; not whoever reads a client's "
@@ -91,7 +92,7 @@ def state(
         "mechanism": _mechanism(privacy),
         "sampling": _sampling(config),
         "public": [*PUBLIC, *_declared(config)],
-        "warnings": [*_warnings(privacy, protected), *notes],
+        "warnings": [*_warnings(privacy, protected), *_kept(config), *notes],
         "rounds": config.federation.rounds,
         "clients": _clients(privacy, charges, found, examples, voided=bool(voided)),
     }
@@ -174,6 +175,18 @@ def _warnings(privacy: PrivacyConfig, protected: int) -> list[str]:
             f"the clear would satisfy it; set privacy.delta below {1 / protected:.2g}"
         ]
     return []
+
+
+def _kept(config: RunConfig) -> list[str]:
+    """Return what noise on a sum does not reach: DP-SGD does, since it covers all that a client trains."""
+    kept = [*PERSONAL.get(config.strategy.name, ()), *(["the head"] if config.adapter.head == "local" else [])]
+    if config.privacy.level != "client" or not kept:
+        return []
+    what = " and ".join(kept)
+    return [
+        f"{what} stays with each client and is covered by no noise: neither it, nor scores of models that hold it "
+        "(clients/, test scores), may be shown to anybody else"
+    ]
 
 
 def paragraph(facts: Mapping[str, Any]) -> str:

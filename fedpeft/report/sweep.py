@@ -205,7 +205,8 @@ def _curves(axes: Axes, facts: Mapping[str, Any], theme: Theme) -> bool:
         name = ", ".join(filter(None, (line["strategy"], line["adapter"])))
         drawn = draw_line(axes, points, short_label(name, limit=LABEL_WIDTH), theme, index, width=1.8)
         axes.errorbar(
-            *zip(*points, strict=True),
+            [at for at, _, _ in known],
+            [score for _, score, _ in known],
             yerr=[spread for _, _, spread in known],
             fmt="none",
             ecolor=drawn.get_color(),

@@ -1,0 +1,155 @@
+"""What a run claims: the worst case over clients, and no number where there is none."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedpeft.config import RunConfig
+from fedpeft.privacy.accounting import Charge, spent
+from fedpeft.privacy.books import Books
+from fedpeft.privacy.ledger import Ledger
+from fedpeft.privacy.mechanism import record_mechanism
+from fedpeft.privacy.statement import number, state
+from fedpeft.runs import RunDirectory
+from fedpeft.wire import NOISE_MULTIPLIER, NUM_EXAMPLES, SAMPLE_RATE, SPENT_STEPS, STEPS
+
+Make = Callable[..., RunConfig]
+CHARGES = {"a": [Charge(1.1, 0.2, 5), Charge(1.1, 0.2, 5)], "b": [Charge(0.9, 0.1, 5)], "c": []}
+EXAMPLES = {"a": 500, "b": 1000, "c": 2000}
+
+
+def secure(text_config: Make, **settings: object) -> RunConfig:
+    base = {"privacy__level": "record", "privacy__noise_multiplier": 1.0, "privacy__rng": "secure"}
+    return text_config(**base | settings)
+
+
+def test_the_worst_client_over_all_rounds_counts(text_config: Make) -> None:
+    facts = state(secure(text_config), CHARGES, EXAMPLES)
+    each = {client: spent(held, 1e-5).epsilon for client, held in CHARGES.items()}
+    assert facts["epsilon_max"] == max(each.values())
+    assert facts["epsilon_median"] == sorted(each.values())[1]
+    assert each["a"] == spent([Charge(1.1, 0.2, 10)], 1e-5).epsilon
+    assert facts["clients"]["a"]["steps"] == 10
+    nothing = {"epsilon": 0.0, "noise_multiplier": None, "sample_rate": None, "steps": 0, "examples": 2000}
+    assert facts["clients"]["c"] == nothing
+    assert facts["guarantee"] is True
+    assert facts["reasons"] == facts["warnings"] == []
+    assert number(facts["epsilon_max"]) in facts["statement"]
+    for words in ("the server", "Poisson", "row counts", "tokenizer", "label set", "floating point", "all rounds"):
+        assert words in facts["statement"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"privacy__sampling": "shuffle"}, "shuffle"),
+        ({"privacy__release_metrics": True}, "losses leave"),
+        ({"privacy__noise_multiplier": 0.0}, "no noise"),
+    ],
+)
+def test_a_choice_that_voids_the_guarantee_leaves_no_number(
+    settings: dict[str, Any], words: str, text_config: Make
+) -> None:
+    facts = state(secure(text_config, **settings), CHARGES, EXAMPLES)
+    assert facts["epsilon_max"] is facts["epsilon_median"] is None
+    assert facts["guarantee"] is False
+    assert facts["statement"].startswith("No guarantee")
+    assert "epsilon =" not in facts["statement"]
+    assert words in facts["statement"]
+    assert {found["epsilon"] for found in facts["clients"].values()} == {None}
+    json.dumps(facts, allow_nan=False)
+
+
+def test_seeded_randomness_is_no_guarantee_but_has_a_number(text_config: Make) -> None:
+    facts = state(secure(text_config, privacy__rng="seeded"), CHARGES, EXAMPLES)
+    assert facts["guarantee"] is False
+    assert facts["epsilon_max"] > 0
+    assert "can replay" in facts["statement"]
+
+
+def test_a_delta_that_lets_a_row_go_in_the_clear_is_warned_of(text_config: Make) -> None:
+    assert "500 rows" in state(secure(text_config, privacy__delta=0.002), CHARGES, EXAMPLES)["warnings"][0]
+    assert not state(secure(text_config, privacy__delta=0.0019), CHARGES, EXAMPLES)["warnings"]
+    client = secure(text_config, privacy__level="client", privacy__delta=0.4)
+    assert "3 clients" in state(client, CHARGES, {})["warnings"][0]
+
+
+def test_a_trusted_server_and_kept_parts_are_named(text_config: Make) -> None:
+    facts = state(secure(text_config, privacy__level="client"), CHARGES, {})
+    assert "SERVER IS TRUSTED" in facts["statement"]
+    assert "add or remove one client" in facts["adjacency"]
+    fixed = state(secure(text_config, privacy__level="client", privacy__cohort="fixed"), CHARGES, {})
+    assert "replace one client" in fixed["adjacency"]
+    assert "twice the sensitivity" in fixed["sampling"]
+    personal = secure(text_config, privacy__level="client", strategy__name="fedsa-lora")
+    assert "stays with each client" in state(personal, CHARGES, {})["statement"]
+    head = secure(text_config, privacy__level="client", adapter__head="local")
+    assert "stays with each client" in state(head, CHARGES, {})["statement"]
+
+
+def test_without_public_counts_the_statement_holds_no_client(text_config: Make) -> None:
+    config = secure(text_config, privacy__public_counts=False, privacy__sample_rate=0.2)
+    facts = state(config, CHARGES, {})
+    assert facts["clients"] == {}
+    assert facts["epsilon_max"] > 0
+    assert not any("row counts" in word for word in facts["public"])
+
+
+def test_numbers_are_rounded_up() -> None:
+    assert [number(value) for value in (2.9990001, 3.0, 0.0, float("inf"))] == ["3.000", "3.000", "0.000", "infinity"]
+
+
+def test_the_same_noise_for_all_where_counts_are_private(text_config: Make) -> None:
+    config = secure(text_config, privacy__public_counts=False, privacy__sample_rate=0.2)
+    assert record_mechanism(config, 10) == record_mechanism(config, 10_000)
+    public = secure(text_config, privacy__noise_multiplier=None, privacy__epsilon=3.0)
+    few, many = record_mechanism(public, 20), record_mechanism(public, 2000)
+    assert few.noise_multiplier > many.noise_multiplier
+    assert few.denominator == many.denominator == 8
+    small = record_mechanism(public, 5)
+    assert (small.sample_rate, small.denominator) == (1.0, 5.0)
+
+
+# --- books of a deployment ---------------------------------------------------------------------------------------
+
+
+def told(steps: int, noise: float = 1.0) -> dict[str, float]:
+    return {NOISE_MULTIPLIER: noise, SAMPLE_RATE: 0.25, SPENT_STEPS: steps, STEPS: 3, NUM_EXAMPLES: 32}
+
+
+def test_a_server_takes_sites_at_their_word_and_assumes_the_worst_of_those_that_say_nothing(
+    text_config: Make, tmp_path: Path
+) -> None:
+    config = secure(text_config)
+    books = Books(config, RunDirectory(tmp_path / "run", config, 1), {}, told=True)
+    books.settle(1, {"a": 1, "b": 2, "c": 1}, {"a": told(3), "b": told(6)})
+    books.settle(1, {"a": 9}, {"a": told(99)})  # a round counts once
+    books.settle(2, {"a": 1, "b": 2}, {"a": told(6)})  # b was asked twice and said nothing
+    facts = books.close(["a", "b", "c", "d"])
+    assert {client: found["steps"] for client, found in facts["clients"].items()} == {"a": 6, "b": 12, "c": 0, "d": 0}
+    assert any("c was asked to train and never answered" in warning for warning in facts["warnings"])
+    assert len(Ledger(tmp_path / "run" / "ledger.jsonl").entries()) == 4
+
+
+@pytest.mark.parametrize("wrong", [{SPENT_STEPS: float("nan")}, {NOISE_MULTIPLIER: -1.0}, {SAMPLE_RATE: 7.0}])
+def test_a_site_that_talks_nonsense_ends_no_run(wrong: dict[str, float], text_config: Make, tmp_path: Path) -> None:
+    config = secure(text_config)
+    books = Books(config, RunDirectory(tmp_path / "run", config, 1), {}, told=True)
+    books.settle(1, {"a": 1}, {"a": told(3) | wrong})
+    assert any("never answered" in warning for warning in books.close(["a"])["warnings"])
+
+
+def test_where_counts_are_private_a_server_charges_what_it_asked_for(text_config: Make, tmp_path: Path) -> None:
+    config = secure(text_config, privacy__public_counts=False, privacy__sample_rate=0.2)
+    books = Books(config, RunDirectory(tmp_path / "run", config, 1), {}, told=True)
+    books.settle(1, {"a": 1, "b": 2}, {"a": {NUM_EXAMPLES: 1}})
+    assert books.charges() == {
+        "a": [Charge(1.0, 0.2, 3)],
+        "b": [Charge(1.0, 0.2, 6)],
+    }
+    assert books.epsilon_max() == spent([Charge(1.0, 0.2, 6)], 1e-5).epsilon
