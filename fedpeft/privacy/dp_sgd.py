@@ -85,14 +85,21 @@ class ClippingOptimizer(DPOptimizer):  # type: ignore[misc]
             parameter.summed_grad = clipped if parameter.summed_grad is None else parameter.summed_grad + clipped
 
     def add_noise(self) -> None:
-        """Put the noised sum where the optimizer looks for gradients."""
+        """Put the noised sum where the optimizer looks for gradients; all noise comes from one draw."""
         deviation = self.noise_multiplier * self.max_grad_norm
-        for parameter in self.params:
+        sizes = [parameter.numel() for parameter in self.params]
+        noises = self._randomness.normal((sum(sizes),)).mul_(deviation).split(sizes) if deviation else ()
+        for index, parameter in enumerate(self.params):
             total = parameter.summed_grad
             if deviation:
-                noise = self._randomness.normal(total.shape).to(total.device)
-                total = (total.double() + deviation * noise).to(total)
+                noise = noises[index].view(total.shape).to(total.device)
+                total = (total.double() + noise).to(total)
             parameter.grad = total.view_as(parameter)
+
+    def scale_grad(self) -> None:
+        """Divide by the expected number of rows."""
+        for parameter in self.params:
+            parameter.grad /= self.expected_batch_size
 
 
 class RowEngine:

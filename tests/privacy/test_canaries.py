@@ -246,6 +246,20 @@ def test_public_row_counts_hold_every_canary(audited: Path) -> None:
     assert sum(counts.values()) == 96 + 60
 
 
+def test_a_private_run_is_held_against_its_own_statement(text_config: Make, tmp_path: Path) -> None:
+    config = text_config(privacy__canaries=60, privacy__level="record", privacy__noise_multiplier=2.0)
+    run = simulate(config, tmp_path / "run").path
+    found = audit_run(run)
+    assert found["claimed_epsilon"] == json.loads((run / "privacy.json").read_text())["epsilon_max"] > 0
+    assert not found["violated"]
+    # the sample rate is that of the public row count, ghosts included
+    clients = json.loads((run / "privacy.json").read_text())["clients"]
+    assert sum(client["examples"] for client in clients.values()) == 96 + 60
+    assert all(client["sample_rate"] == pytest.approx(8 / client["examples"]) for client in clients.values())
+    without = text_config(privacy__canaries=60, privacy__level="record", privacy__noise_multiplier=0.0)
+    assert audit_run(simulate(without, tmp_path / "without").path)["claimed_epsilon"] is None
+
+
 def test_the_number_of_workers_changes_no_score(audited: Path, text_config: Make, tmp_path: Path) -> None:
     settings = {"federation__rounds": 2, "train__local_steps": 30, "train__learning_rate": 0.03}
     config = text_config(privacy__canaries=60, adapter__targets="all-linear", simulation__workers=2, **settings)
