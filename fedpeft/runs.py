@@ -37,6 +37,7 @@ PACKAGES = (
     "torch",
     "transformers",
     "peft",
+    "opacus",
     "flwr",
     "ray",
     "datasets",

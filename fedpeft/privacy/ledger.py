@@ -83,7 +83,7 @@ class Ledger:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock = FileLock(f"{path}.lock", timeout=LOCK_SECONDS)
+        self._lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=LOCK_SECONDS)
         self._entries: list[Entry] = []
         self._releases: set[tuple[str, str, str]] = set()
         self._size = 0  # bytes of whole lines that were read
