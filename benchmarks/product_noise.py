@@ -10,8 +10,8 @@ whose last three terms are uncorrelated, so that their expected squared Frobeniu
 
     E |xB A|^2 = sigma^2 d_out |A|^2,   E |B xA|^2 = sigma^2 d_in |B|^2,   E |xB xA|^2 = sigma^4 d_out d_in r.
 
-Sun et al. 2024, https://arxiv.org/abs/2403.12313, freeze A for the sake of the last one. The figure has these lines, and
-points of seeded draws. A is as PEFT initialises it; B's entries are a tenth as large, because B begins at zero.
+Sun et al. 2024, https://arxiv.org/abs/2403.12313, freeze A for the sake of the last one. The figure has these lines,
+and points of seeded draws. A is as PEFT initialises it; B's entries are a tenth as large, because B begins at zero.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def draw(lines: Mapping[str, Array], points: Mapping[str, Array], path: Path) ->
         axes.set(xscale="log", yscale="log", xlabel="standard deviation of the noise in each entry of a factor, sigma")
         axes.set_ylabel("noise in the product / |B A|")
         axes.set_title(
-            f"Noise in B A: lines in closed form, points of {DRAWS} draws ({D_OUT} x {D_IN}, rank {RANK})",
+            f"Noise in B A ({D_OUT} x {D_IN}, rank {RANK}): closed form, and {DRAWS} draws",
             loc="left",
             color=LIGHT.ink,
             fontweight="bold",

@@ -106,7 +106,7 @@ def train(message: Message, context: Context) -> Message:
         context.state[OWN_KEPT] = to_record(adapted.tensors(kept))
     trained = [name for name in _names(home, settings, TRAINED) if name in adapted.trained]
     tail = _tail(adapted, settings)
-    tail_before = float(tail.size()) if tail else 0.0
+    tail_before = float(tail.size().detach()) if tail else 0.0
     with num_threads(run.simulation.threads_per_worker):
         result = train_locally(
             adapted,
@@ -126,7 +126,7 @@ def train(message: Message, context: Context) -> Message:
     if personal:
         context.state[OWN_PERSONAL] = to_record(adapted.tensors(personal))
     sent_up = adapted.tensors([name for name in trained if name not in personal])
-    if tail and float(tail.size()) < tail_before:
+    if tail and float(tail.size().detach()) < tail_before:
         sent_up = first_ranks(sent_up, tail.kept)
     metrics = _told(run, rows, result, {} if permission is None else permission.told)
     return Message(RecordDict({ARRAYS: to_record(sent_up), METRICS: metrics}), reply_to=message)

@@ -113,10 +113,22 @@ class RowEngine:
 
     def __init__(self, adapted: AdaptedModel) -> None:
         self.adapted = adapted
+        trained = [name for name in adapted.trained if adapted.parameter(name).requires_grad]
         adapted.begin_training(adapted.trained)  # hooks go where something may ever be trained
         self._hooks = RowGradients(adapted.model, loss_reduction="sum", strict=False)
         self._hooks.disable_hooks()
+        adapted.begin_training(trained)  # of a round that has begun already
         self.has_moved = False  # whether a step was seen to reach the weights
+
+    def reset(self) -> None:
+        """Forget what a training that broke off has left: Opacus counts forward passes against backward passes."""
+        for module in self.adapted.model.modules():
+            for name in ("activations", "max_batch_len"):
+                vars(module).pop(name, None)
+        for name in self.adapted.trained:
+            parameter: Any = self.adapted.parameter(name)
+            parameter.grad_sample, parameter.summed_grad, parameter._forward_counter = None, None, 0
+            vars(parameter).pop("_current_grad_sample", None)
 
     def backward(self, inputs: Mapping[str, Tensor], precision: str) -> float:
         """Leave each row's gradient in ``grad_sample`` of every tensor that is trained; return the sum of losses.
@@ -196,6 +208,7 @@ class PrivateGradients:
     ) -> None:
         self._engine, self._split, self._rows, self._mechanism = engine, split, rows, mechanism
         self._randomness, self._physical, self._precision, self._shuffled = randomness, physical, precision, shuffled
+        engine.reset()
         self._clipping = ClippingOptimizer(optimizer, mechanism, randomness)
 
     def batches(self) -> Iterator[Rows]:

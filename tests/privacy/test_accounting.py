@@ -7,7 +7,7 @@ import random
 from functools import lru_cache
 from typing import Any
 
-import mpmath
+import mpmath  # type: ignore[import-untyped]
 import pytest
 from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
 from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
@@ -243,7 +243,12 @@ def test_calibrated_noise_is_the_least_of_four_digits_that_fits(
 def test_calibration_takes_few_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
     compute = accounting._prv_epsilon
-    monkeypatch.setattr(accounting, "_prv_epsilon", lambda *given: taken.append(given) or compute(*given))
+
+    def counted(*given: Any) -> float | None:
+        taken.append(given)
+        return compute(*given)
+
+    monkeypatch.setattr(accounting, "_prv_epsilon", counted)
     for epsilon in (0.5, 2.9, 7.9):
         taken.clear()
         accounting._spent.cache_clear()

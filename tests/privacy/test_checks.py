@@ -48,8 +48,10 @@ def test_settings_that_contradict_each_other_are_one_clear_error(
         ({"adapter__init": "eva", "adapter__init_data": "rows.csv"}, "privacy.public_init_data=true"),
         (
             {
-                "privacy__public_counts": False, "privacy__sample_rate": 0.1,
-                "train__local_steps": None, "train__local_epochs": 1,
+                "privacy__public_counts": False,
+                "privacy__sample_rate": 0.1,
+                "train__local_steps": None,
+                "train__local_epochs": 1,
             },
             "needs train.local_steps",
         ),

@@ -233,6 +233,29 @@ def test_frozen_factors_of_a_round_do_not_disturb_the_hooks(homes: Callable[[str
         assert all(p.grad is not None and bool(p.grad.any()) for p in parameters)
 
 
+def test_a_training_that_broke_off_leaves_nothing_behind(homes: Callable[[str, str], Resident]) -> None:
+    home = homes("sequence-classification", "lora")
+    mechanism = RecordMechanism(0.0, 0.5, 1, 1.0, 1e6)
+    batch = np.arange(5, dtype=np.int64)
+    parameters, gradients = private(home, mechanism)
+    gradients.compute(batch)
+    whole = [p.grad.clone() for p in parameters if p.grad is not None]
+    home.row_engine._hooks.enable_hooks()
+    home.adapted.model(**home.data.train.batch(batch))  # a forward pass without its backward pass
+    home.row_engine._hooks.disable_hooks()
+    parameters, gradients = private(home, mechanism)
+    gradients.compute(batch)
+    assert all(torch.equal(p.grad, g) for p, g in zip(parameters, whole, strict=True) if p.grad is not None)
+
+
+def test_a_first_training_of_one_factor_leaves_the_other_frozen(text_config: Callable[..., RunConfig]) -> None:
+    home = Resident(text_config(run__seed=77, adapter__kind="lora"))
+    names = [name for name in home.adapted.trained if "lora_B" in name]
+    home.adapted.begin_training(names)
+    assert home.row_engine.adapted is home.adapted  # made in the midst of a round
+    assert {name for name in home.adapted.trained if home.adapted.parameter(name).requires_grad} == set(names)
+
+
 def test_a_layer_that_does_not_see_one_row_at_a_time_is_refused(homes: Callable[[str, str], Resident]) -> None:
     home = homes("image-classification", "lora")
     parameters = home.adapted.begin_training(home.adapted.trained)
