@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedpeft.config import nest, resolve
+from fedpeft.config import RunConfig, nest, resolve
 from fedpeft.errors import PrivacyError
 from fedpeft.privacy.dp_sgd import PrivateGradients, RowEngine
 from fedpeft.privacy.mechanism import RecordMechanism
