@@ -76,7 +76,8 @@ def noise(
             raise ConfigError(f"{name} {count} is too few; give a whole number of 1 or more.")
     rate = _sample_rate(sample_rate, examples, batch_size)
     steps = rounds * _round_steps(local_steps, local_epochs, rate)
-    from fedpeft.privacy.accounting import Charge, calibrate, spent
+    from fedpeft.privacy.accounting import Charge, spent
+    from fedpeft.privacy.calibration import calibrate
 
     chosen = cast("Accountant", accountant)  # which is checked there
     multiplier = calibrate(epsilon, delta, rate, steps, chosen)

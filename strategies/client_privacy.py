@@ -50,7 +50,8 @@ import torch
 from torch import Tensor
 
 from fedpeft.errors import ConfigError
-from fedpeft.privacy.accounting import Charge, calibrate
+from fedpeft.privacy.accounting import Charge
+from fedpeft.privacy.calibration import calibrate
 from fedpeft.privacy.randomness import Randomness, secure, seeded
 from fedpeft.privacy.settings import Rng
 from fedpeft.state import AdapterState, ClientUpdate

@@ -11,7 +11,8 @@ import pytest
 
 from fedpeft.cli import main
 from fedpeft.config import resolve
-from fedpeft.privacy.accounting import Charge, calibrate, spent
+from fedpeft.privacy.accounting import Charge, spent
+from fedpeft.privacy.calibration import calibrate
 from fedpeft.training import num_steps
 
 Run = Callable[..., tuple[int, str, str]]

@@ -1,4 +1,4 @@
-"""What a sequence of subsampled Gaussian mechanisms costs, and how much noise a budget asks for.
+"""What a sequence of subsampled Gaussian mechanisms costs.
 
 Every figure is an upper bound: for Poisson sampling, for data sets that differ in one unit added or removed, and for
 randomness that stays secret. Three accountants give it:
@@ -17,7 +17,7 @@ import contextlib
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import get_args
@@ -27,12 +27,9 @@ from numpy.typing import NDArray
 from scipy.fft import next_fast_len
 from scipy.special import log_ndtr
 
-from fedpeft.errors import ConfigError, PrivacyError, nearest
+from fedpeft.errors import ConfigError, nearest
 from fedpeft.privacy.settings import Accountant
 
-LEAST_NOISE, MOST_NOISE = 1e-2, 1e4  # noise multipliers between which `calibrate` looks
-
-_LEAST_MANTISSA = 1000  # of a calibrated noise multiplier, which has four significant digits
 # prv: its error in epsilon, absolute and relative to RDP's epsilon, which is a few times too large at worst
 _ERROR, _RELATIVE_ERROR, _LARGEST_ERROR = 0.002, 0.001, 0.5
 _USUAL_POINTS, _MOST_POINTS = 2**19, 2**21  # prv: points of the mesh; two million take two seconds and some 300 MB
@@ -105,17 +102,18 @@ def spent(charges: Iterable[Charge], delta: float, accountant: Accountant = "prv
     ConfigError
         A value is out of range, or there is no such accountant.
     """
-    return _spent(_merged(charges), _checked_delta(delta), _checked_accountant(accountant))
+    return spent_by(merged(charges), checked_delta(delta), checked_accountant(accountant))
 
 
 @lru_cache(maxsize=4096)
-def _spent(charges: Charges, delta: float, accountant: Accountant) -> Spent:
+def spent_by(charges: Charges, delta: float, accountant: Accountant) -> Spent:
+    """Return what checked and `merged` charges cost; see `spent`."""
     if not charges:
         return Spent(0.0, accountant)
     if any(charge.noise_multiplier == 0 for charge in charges):
         return Spent(math.inf, accountant)
     if all(charge.sample_rate == 1 for charge in charges):
-        return Spent(_gaussian_epsilon(_gaussian_mu(charges), delta), "gaussian")
+        return Spent(gaussian_epsilon(_gaussian_mu(charges), delta), "gaussian")
     if accountant == "prv":
         epsilon = _prv_epsilon(charges, delta)
         if epsilon is not None:
@@ -144,7 +142,7 @@ def upper_bound(charges: Iterable[Charge], delta: float) -> float:
     ConfigError
         A value is out of range.
     """
-    return _renyi_bound(_merged(charges), _checked_delta(delta))
+    return _renyi_bound(merged(charges), checked_delta(delta))
 
 
 # --- the accountants ---------------------------------------------------------------------------------------------
@@ -247,8 +245,8 @@ def _gaussian_log_delta(mu: float, epsilon: float) -> float:
     return first + math.log(-math.expm1(ratio)) if ratio < 0 else -math.inf
 
 
-def _gaussian_epsilon(mu: float, delta: float) -> float:
-    """Return the epsilon of two Gaussians at this distance, rounded up."""
+def gaussian_epsilon(mu: float, delta: float) -> float:
+    """Return the epsilon of two Gaussians `mu` standard deviations apart, rounded up."""
     if not math.isfinite(mu):
         return math.inf
     target = math.log(delta) - 1e-9  # less than delta by what rounding can make of it
@@ -263,153 +261,10 @@ def _gaussian_epsilon(mu: float, delta: float) -> float:
     return high
 
 
-# --- how much noise ----------------------------------------------------------------------------------------------
-
-
-def calibrate(
-    epsilon: float,
-    delta: float,
-    sample_rate: float,
-    steps: int,
-    accountant: Accountant = "prv",
-    before: Sequence[Charge] = (),
-) -> float:
-    """Return the least noise multiplier with which so many more steps stay within a budget.
-
-    Parameters
-    ----------
-    epsilon : float
-        The budget, over `before` and the steps to come.
-    delta : float
-        Of the guarantee, in (0, 1).
-    sample_rate : float
-        Chance of each unit to take part in a step, in (0, 1].
-    steps : int
-        How many are to come, at least 1.
-    accountant : {"prv", "rdp"}
-        As for `spent`.
-    before : sequence of Charge
-        What was spent already.
-
-    Returns
-    -------
-    float
-        With four significant digits, so that it prints and reads back as itself, and rounded up: `spent` is at most
-        epsilon. At least 0.01.
-
-    Raises
-    ------
-    ConfigError
-        A value is out of range, or there is no such accountant.
-    PrivacyError
-        `before` alone exceeds the budget, or no noise multiplier up to 10 000 is enough.
-    """
-    if not (math.isfinite(epsilon) and epsilon > 0):
-        raise ConfigError(f"epsilon = {epsilon} is no budget; give a positive number, such as 3.")
-    if not steps >= 1:
-        raise ConfigError(f"steps = {steps} is too few to calibrate noise for; give a whole number of 1 or more.")
-    (planned,) = _merged([Charge(1.0, sample_rate, steps)])
-    return _calibrate(
-        float(epsilon),
-        _checked_delta(delta),
-        planned.sample_rate,
-        planned.steps,
-        _checked_accountant(accountant),
-        _merged(before),
-    )
-
-
-@lru_cache(maxsize=1024)
-def _calibrate(
-    epsilon: float, delta: float, sample_rate: float, steps: int, accountant: Accountant, before: Charges
-) -> float:
-    already = _spent(before, delta, accountant).epsilon
-    if already > epsilon:
-        raise PrivacyError(
-            f"epsilon {already:.4g} is spent already at delta {delta:g}, more than the budget of {epsilon:g}; "
-            "give a larger budget, or stop."
-        )
-
-    def cost(index: int) -> float:
-        planned = Charge(_noise_multiplier(index), sample_rate, steps)
-        return _spent(_merged([*before, planned]), delta, accountant).epsilon
-
-    least, most = _index(LEAST_NOISE), _index(MOST_NOISE)
-    # low costs too much and high does not: walk from a guess until both are known, then close in on the first that fits
-    costs: dict[int, float] = {}
-    low, high, stride, turns = least - 1, most + 1, 100, 0
-    index = min(max(_index(_guess(epsilon, delta, sample_rate, steps, before)), least), most)
-    while high - low > 1:
-        costs[index] = cost(index)
-        low, high = (index, high) if costs[index] > epsilon else (low, index)
-        if low == most:
-            raise PrivacyError(
-                f"no noise multiplier up to {MOST_NOISE:g} keeps {steps} more steps at sample rate {sample_rate:g} "
-                f"within epsilon {epsilon:g} at delta {delta:g}, of which {already:.4g} is spent; "
-                "give a larger budget, fewer steps, or a smaller sample rate."
-            )
-        if low in costs and high in costs:
-            turns += 1
-            index = _between(low, high, costs[low], costs[high], epsilon, turns)
-        else:
-            index = min(low + stride, most) if low in costs else max(high - stride, least)
-            stride *= 6
-    return _noise_multiplier(high)
-
-
-def _between(low: int, high: int, above: float, below: float, epsilon: float, turns: int) -> int:
-    """Interpolate in logarithms, where the cost is almost a straight line, and halve at every fourth turn."""
-    if turns % 4 == 0 or not (math.isfinite(above) and below > 0):
-        return (low + high) // 2
-    share = (math.log(above) - math.log(epsilon)) / (math.log(above) - math.log(below))
-    first, last = math.log(_noise_multiplier(low)), math.log(_noise_multiplier(high))
-    index = _index(math.exp(first + share * (last - first)))
-    # the line passes a root on the same side each time: a step beyond makes it the other side's turn
-    index += (1 if share < 0.5 else -1) * (turns > 1)
-    return min(max(index, low + 1), high - 1)
-
-
-def _guess(epsilon: float, delta: float, sample_rate: float, steps: int, before: Charges) -> float:
-    """Guess a noise multiplier by the central limit theorem.
-
-    Many steps are nearly one Gaussian mechanism with mu^2 = q^2 steps (exp(1 / sigma^2) - 1): Bu et al. 2020,
-    https://arxiv.org/abs/1911.11607. That promises too much, so it is where a search starts, and nothing else.
-    """
-    low, high = 0.0, math.sqrt(2 * epsilon) + 10.0
-    for _ in range(30):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _gaussian_epsilon(middle, delta) <= epsilon else (low, middle)
-    used = sum(_central_limit(charge) for charge in before)
-    left = max(low * low - used, 1e-3 * low * low)
-    if sample_rate == 1:
-        return math.sqrt(steps / left)
-    return 1 / math.sqrt(math.log1p(left / (sample_rate * sample_rate * steps)))
-
-
-def _central_limit(charge: Charge) -> float:
-    precision = charge.noise_multiplier**-2
-    growth = precision if charge.sample_rate == 1 else math.expm1(min(precision, 700.0))
-    return charge.sample_rate**2 * charge.steps * growth
-
-
-def _noise_multiplier(index: int) -> float:
-    """Return a multiplier of four digits by its number: 0 is 1.000, 1 is 1.001, 9000 is 10.00, -1 is 0.9999."""
-    exponent, mantissa = divmod(index, 9 * _LEAST_MANTISSA)
-    # read as it would be typed, because a product would be off in its last bit
-    return float(f"{mantissa + _LEAST_MANTISSA}e{exponent - 3}")
-
-
-def _index(noise_multiplier: float) -> int:
-    """Return the number of the first multiplier of four digits that is not below."""
-    exponent = math.floor(math.log10(noise_multiplier))
-    mantissa = math.ceil(noise_multiplier / 10.0 ** (exponent - 3) - 1e-9)
-    return (exponent * 9 - 1) * _LEAST_MANTISSA + mantissa
-
-
 # --- input -------------------------------------------------------------------------------------------------------
 
 
-def _merged(charges: Iterable[Charge]) -> Charges:
+def merged(charges: Iterable[Charge]) -> Charges:
     """Check charges, join equal mechanisms, drop what has no steps, and put the rest into one order."""
     steps: dict[tuple[float, float], int] = defaultdict(int)
     for charge in charges:
@@ -431,13 +286,15 @@ def _one_step(charge: Charge) -> Charge:
     return Charge(charge.noise_multiplier, charge.sample_rate, 1)
 
 
-def _checked_delta(delta: float) -> float:
+def checked_delta(delta: float) -> float:
+    """Return a delta that makes sense, or raise ConfigError."""
     if not 0 < delta < 1:
         raise ConfigError(f"delta = {delta} is not allowed; give a number between 0 and 1, below 1 / units protected.")
     return float(delta)
 
 
-def _checked_accountant(accountant: str) -> Accountant:
+def checked_accountant(accountant: str) -> Accountant:
+    """Return an accountant that exists, or raise ConfigError."""
     for known in get_args(Accountant):
         if accountant == known:
             return known  # type: ignore[no-any-return]

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from fedpeft.config import RunConfig
 from fedpeft.errors import BudgetSpentError
-from fedpeft.privacy.accounting import Charge, spent, upper_bound
+from fedpeft.privacy.accounting import Charge, merged, spent, upper_bound
 from fedpeft.privacy.budget import Budget, charged
 from fedpeft.privacy.ledger import EVERYBODY, LEDGER, Entry, Ledger
 from fedpeft.privacy.mechanism import record_mechanism
@@ -124,7 +124,7 @@ class Books:
         if void(privacy):
             return None
         most = math.inf if privacy.epsilon is None else privacy.epsilon  # every charge was held against the budget
-        mechanisms = {_merged(charges) for charges in self.charges().values()}
+        mechanisms = {merged(charges) for charges in self.charges().values()}
         bounds = sorted(((upper_bound(held, privacy.delta), held) for held in mechanisms), key=lambda pair: -pair[0])
         largest = 0.0
         for looked, (bound, held) in enumerate(bounds):
@@ -170,11 +170,3 @@ def _told(metrics: Mapping[str, float]) -> Charge | None:
     if not (0 <= noise < math.inf and 0 < rate <= 1 and 0 <= steps < 2**53):
         return None
     return Charge(noise, rate, int(steps))
-
-
-def _merged(charges: Sequence[Charge]) -> tuple[Charge, ...]:
-    total: dict[tuple[float, float], int] = {}
-    for charge in charges:
-        key = (charge.noise_multiplier, charge.sample_rate)
-        total[key] = total.get(key, 0) + charge.steps
-    return tuple(Charge(noise, rate, steps) for (noise, rate), steps in sorted(total.items()))

@@ -88,7 +88,8 @@ class ClippingOptimizer(DPOptimizer):  # type: ignore[misc]
         """Put the noised sum where the optimizer looks for gradients; all noise comes from one draw."""
         deviation = self.noise_multiplier * self.max_grad_norm
         sizes = [parameter.numel() for parameter in self.params]
-        noises = self._randomness.normal((sum(sizes),)).mul_(deviation).split(sizes) if deviation else ()
+        drawn = self._randomness.normal((sum(sizes) if deviation else 0,)).mul_(deviation)
+        noises = torch.split(drawn, sizes) if deviation else ()
         for index, parameter in enumerate(self.params):
             total = parameter.summed_grad
             if deviation:

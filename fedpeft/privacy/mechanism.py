@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from fedpeft.config import FederationConfig, RunConfig, TrainConfig
-from fedpeft.privacy.accounting import Charge, calibrate
+from fedpeft.privacy.accounting import Charge
+from fedpeft.privacy.calibration import calibrate
 from fedpeft.privacy.settings import PrivacyConfig
 from fedpeft.training import num_steps
 

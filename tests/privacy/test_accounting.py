@@ -16,8 +16,9 @@ from opacus.accountants import RDPAccountant
 from opacus.accountants.analysis.rdp import compute_rdp
 
 from fedpeft.errors import ConfigError, PrivacyError
-from fedpeft.privacy import accounting
-from fedpeft.privacy.accounting import Charge, Spent, calibrate, spent, upper_bound
+from fedpeft.privacy import accounting, calibration
+from fedpeft.privacy.accounting import Charge, Spent, spent, upper_bound
+from fedpeft.privacy.calibration import calibrate
 
 DELTA = 1e-5
 GRID = [(sigma, rate) for sigma in (0.6, 1.1, 3.0) for rate in (0.004, 0.064, 0.25)]
@@ -166,9 +167,9 @@ def test_the_order_and_the_pieces_of_charges_change_nothing() -> None:
     pieces = [Charge(c.noise_multiplier, c.sample_rate, n) for c in charges for n in (c.steps - 1, 1, 0)]
     random.Random(0).shuffle(pieces)
     for accountant in ("prv", "rdp"):
-        accounting._spent.cache_clear()
+        accounting.spent_by.cache_clear()
         whole = spent(charges, DELTA, accountant)
-        accounting._spent.cache_clear()
+        accounting.spent_by.cache_clear()
         assert spent(iter(pieces), DELTA, accountant) == whole
     assert upper_bound(pieces, DELTA) == upper_bound(charges, DELTA)
 
@@ -206,14 +207,14 @@ def test_where_opacus_fails_rdp_takes_over(failure: Any, monkeypatch: pytest.Mon
             return failure, failure, failure
         raise failure("as it may")
 
-    accounting._spent.cache_clear()
+    accounting.spent_by.cache_clear()
     monkeypatch.setattr(prv.DiscretePRV, "compute_epsilon", compute_epsilon)
     assert spent([Charge(1.3, 0.05, 11)], DELTA).accountant == "rdp"
-    accounting._spent.cache_clear()
+    accounting.spent_by.cache_clear()
 
 
 def next_below(sigma: float) -> float:
-    return accounting._noise_multiplier(accounting._index(sigma) - 1)
+    return calibration._noise_multiplier(calibration._index(sigma) - 1)
 
 
 @pytest.mark.parametrize(
@@ -251,8 +252,8 @@ def test_calibration_takes_few_evaluations(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(accounting, "_prv_epsilon", counted)
     for epsilon in (0.5, 2.9, 7.9):
         taken.clear()
-        accounting._spent.cache_clear()
-        accounting._calibrate.cache_clear()
+        accounting.spent_by.cache_clear()
+        calibration._calibrate.cache_clear()
         first = calibrate(epsilon, DELTA, 0.05, 150)
         assert len(taken) <= 9
         taken.clear()
