@@ -262,7 +262,7 @@ def test_calibration_takes_few_evaluations(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_budget_that_needs_no_noise_to_speak_of_gets_the_least() -> None:
-    assert calibrate(1e6, DELTA, 1.0, 1) == accounting.LEAST_NOISE
+    assert calibrate(1e6, DELTA, 1.0, 1) == calibration.LEAST_NOISE
 
 
 def test_a_budget_that_cannot_be_met_is_refused() -> None:
