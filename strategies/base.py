@@ -12,35 +12,30 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from typing import Any, ClassVar
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
-from flwr.common.constant import ErrorCode
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from pydantic import ValidationError
 from torch import Tensor
 
 from fedpeft.config import AdapterConfig, cohort_size, describe
-from fedpeft.errors import BudgetSpentError, ConfigError, DeploymentError, TooFewClientsError, nearest
+from fedpeft.errors import ConfigError, TooFewClientsError, nearest
 from fedpeft.section import Section
 from fedpeft.seeds import generator
-from fedpeft.state import A_SUFFIX, BASE_EARLIER, AdapterState, ClientUpdate, LoraFactors, Role, role_of
+from fedpeft.state import A_SUFFIX, AdapterState, ClientUpdate, LoraFactors, Role, role_of
+from fedpeft.strategies.answers import Answers, known_clients
 from fedpeft.strategies.capabilities import Capabilities
 from fedpeft.strategies.client_privacy import ClientPrivacy, PrivateMean, require_sums
 from fedpeft.strategies.exchange import Exchange
 from fedpeft.strategies.factors import aggregation_error, sent_products
 from fedpeft.strategies.outgoing import Outgoing, Terms
 from fedpeft.strategies.ranks import Ranks, cut
-from fedpeft.strategies.rounds import Fault, Observer, RoundReport, client_order, error_class, in_order, require_enough
+from fedpeft.strategies.rounds import Fault, Observer, RoundReport, client_order, require_enough
 from fedpeft.strategies.updates import RefusedUpdateError, read_update
 from fedpeft.wire import (
     ARRAYS,
-    BUDGET_SPENT,
-    CLIENT_ID,
-    CONFIG,
-    NEEDS_ARRAYS,
     NUM_ROUNDS,
     TRAIN_LOSS,
-    payload_bytes,
     to_record,
     to_tensors,
 )
@@ -226,7 +221,9 @@ class AdapterStrategy(Strategy):
         self.server_round = server_round
         if self.on_round is not None:
             self.on_round(server_round)
-        nodes = {client: node for node, client in self._clients(grid).items()}
+        if self.client_ids is None:
+            self.client_ids = {}
+        nodes = {client: node for node, client in known_clients(grid, self.client_ids, self._timeout).items()}
         everyone = sorted(nodes, key=client_order)
         require_enough(len(everyone), self.min_clients)
         cohort = self._draw(everyone, server_round)
@@ -272,12 +269,14 @@ class AdapterStrategy(Strategy):
         started = self._started
         kept: list[ClientUpdate] = []
         exchange = self.exchange(server_round)
+        assert self._grid is not None
+        answers = Answers(self._grid, self._timeout, outgoing, self.client_ids or {}, self.stop_when_spent)
         private = self.private_mean
         # under privacy, what follows from single updates may not be told: the error, who answered, their losses
         measured = self.measure_error and private is None and _has_products(state, exchange)
 
         def good() -> Iterator[ClientUpdate]:
-            for client, reply in self._answers(replies, report):
+            for client, reply in answers.good(self._sent, replies, report):
                 try:
                     update = self._read(client, reply, outgoing, exchange)
                 except RefusedUpdateError as error:
@@ -411,105 +410,11 @@ class AdapterStrategy(Strategy):
                 result.evaluate_metrics_serverapp[server_round] = scores
         return result
 
-    # --- clients and their answers -------------------------------------------------------------------------------
-
     def _answered_rank(self, asked: int, reply: Message) -> int:
         """Return the rank of a reply's factors, where a client sent `asked` may answer with it."""
         arrays = reply.content.array_records.get(ARRAYS) or ArrayRecord()
         found = {array.shape[0] for name, array in arrays.items() if name.endswith(A_SUFFIX) and array.shape}
         return next((rank for rank in self.accepted_ranks(asked) if found == {rank}), asked)
-
-    def _clients(self, grid: Grid) -> dict[int, str]:
-        """Return the client id of each node, asking those that are new."""
-        if self.client_ids is None:
-            self.client_ids = {}
-        nodes = list(grid.get_node_ids())
-        asked = [node for node in nodes if node not in self.client_ids]
-        if asked:
-            messages = [Message(RecordDict(), node, MessageType.QUERY) for node in asked]
-            for reply in grid.send_and_receive(messages, timeout=self._timeout):
-                if reply.has_content() and CLIENT_ID in reply.content.config_records.get(CONFIG, {}):
-                    self.client_ids[reply.metadata.src_node_id] = str(reply.content.config_records[CONFIG][CLIENT_ID])
-                else:
-                    reason = reply.error.reason if reply.has_error() else "no client id in its answer"
-                    raise DeploymentError(
-                        f"node {reply.metadata.src_node_id} could not say which client it is: {reason}"
-                    )
-        known = {node: self.client_ids[node] for node in nodes if node in self.client_ids}
-        if len(set(known.values())) < len(known):
-            twice = next(client for client in known.values() if list(known.values()).count(client) > 1)
-            raise DeploymentError(
-                f"two nodes call themselves client '{twice}'; give each its own client-id in --node-config."
-            )
-        return known
-
-    def _answers(self, replies: Iterable[Message], report: RoundReport) -> Iterator[tuple[str, Message]]:
-        """Yield good replies in message order, whatever order they came in, repeating a client that raised once."""
-        assert self._grid is not None
-        for message, first in in_order(self._sent, replies):
-            client = (self.client_ids or {})[message.metadata.dst_node_id]
-            self._count_down(message, report)
-            reply = first
-            report.asked[client] += 1
-            if reply is not None and self._says(reply, NEEDS_ARRAYS):
-                message = self._again(message, self._require_outgoing().everything(client), report)
-                reply = self._ask(message)
-            raised = False
-            if reply is not None and reply.has_error() and reply.error.code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION:
-                raised = True
-                report.asked[client] += 1
-                message = self._again(message, message.content, report)
-                reply = self._ask(message)
-            if reply is None:
-                report.faults.append(Fault(client, "no reply"))
-            elif reply.has_error():
-                twice = "raised twice: " if raised else "failed: "
-                report.faults.append(Fault(client, twice + error_class(reply.error.reason or "no reason given")))
-            elif self._says(reply, BUDGET_SPENT):
-                self._out_of_budget(client, report)
-            elif self._says(reply, NEEDS_ARRAYS):
-                report.faults.append(Fault(client, "asks for tensors that it was sent"))
-            else:
-                self._require_outgoing().delivered(client, message)
-                report.bytes_up += payload_bytes(reply)
-                yield client, reply
-
-    def _again(self, message: Message, content: RecordDict, report: RoundReport) -> Message:
-        repeated = Message(content, message.metadata.dst_node_id, MessageType.TRAIN, group_id=message.metadata.group_id)
-        self._count_down(repeated, report)
-        return repeated
-
-    @staticmethod
-    def _count_down(message: Message, report: RoundReport) -> None:
-        report.bytes_down += payload_bytes(message)
-        report.bytes_catch_up += payload_bytes(message, lambda name: BASE_EARLIER in name)
-
-    def _ask(self, message: Message) -> Message | None:
-        assert self._grid is not None
-        replies = list(self._grid.send_and_receive([message], timeout=self._timeout))
-        return replies[0] if replies else None
-
-    @staticmethod
-    def _says(reply: Message, key: str) -> bool:
-        answer = reply.content.config_records.get(CONFIG) if reply.has_content() else None
-        return answer is not None and bool(answer.get(key, False))
-
-    def _out_of_budget(self, client: str, report: RoundReport) -> None:
-        """Count a client that may train no more.
-
-        Raises
-        ------
-        BudgetSpentError
-            The run is to end then.
-        """
-        report.exhausted += 1
-        report.asked[client] -= 1
-        report.faults.append(Fault(client, "its privacy budget is spent"))
-        if self.stop_when_spent:
-            raise BudgetSpentError(
-                f"round {report.server_round}: the privacy budget of client {client} is spent, and "
-                "privacy.on_exhausted = 'stop'. What was done before this round is saved."
-            )
 
 
 def _has_products(state: AdapterState, exchange: Exchange) -> bool:
