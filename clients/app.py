@@ -15,8 +15,15 @@ from flwr.clientapp.typing import ClientAppCallable
 from torch import Tensor
 
 from fedpeft.adapters import AdaptedModel
-from fedpeft.clients.privacy import Permission, check_site, permit
-from fedpeft.clients.rows import ClientRows, client_rows
+from fedpeft.clients.privacy import (
+    SITE_EPSILON,
+    Permission,
+    SitePolicyError,
+    check_site,
+    note_open_training,
+    permit,
+)
+from fedpeft.clients.rows import ClientRows, client_rows, site_name
 from fedpeft.config import RunConfig, Scalar
 from fedpeft.deployment import run_config
 from fedpeft.draws import first_ranks
@@ -25,7 +32,7 @@ from fedpeft.models import num_threads
 from fedpeft.pruning import Tail
 from fedpeft.resident import Resident, resident
 from fedpeft.state import fingerprint, role_of
-from fedpeft.training import Gradients, LocalResult, train_locally
+from fedpeft.training import Gradients, LocalResult, num_steps, train_locally
 from fedpeft.wire import (
     ARRAYS,
     BUDGET_SPENT,
@@ -59,23 +66,33 @@ OWN_PERSONAL, OWN_KEPT = "personal", "kept"
 app = ClientApp()
 
 
+WITHHELD = "Withheld"
+
+
 class ClientFailedError(Exception):
     """Something went wrong at a client; says the class of the error only, since texts of errors may carry rows."""
 
 
 def withhold_error_text(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """Let nothing but an error's class leave the client; the cause stays in the site's own log."""
+    """Let nothing but an error's class leave the client; the cause stays in the site's own log.
+
+    Where a site has a privacy budget, not even the class: what makes rows fail, and how, would tell of them.
+    """
     try:
+        check_site(_run_config(context), context.node_config)
         return call_next(message, context)
     except Exception as error:
-        raise ClientFailedError(type(error).__name__) from error
+        told = SITE_EPSILON not in context.node_config or isinstance(error, SitePolicyError)
+        raise ClientFailedError(type(error).__name__ if told else WITHHELD) from error
 
 
 @app.query(mods=[withhold_error_text])
 def identify(message: Message, context: Context) -> Message:
-    """Say which client this node is."""
-    rows = client_rows(_home(context), context.node_config)
-    return Message(RecordDict({CONFIG: ConfigRecord({CLIENT_ID: rows.client_id})}), reply_to=message)
+    """Say which client this node is, without a look at rows of its own."""
+    name = site_name(context.node_config)
+    if name is None:
+        name = client_rows(_home(context), context.node_config).client_id
+    return Message(RecordDict({CONFIG: ConfigRecord({CLIENT_ID: name})}), reply_to=message)
 
 
 @app.train(mods=[withhold_error_text])
@@ -100,7 +117,7 @@ def train(message: Message, context: Context) -> Message:
         if permission is None:
             return Message(RecordDict({CONFIG: ConfigRecord({BUDGET_SPENT: True})}), reply_to=message)
     else:
-        check_site(run, context.node_config)
+        note_open_training(message, context, rows, num_steps(config.train, rows.num_examples))
     adapted.load({**sent, **held, **personal}, float(settings[SCALING]))  # type: ignore[arg-type]
     if kept := _names(home, settings, KEPT):
         context.state[OWN_KEPT] = to_record(adapted.tensors(kept))

@@ -68,9 +68,8 @@ def client_rows(home: Resident, node_config: Mapping[str, Scalar]) -> ClientRows
                 f"privacy.canaries = {home.config.privacy.canaries} would plant false rows among a site's own; "
                 "canaries are for simulations."
             )
-        path = Path(str(node_config[DATA])).expanduser()
-        split = _own_rows(home, path)
-        return ClientRows(str(node_config.get(NODE_CLIENT_ID, path.stem)), split, np.arange(len(split), dtype=np.int64))
+        split = _own_rows(home, Path(str(node_config[DATA])).expanduser())
+        return ClientRows(site_name(node_config) or "", split, np.arange(len(split), dtype=np.int64))
     if PARTITION_ID not in node_config or NUM_PARTITIONS not in node_config:
         raise DeploymentError(
             "this node does not know its rows: start it with --node-config 'data=\"/path/rows.csv\"', "
@@ -90,6 +89,13 @@ def client_rows(home: Resident, node_config: Mapping[str, Scalar]) -> ClientRows
         return ClientRows(client, home.data.train, own)
     planted, left_out = home.canaries.of(index)
     return ClientRows(client, home.canaries.split, np.concatenate([own, planted]), left_out)
+
+
+def site_name(node_config: Mapping[str, Scalar]) -> str | None:
+    """Return the name of a client with rows of its own; None where it has a share of common ones."""
+    if DATA not in node_config:
+        return None
+    return str(node_config.get(NODE_CLIENT_ID, Path(str(node_config[DATA])).expanduser().stem))
 
 
 @lru_cache(maxsize=1)

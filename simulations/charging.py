@@ -13,7 +13,7 @@ from flwr.app import Message, MessageType
 from fedpeft.clients.privacy import BOOKS, CHARGED, EXHAUSTED, data_fingerprint, release
 from fedpeft.clients.rows import client_rows
 from fedpeft.config import RunConfig, Scalar
-from fedpeft.privacy.budget import Budget, charged
+from fedpeft.privacy.budget import Budget, Limit, charged
 from fedpeft.privacy.ledger import Entry, Ledger
 from fedpeft.privacy.mechanism import record_mechanism
 from fedpeft.resident import Resident
@@ -71,8 +71,8 @@ class Charging:
             sample_rate=mechanism.sample_rate,
             steps=mechanism.steps,
             release=release(message, context, self._config, self._data[node]) if privacy.rng == "seeded" else "",
-            data=self._data[node],
         )
-        if not charged(self._ledger, entry, self._budget, entry.client):
+        limits = [] if self._budget is None else [Limit(self._budget, entry.client)]
+        if not charged(self._ledger, entry, limits):
             return {BOOKS: EXHAUSTED}
         return {BOOKS: CHARGED, NOISE_MULTIPLIER: mechanism.noise_multiplier}

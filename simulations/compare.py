@@ -284,8 +284,8 @@ def run_facts(job: Job) -> Facts:
         "aggregation_error": finite(history.rounds.get(history.done, {}).get("aggregation_error"))
         if federated
         else None,
-        "bytes": history.bytes_up + history.bytes_down if federated else None,
-        "seconds": history.seconds,
+        "bytes": history.bytes_up + history.bytes_down if federated and history.is_counted else None,
+        "seconds": history.seconds if history.is_counted else None,
         "epsilon": finite(statement.get("epsilon_max")),
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -53,8 +54,12 @@ def drive(config: RunConfig, out: Path, listener: Listener, grid: InlineGrid | R
             {"event": "warning", "message": f"a worker died over client {client_ids[node]} and is replaced ({deaths})"}
         )
 
+    numbers = itertools.count(1)
+
     def keep_traceback(node: int, message: Message, text: str) -> None:
-        client = folder_name(client_ids[node])
+        # who took part in a round of clients' privacy is on no record
+        hidden = config.privacy.level == "client"
+        client = f"withheld-{next(numbers)}" if hidden else folder_name(client_ids[node])
         directory.write_traceback(f"round-{int(message.metadata.group_id or 0):04d}-client-{client}", text)
 
     grid.on_failure = keep_traceback

@@ -106,7 +106,6 @@ class Answers:
         for message, first in in_order(sent, replies):
             client = self._client_ids[message.metadata.dst_node_id]
             _count_down(message, report)
-            report.asked[client] += 1
             reply = first
             if reply is not None and _says(reply, NEEDS_ARRAYS):
                 message = self._again(message, self._outgoing.everything(client), report)

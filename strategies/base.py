@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -232,6 +233,7 @@ class AdapterStrategy(Strategy):
         outgoing = self._require_outgoing()
         outgoing.begin(server_round, arrays, config)
         contents = [outgoing.content(client, self._rank(client)) for client in cohort]
+        self.report = RoundReport(server_round, asked=Counter(cohort))  # whoever is interrupted from here on has asked
         return [
             Message(content, nodes[client], MessageType.TRAIN, group_id=str(server_round))
             for client, content in zip(cohort, contents, strict=True)
@@ -265,7 +267,9 @@ class AdapterStrategy(Strategy):
         """Validate each reply as it arrives, fold the good ones in, and finish the round."""
         outgoing = self._require_outgoing()
         state = outgoing.view(0)
-        report = self.report = RoundReport(server_round)
+        if self.report is None or self.report.server_round != server_round:
+            self.report = RoundReport(server_round)
+        report = self.report
         started = self._started
         kept: list[ClientUpdate] = []
         exchange = self.exchange(server_round)

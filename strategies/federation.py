@@ -201,10 +201,12 @@ class _Run:
             self.listener({"event": "warning", "round": event["round"], "message": problem})
 
     def emit_faults(self, report: RoundReport) -> None:
-        hidden = self.strategy.private_mean is not None  # who took part is what amplification keeps secret
         for fault in report.faults:
-            client = "withheld" if hidden else fault.client_id
-            self.emit({"event": "fault", "round": report.server_round, "client": client, "reason": fault.reason})
+            event = {"event": "fault", "round": report.server_round, "client": fault.client_id, "reason": fault.reason}
+            if self.strategy.private_mean is None:
+                self.emit(event)
+            else:
+                self.listener(event)  # for the operator's eyes: who took part is on no record
 
     def round_begins(self, server_round: int) -> None:
         """Charge everybody for the round, where it is clients that are protected."""
@@ -239,7 +241,9 @@ class _Run:
             "bytes_down": report.bytes_down,
             "seconds": round(report.seconds, 3),
         }
-        if self.strategy.capabilities.changes_base:
+        if self.strategy.private_mean is not None:  # how many took part is what amplification keeps secret
+            event |= dict.fromkeys(("clients", "failed", "bytes_up", "bytes_down", "seconds"))
+        elif self.strategy.capabilities.changes_base:
             event["bytes_catch_up"] = report.bytes_catch_up
         if self.books is not None:
             event["exhausted"] = report.exhausted
@@ -319,7 +323,8 @@ class _Run:
     def state_privacy(self, books: Books) -> Event:
         """Write the statement of what was spent; without it no epsilon is claimed."""
         try:
-            facts = books.close((self.strategy.client_ids or {}).values())
+            kept = sorted({str(role_of(name)) for name in self.personal_names})
+            facts = books.close((self.strategy.client_ids or {}).values(), kept)
         except OSError as error:
             problem = f"no {PRIVACY}: {error.strerror or error}"
             self.listener({"event": "warning", "round": self.outcome.rounds, "message": problem})

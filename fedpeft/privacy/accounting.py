@@ -35,6 +35,7 @@ _ERROR, _RELATIVE_ERROR, _LARGEST_ERROR = 0.002, 0.001, 0.5
 _USUAL_POINTS, _MOST_POINTS = 2**19, 2**21  # prv: points of the mesh; two million take two seconds and some 300 MB
 _WIDEST = 4  # prv: how many times its error may grow to stay with the usual number of points
 _LARGEST_LOSS = 690.0  # prv: exp of a privacy loss must stay a float
+_NO_NOISE = 1e-6  # noise multipliers below cost more than can be computed
 _NO_FRACTIONS = 2.0  # upper bounds: with that much noise orders that are no whole number hardly help, and take seconds
 _RDP_ROUNDING = 1e-11  # upper bounds: what Opacus's series may be off, each step
 
@@ -110,7 +111,7 @@ def spent_by(charges: Charges, delta: float, accountant: Accountant) -> Spent:
     """Return what checked and `merged` charges cost; see `spent`."""
     if not charges:
         return Spent(0.0, accountant)
-    if any(charge.noise_multiplier == 0 for charge in charges):
+    if any(charge.noise_multiplier < _NO_NOISE for charge in charges):
         return Spent(math.inf, accountant)
     if all(charge.sample_rate == 1 for charge in charges):
         return Spent(gaussian_epsilon(_gaussian_mu(charges), delta), "gaussian")
@@ -203,7 +204,7 @@ def _rdp_epsilon(charges: Charges, delta: float) -> float:
 def _renyi_bound(charges: Charges, delta: float) -> float:
     if not charges:
         return 0.0
-    if any(charge.noise_multiplier == 0 for charge in charges):
+    if any(charge.noise_multiplier < _NO_NOISE for charge in charges):
         return math.inf
     orders = _renyi_orders()
     divergences = np.zeros(orders.shape)

@@ -15,7 +15,7 @@ from dataclasses import replace
 from fedpeft.config import RunConfig
 from fedpeft.errors import BudgetSpentError
 from fedpeft.privacy.accounting import Charge, merged, spent, upper_bound
-from fedpeft.privacy.budget import Budget, charged
+from fedpeft.privacy.budget import Budget, Limit, charged
 from fedpeft.privacy.ledger import EVERYBODY, LEDGER, Entry, Ledger
 from fedpeft.privacy.mechanism import record_mechanism
 from fedpeft.privacy.statement import PRIVACY, Facts, state, void
@@ -60,7 +60,8 @@ class Books:
             The budget does not allow another round.
         """
         entry = Entry(self.run, EVERYBODY, server_round, charge.noise_multiplier, charge.sample_rate, charge.steps)
-        if not charged(self.ledger, entry, Budget.of(self.config.privacy)):
+        budget = Budget.of(self.config.privacy)
+        if not charged(self.ledger, entry, [] if budget is None else [Limit(budget)]):
             raise BudgetSpentError(
                 f"round {server_round} would pass privacy.epsilon = {self.config.privacy.epsilon:g}. What was done "
                 "before this round is saved."
@@ -112,6 +113,8 @@ class Books:
                 everybody.append(entry.charge)
             else:
                 held.setdefault(entry.client, []).append(entry.charge)
+        if everybody and not held:  # nobody is known by name yet
+            held[EVERYBODY] = []
         return {client: own + everybody for client, own in held.items()}
 
     def epsilon_max(self) -> float | None:
@@ -123,7 +126,8 @@ class Books:
         privacy = self.config.privacy
         if void(privacy):
             return None
-        most = math.inf if privacy.epsilon is None else privacy.epsilon  # every charge was held against the budget
+        # here every charge was held against the budget; a site may have one of its own
+        most = math.inf if privacy.epsilon is None or self.told else privacy.epsilon
         mechanisms = {merged(charges) for charges in self.charges().values()}
         bounds = sorted(((upper_bound(held, privacy.delta), held) for held in mechanisms), key=lambda pair: -pair[0])
         largest = 0.0
@@ -136,13 +140,15 @@ class Books:
             largest = max(largest, spent(held, privacy.delta, privacy.accountant).epsilon)
         return min(most, largest)
 
-    def close(self, clients: Iterable[str] = ()) -> Facts:
+    def close(self, clients: Iterable[str] = (), kept: Iterable[str] = ()) -> Facts:
         """Write the statement; return it.
 
         Parameters
         ----------
         clients : iterable of str
             All that the server came to know.
+        kept : iterable of str
+            What stays with each client, by role.
 
         Raises
         ------
@@ -150,12 +156,10 @@ class Books:
             It cannot be written.
         """
         notes = []
-        if self._silent:
-            names = ", ".join(sorted(self._silent))
-            notes.append(f"{names} was asked to train and never answered: what that cost is in its own ledger alone")
         if self.told and self.config.privacy.level == "record":
             notes.append("this is one run: a site's own ledger adds up all runs on its rows")
-        facts = state(self.config, self.charges(clients), self._examples, notes=notes)
+        charges, silent = self.charges(clients), sorted(self._silent)
+        facts = state(self.config, charges, self._examples, notes=notes, kept=tuple(kept), silent=silent)
         text = json.dumps(strict_json(facts), indent=2, allow_nan=False) + "\n"
         path = self.directory.path / PRIVACY
         partial = path.with_name(f".{PRIVACY}")

@@ -38,8 +38,27 @@ class Budget:
         return spent([*before, charge], self.delta, self.accountant).epsilon <= self.epsilon
 
 
-def charged(ledger: Ledger, entry: Entry, budget: Budget | None, client: str | None = None) -> bool:
-    """Put an entry on the books where the budget allows it; once this returns True, its training may begin.
+@dataclass(frozen=True)
+class Limit:
+    """A budget, and what counts against it.
+
+    Parameters
+    ----------
+    budget : Budget
+        What may be spent.
+    client : str, optional
+        Whose entries count; all clients' if not given.
+    run : str, optional
+        Of which run; of all if not given.
+    """
+
+    budget: Budget
+    client: str | None = None
+    run: str | None = None
+
+
+def charged(ledger: Ledger, entry: Entry, limits: Iterable[Limit] = ()) -> bool:
+    """Put an entry on the books where every limit allows it; once this returns True, its training may begin.
 
     Parameters
     ----------
@@ -47,10 +66,8 @@ def charged(ledger: Ledger, entry: Entry, budget: Budget | None, client: str | N
         The books.
     entry : Entry
         What is about to be trained.
-    budget : Budget or None
-        None allows everything.
-    client : str, optional
-        Whose entries count against the budget; all of the ledger's if not given.
+    limits : iterable of Limit
+        None allow everything.
 
     Raises
     ------
@@ -60,8 +77,9 @@ def charged(ledger: Ledger, entry: Entry, budget: Budget | None, client: str | N
     with ledger.held():  # nobody else may spend between the look and the charge
         if ledger.is_charged(entry):
             return True
-        before = [one.charge for one in ledger.entries(client)]
-        if budget is not None and not budget.allows(before, entry.charge):
-            return False
+        for limit in limits:
+            before = [one.charge for one in ledger.entries(limit.client, limit.run)]
+            if not limit.budget.allows(before, entry.charge):
+                return False
         ledger.charge(entry)
     return True

@@ -46,7 +46,8 @@ class Entry:
     release : str
         Hash of what a seeded training depends on; empty where no two trainings are the same.
     data : str
-        Fingerprint of the rows.
+        Fingerprint of the rows, in a site's own ledger. Others would learn from it: who knows all rows but one may try
+        what the last one is.
     """
 
     run: str
@@ -82,8 +83,8 @@ class Ledger:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self._lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=LOCK_SECONDS)
+        self.path = path.resolve()  # whatever links lead to a file, it has one lock
+        self._lock = FileLock(self.path.with_name(f".{self.path.name}.lock"), timeout=LOCK_SECONDS)
         self._entries: list[Entry] = []
         self._releases: set[tuple[str, str, str]] = set()
         self._size = 0  # bytes of whole lines that were read

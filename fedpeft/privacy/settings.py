@@ -42,10 +42,13 @@ class PrivacyConfig(Section):
     delta: float = Field(1e-5, gt=0, lt=1, description="of the guarantee; keep it below 1 / number of units protected")
     accountant: Accountant = Field("prv", description="prv is the tighter; where it overflows, rdp is used and said")
     max_grad_norm: float = Field(
-        1.0, gt=0, description="record level: each row's gradient over all trained tensors is clipped to this norm"
+        1.0,
+        ge=1e-6,
+        le=1e6,
+        description="record level: each row's gradient over all trained tensors is clipped to this norm",
     )
     max_update_norm: float = Field(
-        1.0, gt=0, description="client level: each client's whole update is clipped to this norm"
+        1.0, ge=1e-6, le=1e6, description="client level: each client's whole update is clipped to this norm"
     )
     sampling: Literal["poisson", "shuffle"] = Field(
         "poisson", description="record level: how batches are drawn; shuffle voids the guarantee"

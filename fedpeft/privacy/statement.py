@@ -26,13 +26,12 @@ COUNTS = {
     True: "row counts are public and held fixed, so that a removed row is one that contributes nothing",
     False: "sample rate, noise and divisor are fixed publicly, so that row counts show in nothing",
 }
-PERSONAL = {"fedsa-lora": ("B",)}  # methods with sums only, and parts that clients keep
 PUBLIC = ("base model", "tokenizer or image processor", "label set", "test rows", "configuration")
 ADVERSARY = {
-    "record": "the server, the other clients, and whoever sees any adapter of the run; not whoever reads a client's "
-    "own disk, or learns how long its training takes",
-    "client": "the other clients and whoever sees any adapter of the run; the SERVER IS TRUSTED: it sees single "
-    "updates, and keeps to itself its log of who took part (metrics.jsonl, faults)",
+    "record": "a server that keeps to the protocol, the other clients, and whoever sees any adapter of the run; not "
+    "whoever reads a client's own disk, or learns how long its training takes",
+    "client": "the other clients and whoever sees any adapter or record of the run; the SERVER IS TRUSTED: it sees "
+    "single updates, and who took part",
 }
 
 
@@ -54,6 +53,8 @@ def state(
     examples: Mapping[str, int],
     *,
     notes: Sequence[str] = (),
+    kept: Sequence[str] = (),
+    silent: Sequence[str] = (),
 ) -> Facts:
     """Return a run's statement, as privacy.json holds it.
 
@@ -67,9 +68,17 @@ def state(
         Public row counts, where they are public.
     notes : sequence of str
         What else qualifies it.
+    kept : sequence of str
+        What stays with each client, by role.
+    silent : sequence of str
+        Clients that were asked to train and never said what that cost.
     """
     privacy = config.privacy
     voided = void(privacy)
+    if silent:
+        voided.append(
+            f"{', '.join(silent)} was asked to train and never answered: what that cost is in its own ledger alone"
+        )
     reasons = list(voided)
     if privacy.rng != "secure":
         reasons.append(
@@ -85,6 +94,7 @@ def state(
         "epsilon_median": None if voided else statistics.median(epsilons or [0.0]),
         "delta": privacy.delta,
         "accountant": privacy.accountant,
+        "computed_by": sorted({found[client].accountant for client, held in charges.items() if held}),
         "guarantee": not reasons,
         "reasons": reasons,
         "adjacency": _adjacency(privacy),
@@ -92,7 +102,7 @@ def state(
         "mechanism": _mechanism(privacy),
         "sampling": _sampling(config),
         "public": [*PUBLIC, *_declared(config)],
-        "warnings": [*_warnings(privacy, protected), *_kept(config), *notes],
+        "warnings": [*_warnings(config, protected), *_kept(privacy, kept), *notes],
         "rounds": config.federation.rounds,
         "clients": _clients(privacy, charges, found, examples, voided=bool(voided)),
     }
@@ -165,22 +175,28 @@ def _declared(config: RunConfig) -> list[str]:
     return declared
 
 
-def _warnings(privacy: PrivacyConfig, protected: int) -> list[str]:
+def _warnings(config: RunConfig, protected: int) -> list[str]:
     """Return what an expert would ask about."""
+    privacy = config.privacy
     unit = "client" if privacy.level == "client" else "row"
+    warnings = []
     if protected and privacy.delta >= 1 / protected:
         whose = "" if unit == "client" else " of the smallest client"
-        return [
+        warnings.append(
             f"delta = {privacy.delta:g} is not below 1/n for the {protected} {unit}s{whose}: releasing one {unit} in "
             f"the clear would satisfy it; set privacy.delta below {1 / protected:.2g}"
-        ]
-    return []
+        )
+    if privacy.level == "record" and config.train.precision == "bf16":
+        warnings.append(
+            "train.precision = 'bf16': a long row widens the padding of its batch, which may change how the others are "
+            "rounded"
+        )
+    return warnings
 
 
-def _kept(config: RunConfig) -> list[str]:
+def _kept(privacy: PrivacyConfig, kept: Sequence[str]) -> list[str]:
     """Return what noise on a sum does not reach: DP-SGD does, since it covers all that a client trains."""
-    kept = [*PERSONAL.get(config.strategy.name, ()), *(["the head"] if config.adapter.head == "local" else [])]
-    if config.privacy.level != "client" or not kept:
+    if privacy.level != "client" or not kept:
         return []
     what = " and ".join(kept)
     return [
@@ -214,13 +230,18 @@ def paragraph(facts: Mapping[str, Any]) -> str:
         f"Against: {facts['adversary']}.",
         f"Mechanism: {facts['mechanism']}.",
         f"Sampling: {facts['sampling']}.",
-        f"Accountant: {facts['accountant'].upper()}, composed over every step that was charged, repeats included; the "
-        "analytic Gaussian where all take part in every step.",
+        f"Accountant: {_accountants(facts)}, composed over every step that was charged, repeats included.",
         f"Public: {', '.join(facts['public'])}.",
         "Assumed: Gaussians in floating point are as good as real ones, and the clients run this code.",
         *(f"Warning: {warning}." for warning in facts["warnings"]),
     ]
     return " ".join(sentences)
+
+
+def _accountants(facts: Mapping[str, Any]) -> str:
+    """Name who computed the numbers: RDP where PRV overflows, the exact formula where all take part in every step."""
+    names = {"gaussian": "the analytic Gaussian"}
+    return " and ".join(names.get(name, name.upper()) for name in facts["computed_by"] or [facts["accountant"]])
 
 
 def number(epsilon: float) -> str:

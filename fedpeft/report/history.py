@@ -153,6 +153,11 @@ class History:
         return self.evaluations[max(self.evaluations)] if self.evaluations else None
 
     @property
+    def is_counted(self) -> bool:
+        """Whether bytes and times are on record: where clients' privacy hides who took part, they are not."""
+        return any(event.get("bytes_up") is not None for event in self.rounds.values())
+
+    @property
     def bytes_up(self) -> int:
         """Bytes sent by clients in all rounds."""
         return self._sum("bytes_up")

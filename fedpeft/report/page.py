@@ -227,10 +227,11 @@ def _cards(config: RunConfig, history: History, statement: Mapping[str, Any]) ->
     if config.privacy.level != "none":
         cards.append(_epsilon_card(config, history, statement))
     cards.append(("rounds", f"{history.done} / {config.federation.rounds}", history.state))
-    if history.rounds:
+    if history.is_counted:
         up, down = history.bytes_up, history.bytes_down
         cards.append(("moved", size(up + down), f"{size(up)} up, {size(down)} down"))
         cards.append(("time in rounds", duration(history.seconds), "evaluation not counted"))
+    if history.rounds:
         error = history.rounds[history.done].get("aggregation_error")
         if error is not None:
             cards.append(("aggregation error", number(error), f"of round {history.done}"))
@@ -282,6 +283,7 @@ def _evaluations(history: History) -> View:
     trained = not private or any(event.get("train_loss") is not None for event in history.rounds.values())
     optional = {"train loss": trained, "aggregation error": errors, "epsilon": private}
     headers = ("round", *(f"test {name}" for name in metrics), *(name for name, shown in optional.items() if shown))
+    counted = history.is_counted or not history.rounds
     rows = []
     for at, event in sorted(history.evaluations.items()):
         done = history.rounds.get(at, {})
@@ -289,8 +291,10 @@ def _evaluations(history: History) -> View:
         cells += [number(done.get("train_loss"))] if trained else []
         cells += [number(done.get("aggregation_error"))] if errors else []
         cells += [epsilon(done.get("epsilon_max"))] if private else []
-        rows.append((*cells, size(history.bytes_until(at)), duration(done.get("seconds"))))
-    return View("Scores", (*headers, "moved so far", "round took"), tuple(rows))
+        cells += [size(history.bytes_until(at)), duration(done.get("seconds"))] if counted else []
+        rows.append(tuple(cells))
+    more = ("moved so far", "round took") if counted else ()
+    return View("Scores", (*headers, *more), tuple(rows))
 
 
 def _domains(history: History) -> View:

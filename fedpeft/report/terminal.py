@@ -256,7 +256,8 @@ class TerminalListener:
             if exhausted:
                 fields.append((f"{exhausted} out of budget", "yellow"))
             moved = (finite(round_event.get("bytes_up")) or 0) + (finite(round_event.get("bytes_down")) or 0)
-            fields += [(size(moved), ""), (duration(round_event.get("seconds")), "")]
+            if round_event.get("bytes_up") is not None:
+                fields += [(size(moved), ""), (duration(round_event.get("seconds")), "")]
             if not self._shared and at < self.total and (eta := self._eta()) is not None:
                 fields.append((f"ETA {duration(eta)}", "dim"))
         for text, style in fields:
@@ -308,7 +309,8 @@ class TerminalListener:
             facts += [words for words in (self._train_loss(last), self._epsilon(last)) if words]
         if self._answered:
             facts.append(f"clients {len(self._answered)}" + (f"/{cohort}" if (cohort := self._cohort()) else ""))
-        facts.append(f"{size(history.bytes_up + history.bytes_down)} moved")
+        if history.is_counted:
+            facts.append(f"{size(history.bytes_up + history.bytes_down)} moved")
         return _Moment(
             label,
             done,
@@ -369,7 +371,7 @@ class TerminalListener:
             if isinstance(spread, dict):
                 mean, tenth = number(spread.get("mean")), number(spread.get("worst_tenth"))
                 facts.append(("clients", f"mean {mean}, worst tenth {tenth}"))
-        if history.rounds:
+        if history.is_counted:
             facts.append(("moved", f"{size(history.bytes_up)} up, {size(history.bytes_down)} down"))
             facts.append(("rounds took", duration(history.seconds)))
         if history.privacy is not None:

@@ -206,12 +206,80 @@ def test_a_site_with_a_budget_trains_under_its_own_terms_only(
     config = private(**settings)
     check_site(config, {})
     with pytest.raises(DeploymentError, match="this site has a privacy budget"):
-        check_site(config, {"privacy-epsilon": 3.0})
+        check_site(config, {"privacy-epsilon": 3.0, "privacy-ledger": "books.jsonl"})
+
+
+@pytest.mark.parametrize(
+    ("node", "words"),
+    [
+        ({"privacy-eps": 3.0}, "Did you mean 'privacy-epsilon'"),
+        ({"privacy-delta": 1e-6}, "does nothing without privacy-epsilon"),
+        ({"privacy-epsilon": 3.0}, "needs privacy-ledger"),
+        ({"privacy-epsilon": "nan", "privacy-ledger": "b"}, "above 0"),
+        ({"privacy-epsilon": 3.0, "privacy-delta": 2.0, "privacy-ledger": "b"}, "above 0"),
+        ({"privacy-epsilon": 3.0, "privacy-accountant": "gdp", "privacy-ledger": "b"}, "prv, rdp"),
+    ],
+)
+def test_a_sites_own_word_is_checked(node: dict[str, Any], words: str, private: Make) -> None:
+    from fedpeft.clients.privacy import SitePolicyError, check_site
+
+    with pytest.raises(SitePolicyError, match=words):
+        check_site(private(), node)
+
+
+def test_a_server_cannot_stretch_a_sites_budget(private: Make, tmp_path: Path) -> None:
+    """Delta, accountant and cut of the rows are the server's in a run, and not in a site's budget."""
+    loose = private(privacy__noise_multiplier=0.3, privacy__delta=0.99, privacy__accountant="rdp")
+    assert is_spent(app(order(loose), site(loose, tmp_path, privacy_epsilon=0.5)))
+    for number, settings in enumerate([{}, {"run__seed": 1}, {"data__test_fraction": 0.3}], 1):
+        config = private(**settings)
+        assert not is_spent(app(order(config), site(config, tmp_path, run_id=number, privacy_epsilon=50.0)))
+    assert len(Ledger(tmp_path / "ledger.jsonl").entries()) == 3  # one account, whatever is cut
+    assert is_spent(app(order(config), site(config, tmp_path, run_id=4, privacy_epsilon=4.0)))
+
+
+def test_a_runs_own_budget_holds_beside_the_sites(private: Make, tmp_path: Path) -> None:
+    config = private(privacy__noise_multiplier=None, privacy__epsilon=2.0)
+    replies = [app(order(config, number), site(config, tmp_path, privacy_epsilon=50.0)) for number in (1, 1, 2)]
+    assert [is_spent(reply) for reply in replies] == [False, False, True]
+
+
+def test_a_site_with_a_budget_says_nothing_of_what_went_wrong(
+    private: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fedpeft.clients.app as module
+
+    def fails(*arguments: object, **settings: object) -> None:
+        raise ValueError("a row")
+
+    monkeypatch.setattr(module, "train_locally", fails)
+    config = private()
+    with pytest.raises(ClientFailedError, match=r"^Withheld$"):
+        app(order(config), site(config, tmp_path, privacy_epsilon=9.0))
+    with pytest.raises(ClientFailedError, match=r"^ValueError$"):
+        app(order(config), site(config, tmp_path))
+
+
+def test_a_site_says_who_it_is_without_a_look_at_its_rows(private: Make, tmp_path: Path) -> None:
+    config = private(data__labels="no,yes")
+    held = site(config, tmp_path, data=str(tmp_path / "north.csv"))  # which is not there
+    reply = app(Message(RecordDict(), 1, MessageType.QUERY), held)
+    assert reply.content.config_records[CONFIG]["client-id"] == "north"
+
+
+def test_training_that_voids_the_guarantee_is_on_the_books_as_unbounded(
+    private: Make, text_config: Make, tmp_path: Path
+) -> None:
+    for config in (private(privacy__sampling="shuffle", privacy__epsilon=1.0), text_config()):
+        assert not is_spent(app(order(config), site(config, tmp_path)))
+    assert [entry.noise_multiplier for entry in Ledger(tmp_path / "ledger.jsonl").entries()] == [0.0, 0.0]
+    config = private()
+    assert is_spent(app(order(config), site(config, tmp_path, privacy_epsilon=100.0)))
 
 
 def test_a_server_cannot_make_a_site_train_without_privacy(private: Make, text_config: Make, tmp_path: Path) -> None:
     config = text_config()
-    with pytest.raises(ClientFailedError, match="DeploymentError"):
+    with pytest.raises(ClientFailedError, match="SitePolicyError"):
         app(order(config), site(config, tmp_path, privacy_epsilon=3.0))
     assert not (tmp_path / "ledger.jsonl").exists()
 

@@ -15,7 +15,7 @@ import pytest
 
 from fedpeft.errors import LedgerError
 from fedpeft.privacy import ledger as module
-from fedpeft.privacy.budget import Budget, charged
+from fedpeft.privacy.budget import Budget, Limit, charged
 from fedpeft.privacy.ledger import Entry, Ledger
 
 ENTRY = Entry("run", "a", 1, 1.1, 0.25, 10)
@@ -135,18 +135,29 @@ def test_a_charge_that_would_pass_the_budget_is_not_made(tmp_path: Path) -> None
 
     two = spent([ENTRY.charge, ENTRY.charge], 1e-5).epsilon
     budget = Budget(two, 1e-5)
-    made = [charged(book, replace(ENTRY, round=number), budget, "a") for number in (1, 2, 3)]
+    made = [charged(book, replace(ENTRY, round=number), [Limit(budget, "a")]) for number in (1, 2, 3)]
     assert made == [True, True, False]
     assert len(book.entries()) == 2
-    assert charged(book, replace(ENTRY, client="b"), budget, "b")  # another client's account
-    assert not charged(book, replace(ENTRY, client="c"), budget)  # all of the book
-    assert charged(book, replace(ENTRY, client="c"), None)
+    assert charged(book, replace(ENTRY, client="b"), [Limit(budget, "b")])  # another client's account
+    assert not charged(book, replace(ENTRY, client="c"), [Limit(budget)])  # all of the book
+    assert charged(book, replace(ENTRY, client="c", run="next"), [Limit(budget, run="next")])
+    assert not charged(book, replace(ENTRY, client="c"), [Limit(budget, run="next"), Limit(budget)])
+    assert charged(book, replace(ENTRY, client="c"))
 
 
 def test_a_release_that_is_on_the_books_may_be_computed_again_though_the_budget_is_spent(tmp_path: Path) -> None:
     book = Ledger(tmp_path / "ledger.jsonl")
     seeded = replace(ENTRY, release="abc")
     book.charge(seeded)
-    budget = Budget(0.01, 1e-5)
-    assert charged(book, seeded, budget)
-    assert not charged(book, replace(seeded, release="other"), budget)
+    limits = [Limit(Budget(0.01, 1e-5))]
+    assert charged(book, seeded, limits)
+    assert not charged(book, replace(seeded, release="other"), limits)
+
+
+def test_a_link_to_a_book_is_that_book(tmp_path: Path) -> None:
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "ledger.jsonl")
+    book, link = Ledger(tmp_path / "ledger.jsonl"), Ledger(tmp_path / "link.jsonl")
+    link.charge(ENTRY)
+    book.charge(replace(ENTRY, round=2))
+    assert link.entries() == book.entries() == [ENTRY, replace(ENTRY, round=2)]
+    assert not list(tmp_path.glob(".link*"))

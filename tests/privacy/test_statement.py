@@ -40,7 +40,7 @@ def test_the_worst_client_over_all_rounds_counts(text_config: Make) -> None:
     assert facts["guarantee"] is True
     assert facts["reasons"] == facts["warnings"] == []
     assert number(facts["epsilon_max"]) in facts["statement"]
-    for words in ("the server", "Poisson", "row counts", "tokenizer", "label set", "floating point", "all rounds"):
+    for words in ("a server that keeps to the protocol", "Poisson", "row counts", "tokenizer", "label set", "floating point", "all rounds"):
         assert words in facts["statement"]
 
 
@@ -86,10 +86,9 @@ def test_a_trusted_server_and_kept_parts_are_named(text_config: Make) -> None:
     fixed = state(secure(text_config, privacy__level="client", privacy__cohort="fixed"), CHARGES, {})
     assert "replace one client" in fixed["adjacency"]
     assert "twice the sensitivity" in fixed["sampling"]
-    personal = secure(text_config, privacy__level="client", strategy__name="fedsa-lora")
-    assert "stays with each client" in state(personal, CHARGES, {})["statement"]
-    head = secure(text_config, privacy__level="client", adapter__head="local")
-    assert "stays with each client" in state(head, CHARGES, {})["statement"]
+    client = secure(text_config, privacy__level="client")
+    assert "B and head stays with each client" in state(client, CHARGES, {}, kept=["B", "head"])["statement"]
+    assert not state(secure(text_config), CHARGES, EXAMPLES, kept=["B"])["warnings"]  # DP-SGD covers all
 
 
 def test_without_public_counts_the_statement_holds_no_client(text_config: Make) -> None:
@@ -98,6 +97,25 @@ def test_without_public_counts_the_statement_holds_no_client(text_config: Make) 
     assert facts["clients"] == {}
     assert facts["epsilon_max"] > 0
     assert not any("row counts" in word for word in facts["public"])
+
+
+def test_a_site_may_go_beyond_a_runs_budget_and_the_server_says_so(text_config: Make, tmp_path: Path) -> None:
+    config = secure(text_config, privacy__epsilon=1.0)
+    books = Books(config, RunDirectory(tmp_path / "run", config, 1), {}, told=True)
+    books.settle(1, {"a": 1}, {"a": told(300)})
+    assert books.epsilon_max() == spent([Charge(1.0, 0.25, 300)], 1e-5).epsilon > 1.0
+
+
+def test_who_computed_the_numbers_is_named(text_config: Make) -> None:
+    config = secure(text_config)
+    every = {"a": [Charge(1.0, 1.0, 5)], "b": [Charge(1.0, 0.1, 5)]}
+    assert "the analytic Gaussian and PRV" in state(config, every, EXAMPLES)["statement"]
+    assert "analytic" not in state(config, CHARGES, EXAMPLES)["statement"]
+    assert "RDP" in state(secure(text_config, privacy__accountant="rdp"), CHARGES, EXAMPLES)["statement"]
+
+
+def test_rounding_in_bf16_is_named(text_config: Make) -> None:
+    assert "bf16" in state(secure(text_config, train__precision="bf16"), CHARGES, EXAMPLES)["warnings"][0]
 
 
 def test_numbers_are_rounded_up() -> None:
@@ -132,7 +150,11 @@ def test_a_server_takes_sites_at_their_word_and_assumes_the_worst_of_those_that_
     books.settle(2, {"a": 1, "b": 2}, {"a": told(6)})  # b was asked twice and said nothing
     facts = books.close(["a", "b", "c", "d"])
     assert {client: found["steps"] for client, found in facts["clients"].items()} == {"a": 6, "b": 12, "c": 0, "d": 0}
-    assert any("c was asked to train and never answered" in warning for warning in facts["warnings"])
+    assert "c was asked to train and never answered" in facts["reasons"][0]
+    assert facts["guarantee"] is False
+    assert facts["epsilon_max"] is None
+    assert "site's own ledger" in facts["warnings"][-1]
+    assert books.epsilon_max() == spent([Charge(1.0, 0.25, 12)], 1e-5).epsilon
     assert len(Ledger(tmp_path / "run" / "ledger.jsonl").entries()) == 4
 
 
@@ -141,7 +163,7 @@ def test_a_site_that_talks_nonsense_ends_no_run(wrong: dict[str, float], text_co
     config = secure(text_config)
     books = Books(config, RunDirectory(tmp_path / "run", config, 1), {}, told=True)
     books.settle(1, {"a": 1}, {"a": told(3) | wrong})
-    assert any("never answered" in warning for warning in books.close(["a"])["warnings"])
+    assert "never answered" in books.close(["a"])["reasons"][0]
 
 
 def test_where_counts_are_private_a_server_charges_what_it_asked_for(text_config: Make, tmp_path: Path) -> None:

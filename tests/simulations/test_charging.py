@@ -224,6 +224,10 @@ def test_client_level_rounds_are_charged_to_all_before_they_begin(text_config: M
     assert len(facts["clients"]) == 3
     assert {entry.client for entry in entries(run)} == {"*"}
     assert not events(run, "client")
+    for event in events(run, "round"):  # how many took part is what amplification keeps secret
+        assert all(event[key] is None for key in ("clients", "failed", "bytes_up", "bytes_down", "seconds"))
+    live = [event["epsilon_max"] for event in events(run, "round")]
+    assert live == [pytest.approx(spent([Charge(1.0, 0.5, count)], 1e-5).epsilon) for count in (1, 2)]
     fixed = simulate(private(text_config, privacy__cohort="fixed", **settings), tmp_path / "fixed").path
     assert {found["sample_rate"] for found in statement(fixed)["clients"].values()} == {1.0}
 

@@ -441,7 +441,7 @@ def test_without_noise_or_clipping_equal_clients_give_the_plain_method(
 ) -> None:
     settings: dict[str, Any] = {"strategy__name": name, "federation__rounds": 3}
     plain = simulate(text_config(**EVEN, **settings), tmp_path / "plain").path
-    same = simulate(private(text_config, privacy__max_update_norm=1e9, **settings), tmp_path / "private").path
+    same = simulate(private(text_config, privacy__max_update_norm=1e6, **settings), tmp_path / "private").path
     one, two = (load_file(path / "adapter" / "adapter_model.safetensors") for path in (plain, same))
     assert_close(two, one, 2e-5)
     assert {CLIP} <= load_file(next((same / "checkpoints").glob("*/state.safetensors"))).keys()
