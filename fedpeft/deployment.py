@@ -1,7 +1,7 @@
 """A run as a Flower app: the one file that ``flwr run`` hands to a SuperLink.
 
-The app holds no code. Its components are fedpeft's own, which every site has installed: a site runs what its people
-chose, and not what somebody sent them.
+The app holds no code. Its components are fedpeft's own, which every site has installed: a site that is handed this app
+runs what its people chose. (Flower installs whatever app a SuperLink hands out: see docs/deployment.md.)
 """
 
 from __future__ import annotations
