@@ -40,7 +40,15 @@ def test_the_worst_client_over_all_rounds_counts(text_config: Make) -> None:
     assert facts["guarantee"] is True
     assert facts["reasons"] == facts["warnings"] == []
     assert number(facts["epsilon_max"]) in facts["statement"]
-    for words in ("a server that keeps to the protocol", "Poisson", "row counts", "tokenizer", "label set", "floating point", "all rounds"):
+    for words in (
+        "keeps to the protocol",
+        "Poisson",
+        "row counts",
+        "tokenizer",
+        "label set",
+        "floating point",
+        "all rounds",
+    ):
         assert words in facts["statement"]
 
 
