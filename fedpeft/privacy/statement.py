@@ -79,14 +79,16 @@ def state(
         voided.append(
             f"{', '.join(silent)} was asked to train and never answered: what that cost is in its own ledger alone"
         )
+    found = {client: spent(held, privacy.delta, privacy.accountant) for client, held in charges.items()}
+    epsilons = [one.epsilon for one in found.values()]
+    if not voided and math.inf in epsilons:
+        voided.append("privacy.noise_multiplier is too small for any finite epsilon")
     reasons = list(voided)
     if privacy.rng != "secure":
         reasons.append(
             "privacy.rng = 'seeded': whoever knows the seed can replay batches and noise; epsilon is what the "
             "mechanism gives with secret randomness"
         )
-    found = {client: spent(held, privacy.delta, privacy.accountant) for client, held in charges.items()}
-    epsilons = [one.epsilon for one in found.values()]
     protected = len(found) if privacy.level == "client" else min(examples.values(), default=0)
     facts: Facts = {
         "level": privacy.level,

@@ -73,6 +73,13 @@ def test_a_choice_that_voids_the_guarantee_leaves_no_number(
     json.dumps(facts, allow_nan=False)
 
 
+def test_an_epsilon_without_end_is_no_guarantee(text_config: Make) -> None:
+    facts = state(secure(text_config, privacy__noise_multiplier=1e-9), {"a": [Charge(1e-9, 0.5, 3)]}, {"a": 100})
+    assert facts["epsilon_max"] is None
+    assert facts["guarantee"] is False
+    assert "too small for any finite epsilon" in facts["statement"]
+
+
 def test_seeded_randomness_is_no_guarantee_but_has_a_number(text_config: Make) -> None:
     facts = state(secure(text_config, privacy__rng="seeded"), CHARGES, EXAMPLES)
     assert facts["guarantee"] is False
