@@ -80,8 +80,34 @@ def init_app(directory: Path, config: RunConfig, out: Path | None) -> str:
         f"wrote {path}\n"
         f"start a SuperLink and {clients} SuperNodes, then: flwr run {directory} CONNECTION\n"
         f"CONNECTION is the SuperLink's name in Flower's config.toml; each SuperNode gets --node-config "
-        f"{share if config.data.source is not None else ''}{own}"
+        f"{share if config.data.source is not None else ''}{own}{_of_privacy(config)}"
     )
+
+
+def _of_privacy(config: RunConfig) -> str:
+    """Say what a private app promises and what a site may hold it to; warn of what voids it."""
+    privacy = config.privacy
+    if privacy.level == "none":
+        return ""
+    from fedpeft.privacy.statement import void
+
+    asked = (
+        f"noise multiplier {privacy.noise_multiplier:g}" if privacy.epsilon is None else f"epsilon {privacy.epsilon:g}"
+    )
+    lines = [
+        f"privacy: {privacy.level} level, {asked} over {config.federation.rounds} rounds, randomness {privacy.rng}"
+    ]
+    if privacy.level == "record":
+        epsilon = "EPSILON" if privacy.epsilon is None else f"{privacy.epsilon:g}"
+        lines.append(
+            f'each site may hold it to a budget of its own: --node-config \'... privacy-ledger="/path/ledger.jsonl" '
+            f"privacy-epsilon={epsilon}'"
+        )
+    reasons = void(privacy)
+    if privacy.rng == "seeded":
+        reasons.append("privacy.rng = 'seeded': noise can be replayed; drop it (a deployment's default is secure)")
+    lines += [f"warning: no guarantee can be given: {reason}" for reason in reasons]
+    return "\n" + "\n".join(lines)
 
 
 def write_app(directory: Path, config: RunConfig, out: Path, labels: tuple[str, ...] | None) -> Path:

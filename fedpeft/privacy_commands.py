@@ -40,9 +40,11 @@ AccountantName = Annotated[
 ]
 
 ASSUMED = (
-    "Assumed: batches are Poisson samples, data sets differ in one record added or removed, row counts are public, "
-    "and the randomness stays secret."
+    "Assumed: {drawn}, data sets differ in one record added or removed, row counts are public, and the randomness "
+    "stays secret."
 )
+POISSON, ALL = "batches are Poisson samples", "every record is in every step"
+NO_PRIVACY = "no privacy: epsilon is infinite"
 
 
 # --- how much noise, and what it costs ---------------------------------------------------------------------------
@@ -51,7 +53,13 @@ ASSUMED = (
 @privacy_app.command()
 def noise(
     epsilon: Annotated[float, typer.Option(help="Budget over all rounds.")],
-    rounds: Annotated[int, typer.Option(help="Rounds that a client takes part in.")],
+    rounds: Annotated[
+        int,
+        typer.Option(
+            help="Rounds that a client takes part in; at client level all rounds, with --sample-rate "
+            "federation.fraction and --local-steps 1."
+        ),
+    ],
     examples: Annotated[int | None, typer.Option(help="Rows of the client.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows a step draws on average.")] = None,
     sample_rate: Annotated[
@@ -120,12 +128,16 @@ def _sample_rate(sample_rate: float | None, examples: int | None, batch_size: in
             raise ConfigError(f"--sample-rate {sample_rate} is not allowed; give a number above 0 and up to 1.")
         return sample_rate
     if examples is None or batch_size is None:
-        raise ConfigError("the chance of a row to be in a batch is not known; give --examples and --batch-size.")
+        raise ConfigError(
+            "the chance of a row to be in a batch is not known; give --examples and --batch-size, or --sample-rate."
+        )
     return min(1.0, batch_size / examples)
 
 
 def _round_steps(local_steps: int | None, local_epochs: int | None, sample_rate: float) -> int:
-    if (local_steps is None) == (local_epochs is None):
+    if local_steps is not None and local_epochs is not None:
+        raise ConfigError("--local-steps and --local-epochs say the same twice; give one of them.")
+    if local_steps is None and local_epochs is None:
         raise ConfigError("the steps of a round are not known; give one of --local-steps and --local-epochs.")
     # a pass has ceil(rows / batch size) steps, as in training; the quotient of a quotient may be off in its last bit
     return local_steps or (local_epochs or 1) * math.ceil(1 / sample_rate - 1e-9)
@@ -158,6 +170,7 @@ def _cost_table(facts: dict[str, Any]) -> RenderableType:
     from fedpeft.privacy.statement import number
     from fedpeft.report.layout import pairs
 
+    infinite = facts["epsilon"] is None
     names = {
         "prv": "prv: composition of privacy random variables",
         "rdp": "rdp: Renyi differential privacy, a looser bound",
@@ -165,13 +178,14 @@ def _cost_table(facts: dict[str, Any]) -> RenderableType:
     }
     rows = [
         ("noise multiplier", f"{facts['noise_multiplier']:.6g}"),
-        ("epsilon", number(math.inf if facts["epsilon"] is None else facts["epsilon"])),
+        ("epsilon", number(math.inf if infinite else facts["epsilon"])),
         ("delta", f"{facts['delta']:g}"),
         ("sample rate", f"{facts['sample_rate']:.6g}"),
         ("steps", str(facts["steps"])),
-        ("accountant", names[facts["accountant"]]),
+        *([] if infinite else [("accountant", names[facts["accountant"]])]),
     ]
-    return Group(pairs(rows), Text(), Text(ASSUMED))
+    assumed = ASSUMED.format(drawn=ALL if facts["sample_rate"] == 1 else POISSON)
+    return Group(pairs(rows), Text(), Text(NO_PRIVACY if infinite else assumed))
 
 
 # --- who spent what, and what it buys ----------------------------------------------------------------------------
@@ -280,7 +294,10 @@ def audit(
     run: Annotated[Path, typer.Argument(help="A run directory, simulated with privacy.canaries=200 or more.")],
     guesses: Annotated[
         int | None,
-        typer.Option(help="Canaries to guess, chosen BEFORE you see any result; four shares of them if not given."),
+        typer.Option(
+            help="How many canaries to guess at, half of them as included; if not given, a tenth, a quarter, a half "
+            "and all are tried, and the confidence is divided among them."
+        ),
     ] = None,
     json_lines: Json = False,
 ) -> None:

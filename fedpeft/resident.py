@@ -13,6 +13,7 @@ from fedpeft.adapters import AdaptedModel
 from fedpeft.config import FederationConfig, RunConfig, RunSection, SimulationConfig, StrategyConfig
 from fedpeft.data.encoding import EncodedData, EncodedSplit, encode, encode_rows
 from fedpeft.data.partition import Partition, partition
+from fedpeft.data.sources import places
 from fedpeft.models import load_base, locate
 from fedpeft.presets import PREFIX, is_preset, materialize
 from fedpeft.privacy.canaries import Canaries, plant
@@ -51,6 +52,12 @@ class Resident:
         if data.source is None and data.test is not None:
             return encode_rows(self.config, self.folder, data.test, data.label_names or (), test=True)
         return self.data.test
+
+    @property
+    def holds_out_test_rows(self) -> bool:
+        """Whether test rows are some of the source that the clients' rows come from."""
+        data = self.config.data
+        return data.source is not None and places(data)[1] is None
 
     @cached_property
     def labels(self) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from fedpeft.clients.rows import client_rows
 from fedpeft.config import RunConfig, cohort_size
 from fedpeft.presets import provenance
 from fedpeft.privacy.books import Books
+from fedpeft.privacy.mechanism import require_a_round
 from fedpeft.resident import Resident, resident
 from fedpeft.runs import Listener, RunDirectory, folder_name
 from fedpeft.simulations.charging import Charging
@@ -46,6 +47,9 @@ def drive(config: RunConfig, out: Path, listener: Listener, grid: InlineGrid | R
     require_enough(len(contexts), federation.min_clients)
     cohort = cohort_size(len(contexts), federation.fraction, federation.min_clients)
     build_strategy(config, home, client_ids).check_cohort(cohort)
+    rows = {client_ids[node]: client_rows(home, held.node_config).num_examples for node, held in contexts.items()}
+    if config.privacy.level == "record":
+        require_a_round(config, rows.values())
     adapter_bytes = exported_bytes(find(config.strategy.name), home.adapted)
     directory = RunDirectory(out, config, adapter_bytes, {"presets": provenance(config)})
     grid.contexts = contexts
@@ -63,11 +67,12 @@ def drive(config: RunConfig, out: Path, listener: Listener, grid: InlineGrid | R
         directory.write_traceback(f"round-{int(message.metadata.group_id or 0):04d}-client-{client}", text)
 
     grid.on_failure = keep_traceback
-    books = None
-    if config.privacy.level != "none":
-        books = Books(config, directory, _row_counts(config, home, contexts, client_ids))
-    of_rows = books is not None and config.privacy.level == "record"
-    grid.on_dispatch = Charging(config, home, grid, client_ids, books.ledger, books.run) if books and of_rows else None
+    books, grid.on_dispatch = None, None
+    if config.privacy.level == "client":  # of whole clients, their rows are of no interest
+        books = Books(config, directory, {})
+    elif config.privacy.level == "record":
+        books = Books(config, directory, rows if config.privacy.public_counts else {})
+        grid.on_dispatch = Charging(config, home, grid, client_ids, books.ledger, books.run)
 
     def personal() -> Mapping[str, Mapping[str, Tensor]]:
         return {
@@ -98,12 +103,3 @@ def client_contexts(config: RunConfig, home: Resident) -> tuple[dict[int, Contex
         for index in range(len(held.client_ids))
     }
     return contexts, {index + 1: client for index, client in enumerate(held.client_ids)}
-
-
-def _row_counts(
-    config: RunConfig, home: Resident, contexts: Mapping[int, Context], client_ids: Mapping[int, str]
-) -> dict[str, int]:
-    """Return the rows of each client where they are public: of no interest where whole clients are protected."""
-    if config.privacy.level == "client" or not config.privacy.public_counts:
-        return {}
-    return {client_ids[node]: client_rows(home, held.node_config).num_examples for node, held in contexts.items()}

@@ -143,7 +143,7 @@ class Answers:
         """Count a client that may train no more."""
         report.exhausted += 1
         report.asked[client] -= 1
-        report.faults.append(Fault(client, "its privacy budget is spent"))
+        report.faults.append(Fault(client, "its privacy budget allows no further training"))
         if self._stop_when_spent:
             raise BudgetSpentError(
                 f"round {report.server_round}: the privacy budget of client {client} is spent, and "

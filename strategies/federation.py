@@ -5,6 +5,8 @@ Simulation and deployment both come through `federate`; they differ in the grid 
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +25,7 @@ from fedpeft.privacy.books import Books
 from fedpeft.privacy.canaries import write_scores
 from fedpeft.privacy.statement import PRIVACY
 from fedpeft.resident import Resident, resident
-from fedpeft.runs import Event, Listener, RunDirectory, folder_name
+from fedpeft.runs import ADAPTER, Event, Listener, RunDirectory, folder_name, strict_json
 from fedpeft.state import AdapterState, ClientUpdate, num_bytes, role_of
 from fedpeft.strategies import find
 from fedpeft.strategies.base import AdapterStrategy
@@ -324,12 +326,16 @@ class _Run:
         """Write the statement of what was spent; without it no epsilon is claimed."""
         try:
             kept = sorted({str(role_of(name)) for name in self.personal_names})
-            facts = books.close((self.strategy.client_ids or {}).values(), kept)
+            clients = (self.strategy.client_ids or {}).values()
+            facts = books.close(clients, kept, held_out=self.home.holds_out_test_rows)
         except OSError as error:
             problem = f"no {PRIVACY}: {error.strerror or error}"
             self.listener({"event": "warning", "round": self.outcome.rounds, "message": problem})
             return {"epsilon_max": None, "guarantee": False, "statement": problem}
-        return {key: facts[key] for key in ("level", "epsilon_max", "delta", "guarantee", "statement")}
+        told = {key: facts[key] for key in ("level", "epsilon_max", "delta", "guarantee", "statement")}
+        with contextlib.suppress(OSError):  # of use to whoever is handed the adapter alone; the run has it whole
+            (self.directory.path / ADAPTER / PRIVACY).write_text(json.dumps(strict_json(told), indent=2) + "\n")
+        return told
 
     def score_canaries(self) -> None:
         """Write how well the last adapter knows the planted rows; a run is not lost because that failed."""

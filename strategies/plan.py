@@ -8,7 +8,9 @@ from typing import Any
 
 from fedpeft.adapters import AdaptedModel
 from fedpeft.config import RunConfig, cohort_size
+from fedpeft.privacy.accounting import Charge, spent
 from fedpeft.privacy.mechanism import record_mechanism
+from fedpeft.privacy.settings import PrivacyConfig
 from fedpeft.privacy.statement import state
 from fedpeft.report.planned import DryRun
 from fedpeft.resident import Resident, resident
@@ -104,11 +106,7 @@ def plan_privacy(config: RunConfig, home: Resident) -> dict[str, Any] | None:
     del facts["statement"]  # which speaks of what was done
     largest = facts["epsilon_max"]
     if privacy.epsilon is not None and largest is not None and largest > privacy.epsilon:
-        facts["warnings"].append(
-            f"privacy.epsilon = {privacy.epsilon:g} is spent before the last round: with privacy.on_exhausted = "
-            f"'{privacy.on_exhausted}' "
-            + ("clients drop out then" if privacy.on_exhausted == "skip" else "the run ends then")
-        )
+        facts["warnings"].append(_exhaustion(privacy, privacy.epsilon, one_round.values(), rounds))
     held = list(charges.values())
     return facts | {
         "rng": privacy.rng,
@@ -118,6 +116,37 @@ def plan_privacy(config: RunConfig, home: Resident) -> dict[str, Any] | None:
             for key in ("noise_multiplier", "sample_rate", "steps")
         },
     }
+
+
+def _exhaustion(privacy: PrivacyConfig, epsilon: float, one_round: Iterable[Charge], rounds: int) -> str:
+    """Say when a budget that does not last for all rounds is spent, and what happens then."""
+    lasts = [_affordable(charge, epsilon, privacy, rounds) for charge in dict.fromkeys(one_round)]
+    least = min(lasts)
+    of = f"privacy.epsilon = {epsilon:g}"
+    noise = f"at noise multiplier {privacy.noise_multiplier:g}"
+    if privacy.level == "client":  # one account for all of them
+        if least == 0:
+            return f"{of} does not last for a single round {noise}: the run ends before its first round"
+        return f"{of} lasts for {least} of {rounds} rounds {noise}: the run ends then"
+    given = f"with privacy.on_exhausted = '{privacy.on_exhausted}'"
+    if least == 0:
+        if privacy.on_exhausted == "stop":
+            result = "the run ends as soon as such a client is drawn"
+        else:
+            result = "no client ever trains" if max(lasts) == 0 else "such clients never train"
+        return f"{of} does not last for a single round {noise} (worst client): {given} {result}"
+    result = "clients drop out then" if privacy.on_exhausted == "skip" else "the run ends then"
+    return f"{of} lasts for {least} of {rounds} rounds {noise} (worst client): {given} {result}"
+
+
+def _affordable(charge: Charge, epsilon: float, privacy: PrivacyConfig, rounds: int) -> int:
+    """Return in how many rounds, up to all, a client of this charge may take part."""
+    enough, too_many = 0, rounds + 1
+    while too_many - enough > 1:
+        tried = (enough + too_many) // 2
+        cost = spent([replace(charge, steps=charge.steps * tried)], privacy.delta, privacy.accountant).epsilon
+        enough, too_many = (tried, too_many) if cost <= epsilon else (enough, tried)
+    return enough
 
 
 def _row_counts(home: Resident) -> dict[str, int]:

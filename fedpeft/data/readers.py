@@ -305,7 +305,12 @@ def _not_parquet(place: Place, error: Exception) -> DataError:
 def _read_image_folder(place: Place, wanted: Wanted) -> datasets.Dataset:
     assert place.path is not None
     names = wanted.present(place, ["image", "label"])
-    rows = [(str(path), folder.name) for folder in class_folders(place.path) for path in images_in(folder)]
+    # as in any other source, paths are relative to the folder that the rows lie in
+    rows = [
+        (str(path.relative_to(place.path)), folder.name)
+        for folder in class_folders(place.path)
+        for path in images_in(folder)
+    ]
     loose = [path for path in sorted(place.path.iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES]
     if loose:
         raise DataError(f"'{loose[0]}' lies outside every class folder of {place}. Move it into one, or remove it.")

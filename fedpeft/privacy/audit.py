@@ -38,7 +38,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fedpeft.errors import PrivacyError
-from fedpeft.privacy.statement import read_statement
+from fedpeft.privacy.statement import number, read_statement
 from fedpeft.runs import CANARIES, read_config
 from fedpeft.seeds import generator
 
@@ -202,6 +202,11 @@ def audit_run(path: Path, guesses: int | None = None) -> Facts:
         A run without canaries, with too few, or whose scores are not written or damaged.
     """
     privacy = read_config(path).privacy
+    if privacy.level == "client":
+        raise PrivacyError(
+            f"'{path}' protects whole clients (privacy.level = 'client'), and canaries are rows: audits are for record "
+            "level. Audit a run of privacy.level = 'record' or 'none'."
+        )
     if not privacy.canaries:
         raise PrivacyError(
             f"'{path}' has planted no canaries, and cannot be audited. Simulate with privacy.canaries=200 or more."
@@ -223,11 +228,17 @@ def audit_run(path: Path, guesses: int | None = None) -> Facts:
         "epsilon_lower_bound": bound.epsilon,
         "most": bound.most,
         "violated": claimed is not None and bound.epsilon > claimed,
-        "meaning": _meaning(bound.epsilon, claimed),
+        "meaning": _meaning(bound, claimed, len(included), guesses),
     }
 
 
-def _meaning(bound: float, claimed: float | None) -> str:
+def downwards(epsilon: float) -> str:
+    """Write a lower bound, which must not be written larger than it is."""
+    return f"{math.floor(epsilon * 1000 + 1e-9) / 1000:.3f}"
+
+
+def _meaning(found: Bound, claimed: float | None, canaries: int, guesses: int | None) -> str:
+    bound = found.epsilon
     if claimed is not None and bound > claimed:
         return (
             f"BROKEN: the adapter gives away at least {bound:.2f}, and {claimed:.2f} is claimed. A sound run looks "
@@ -236,6 +247,13 @@ def _meaning(bound: float, claimed: float | None) -> str:
     limits = "a lower bound is no estimate, and stronger attacks may show more"
     if claimed is None:
         return f"Nothing is claimed, and these guesses show an epsilon of at least {bound:.2f}; {limits}."
+    if found.most <= claimed:
+        tried = f"{canaries} canaries" if guesses is None else f"{guesses} guesses"
+        more = "plant more canaries" + ("" if guesses in (None, canaries) else ", or guess at more of them")
+        return (
+            f"With {tried} the bound cannot exceed {downwards(found.most)}, so a claim of {number(claimed)} could not "
+            f"have been contradicted: {more}."
+        )
     return f"The guesses do not contradict the claim, and do not prove it either; {limits}."
 
 

@@ -83,6 +83,8 @@ class Books:
             return
         self._settled = server_round
         for client, asked in messages.items():
+            if asked <= 0:  # it was asked, and said that its budget is spent
+                continue
             metrics = told.get(client, {})
             total = _told(metrics)
             if total is not None:
@@ -140,7 +142,7 @@ class Books:
             largest = max(largest, spent(held, privacy.delta, privacy.accountant).epsilon)
         return min(most, largest)
 
-    def close(self, clients: Iterable[str] = (), kept: Iterable[str] = ()) -> Facts:
+    def close(self, clients: Iterable[str] = (), kept: Iterable[str] = (), *, held_out: bool = False) -> Facts:
         """Write the statement; return it.
 
         Parameters
@@ -149,6 +151,8 @@ class Books:
             All that the server came to know.
         kept : iterable of str
             What stays with each client, by role.
+        held_out : bool
+            Whether test rows were held out of the clients' own source.
 
         Raises
         ------
@@ -159,7 +163,9 @@ class Books:
         if self.told and self.config.privacy.level == "record":
             notes.append("this is one run: a site's own ledger adds up all runs on its rows")
         charges, silent = self.charges(clients), sorted(self._silent)
-        facts = state(self.config, charges, self._examples, notes=notes, kept=tuple(kept), silent=silent)
+        facts = state(
+            self.config, charges, self._examples, notes=notes, kept=tuple(kept), silent=silent, held_out=held_out
+        )
         text = json.dumps(strict_json(facts), indent=2, allow_nan=False) + "\n"
         path = self.directory.path / PRIVACY
         partial = path.with_name(f".{PRIVACY}")

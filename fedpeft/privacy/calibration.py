@@ -100,9 +100,10 @@ def _calibrate(
         costs[index] = cost(index)
         low, high = (index, high) if costs[index] > epsilon else (low, index)
         if low == most:
+            more, of_which = (" more", f", of which {already:.4g} is spent") if before else ("", "")
             raise PrivacyError(
-                f"no noise multiplier up to {MOST_NOISE:g} keeps {steps} more steps at sample rate {sample_rate:g} "
-                f"within epsilon {epsilon:g} at delta {delta:g}, of which {already:.4g} is spent; "
+                f"no noise multiplier up to {MOST_NOISE:g} keeps {steps}{more} steps at sample rate {sample_rate:g} "
+                f"within epsilon {epsilon:g} at delta {delta:g}{of_which}; "
                 "give a larger budget, fewer steps, or a smaller sample rate."
             )
         if low in costs and high in costs:

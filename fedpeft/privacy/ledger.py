@@ -200,15 +200,29 @@ def read_entries(path: Path) -> list[Entry]:
     Raises
     ------
     LedgerError
-        It is damaged, or cannot be read.
+        It is damaged, no ledger at all, or cannot be read.
     """
     try:
-        path.open("rb").close()
+        with path.open("rb") as file:
+            first = file.readline()
     except OSError as error:
         raise LedgerError(f"cannot read the privacy ledger '{path}': {error.strerror or error}.") from None
+    if _is_foreign(first):
+        raise LedgerError(
+            f"'{path}' is no privacy ledger: line 1 has no 'noise_multiplier'. Give a run directory, or a ledger file."
+        )
     ledger = Ledger(path)
     ledger._read()
     return list(ledger._entries)
+
+
+def _is_foreign(line: bytes) -> bool:
+    """Tell whether a whole line is of a file of another kind, such as a run's metrics, rather than a damaged charge."""
+    try:
+        found = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return False
+    return isinstance(found, dict) and "noise_multiplier" not in found
 
 
 def _sync_folder(folder: Path) -> None:

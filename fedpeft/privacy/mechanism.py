@@ -11,11 +11,14 @@ n_k is held to be public here, as it shows in q_k, T_k, the noise and the client
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
 from fedpeft.config import FederationConfig, RunConfig, TrainConfig
-from fedpeft.privacy.accounting import Charge
+from fedpeft.errors import PrivacyError
+from fedpeft.privacy.accounting import Charge, spent
+from fedpeft.privacy.budget import Budget
 from fedpeft.privacy.calibration import calibrate
 from fedpeft.privacy.settings import PrivacyConfig
 from fedpeft.training import num_steps
@@ -73,6 +76,34 @@ def record_mechanism(config: RunConfig, num_examples: int, noise_multiplier: flo
         privacy = privacy.model_copy(update={"noise_multiplier": noise_multiplier})
     count = num_examples if privacy.public_counts else 0
     return _record_mechanism(privacy, config.train, config.federation, count)
+
+
+def require_a_round(config: RunConfig, counts: Iterable[int]) -> None:
+    """Refuse a given noise of which the budget allows no client a single round, before anybody starts.
+
+    Parameters
+    ----------
+    config : RunConfig
+        With ``privacy.level = "record"``.
+    counts : iterable of int
+        The clients' rows.
+
+    Raises
+    ------
+    PrivacyError
+        Nobody could ever train.
+    """
+    budget = Budget.of(config.privacy)
+    if budget is None:
+        return
+    charges = {record_mechanism(config, count).charge for count in counts}
+    least = min(spent([charge], budget.delta, budget.accountant).epsilon for charge in charges)
+    if least > budget.epsilon:
+        raise PrivacyError(
+            f"privacy.epsilon = {budget.epsilon:g} does not last for one round of any client: with "
+            f"privacy.noise_multiplier = {config.privacy.noise_multiplier} it costs at least {least:.4g}. Drop "
+            "privacy.noise_multiplier to have it calibrated, or raise the budget."
+        )
 
 
 @lru_cache(maxsize=4096)

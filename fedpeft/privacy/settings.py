@@ -119,6 +119,15 @@ class PrivacyConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _budget_can_hold(self) -> Self:
+        if self.epsilon is not None and self.noise_multiplier == 0:
+            raise ValueError(
+                f"privacy.noise_multiplier = 0 costs an infinite epsilon, and privacy.epsilon = {self.epsilon:g} "
+                "allows none of it; drop one of them"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _rate_is_public(self) -> Self:
         if self.level == "record" and self.public_counts == (self.sample_rate is not None):
             raise ValueError(

@@ -94,6 +94,7 @@ def run_spending(run: Path) -> Facts:
         "level": privacy.level,
         "delta": privacy.delta,
         "accountant": privacy.accountant,
+        "computed_by": sorted({each["accountant"] for each in clients if each["messages"]}),
         "budget": privacy.epsilon,
         "epsilon_max": max(epsilons) if stated else None,
         "epsilon_median": statistics.median(epsilons) if stated else None,

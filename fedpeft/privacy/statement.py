@@ -18,7 +18,10 @@ PRIVACY = "privacy.json"  # in a run directory
 Facts = dict[str, Any]
 
 ADJACENCY = {
-    ("record", ""): "add or remove one row of one client; {counts}",
+    (
+        "record",
+        "",
+    ): "add or remove one row of one client (a row of its data, not a person, who may have several); {counts}",
     ("client", "poisson"): "add or remove one client with all its rows; the number of clients is public",
     ("client", "fixed"): "replace one client with all its rows by another; the number of clients is public",
 }
@@ -55,6 +58,7 @@ def state(
     notes: Sequence[str] = (),
     kept: Sequence[str] = (),
     silent: Sequence[str] = (),
+    held_out: bool = False,
 ) -> Facts:
     """Return a run's statement, as privacy.json holds it.
 
@@ -72,6 +76,8 @@ def state(
         What stays with each client, by role.
     silent : sequence of str
         Clients that were asked to train and never said what that cost.
+    held_out : bool
+        Whether test rows were held out of the clients' own source: they are scored in the clear.
     """
     privacy = config.privacy
     voided = void(privacy)
@@ -80,14 +86,18 @@ def state(
             f"{', '.join(silent)} was asked to train and never answered: what that cost is in its own ledger alone"
         )
     found = {client: spent(held, privacy.delta, privacy.accountant) for client, held in charges.items()}
-    epsilons = [one.epsilon for one in found.values()]
+    epsilons = [found[client].epsilon for client, held in charges.items() if held]  # of those that trained
     if not voided and math.inf in epsilons:
         voided.append("privacy.noise_multiplier is too small for any finite epsilon")
     reasons = list(voided)
     if privacy.rng != "secure":
+        drawn = "batches" if privacy.level == "record" else "cohorts"
+        worth = "" if voided else "; epsilon is what the mechanism gives with secret randomness (privacy.rng=secure)"
+        reasons.append(f"privacy.rng = 'seeded': whoever knows the seed can replay {drawn} and noise{worth}")
+    if held_out:
         reasons.append(
-            "privacy.rng = 'seeded': whoever knows the seed can replay batches and noise; epsilon is what the "
-            "mechanism gives with secret randomness"
+            f"data.test is not given: {config.data.test_fraction:.0%} of data.source were held out as test rows, which "
+            "are scored without noise and have no protection; give data.test with rows that may be public"
         )
     protected = len(found) if privacy.level == "client" else min(examples.values(), default=0)
     facts: Facts = {
@@ -106,6 +116,7 @@ def state(
         "public": [*PUBLIC, *_declared(config)],
         "warnings": [*_warnings(config, protected), *_kept(privacy, kept), *notes],
         "rounds": config.federation.rounds,
+        "trained": sum(bool(held) for held in charges.values()),
         "clients": _clients(privacy, charges, found, examples, voided=bool(voided)),
     }
     return facts | {"statement": paragraph(facts)}
@@ -147,12 +158,12 @@ def _mechanism(privacy: PrivacyConfig) -> str:
     if privacy.level == "record":
         return (
             f"DP-SGD at every client: each row's gradient over all trained tensors together clipped to "
-            f"{privacy.max_grad_norm:g}, Gaussian noise on the sum, at every step, those without rows included"
+            f"{privacy.max_grad_norm:g}, Gaussian noise on the sum, at every step, also where its batch is empty"
         )
     moving = ", moved along by a noised quantile whose cost is included" if privacy.adaptive_clipping else ""
     return (
         f"each client's whole update clipped to {privacy.max_update_norm:g}{moving}; uniform weights; Gaussian noise "
-        "on the sum, in every round, those without answers included; divided by the public size of a cohort"
+        "on the sum, in every round, also where nobody answers; divided by the public size of a cohort"
     )
 
 
@@ -160,7 +171,7 @@ def _sampling(config: RunConfig) -> str:
     privacy = config.privacy
     if privacy.level == "record":
         drawn = "Poisson sampling of rows" if privacy.sampling == "poisson" else "shuffled rows"
-        return f"{drawn}; no amplification by the choice of clients, each is taken to be in every round it was asked in"
+        return f"{drawn}; every round that a client was asked in is charged in full"
     if privacy.cohort == "poisson":
         return f"Poisson sampling of clients with chance {config.federation.fraction:g}, kept secret"
     return "fixed cohorts: no amplification, every client is taken to be in every round, at twice the sensitivity"
@@ -193,6 +204,8 @@ def _warnings(config: RunConfig, protected: int) -> list[str]:
             "train.precision = 'bf16': a long row widens the padding of its batch, which may change how the others are "
             "rounded"
         )
+    if privacy.canaries:
+        warnings.append(f"{privacy.canaries} false rows were planted for an audit: the adapter is not for use")
     return warnings
 
 
@@ -215,19 +228,17 @@ def paragraph(facts: Mapping[str, Any]) -> str:
     facts : mapping
         See `state`.
     """
-    unit = "row of a client" if facts["level"] == "record" else "client"
+    unit = "row" if facts["level"] == "record" else "client"
     if facts["epsilon_max"] is None:
-        head = f"No guarantee: {'; '.join(facts['reasons'])}."
-    else:
-        largest, median = number(facts["epsilon_max"]), number(facts["epsilon_median"])
-        head = (
-            f"Over all rounds, each {unit} is protected with epsilon = {largest} at delta = {facts['delta']:g} in the "
-            f"worst case over clients (median {median})."
-        )
-        if not facts["guarantee"]:
-            head += f" No guarantee for this very run: {'; '.join(facts['reasons'])}."
+        return f"No guarantee, and no epsilon: {'; '.join(facts['reasons'])}."
+    if not facts["trained"]:
+        return "Nobody trained, so that nothing was spent."
+    largest, median = number(facts["epsilon_max"]), number(facts["epsilon_median"])
     sentences = [
-        head,
+        f"Over all rounds, each {unit} is protected with epsilon = {largest} at delta = {facts['delta']:g} in the "
+        f"worst case over clients (median {median}): whoever looks at what this run releases for a {unit}, and is "
+        f"wrong about 1 in 100 of those that were not in it, finds at most {_found(facts)} in 100 of those that were.",
+        *([] if facts["guarantee"] else [f"No guarantee for this very run: {'; '.join(facts['reasons'])}."]),
         f"Neighbours: {facts['adjacency']}.",
         f"Against: {facts['adversary']}.",
         f"Mechanism: {facts['mechanism']}.",
@@ -238,6 +249,18 @@ def paragraph(facts: Mapping[str, Any]) -> str:
         *(f"Warning: {warning}." for warning in facts["warnings"]),
     ]
     return " ".join(sentences)
+
+
+def _found(facts: Mapping[str, Any], wrong: float = 0.01) -> str:
+    """Return what share of the units an attack may find, in percent, rounded up.
+
+    P. Kairouz et al., "The Composition Theorem for Differential Privacy", arXiv 1311.0776, theorem 2.1: of a test whose
+    false positives are `wrong`, the true positives are at most e^epsilon wrong + delta, and at most
+    1 - e^-epsilon (1 - delta - wrong).
+    """
+    epsilon, delta = facts["epsilon_max"], facts["delta"]
+    right = min(math.exp(min(epsilon, 700.0)) * wrong + delta, 1 - math.exp(-epsilon) * (1 - delta - wrong))
+    return f"{math.ceil(1000 * min(right, 1.0) - 1e-9) / 10:g}"
 
 
 def _accountants(facts: Mapping[str, Any]) -> str:

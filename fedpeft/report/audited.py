@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from fedpeft.privacy.audit import downwards
 from fedpeft.privacy.statement import number
 from fedpeft.report.layout import pairs
 
@@ -29,8 +29,3 @@ def audit_view(facts: Mapping[str, Any]) -> RenderableType:
         ),
     ]
     return Group(pairs(rows), Text(), Text(facts["meaning"], style="bold red" if facts["violated"] else ""))
-
-
-def downwards(epsilon: float) -> str:
-    """Write a lower bound, which must not be written larger than it is."""
-    return f"{math.floor(epsilon * 1000 + 1e-9) / 1000:.3f}"

@@ -30,6 +30,11 @@ PAGE, PLOTS = "report.html", "plots"
 TEMPLATE = "page.html.jinja"
 UNSTATED = "No statement of this run's privacy is on record."
 UNFINISHED = "It is written when the run ends; until then, its ledger holds what was spent: fedpeft privacy ledger RUN."
+REPEATS = "This file, config.toml in the run directory, reproduces the run."
+REPEATS_SECRETLY = (
+    "This file, config.toml in the run directory, repeats the run with other noise: its randomness is secret "
+    "(privacy.rng = secure)."
+)
 CLASSES = {
     "sequence-classification": "AutoModelForSequenceClassification",
     "image-classification": "AutoModelForImageClassification",
@@ -119,7 +124,7 @@ def render(run: Path, config: RunConfig, history: History, images: Iterable[Imag
     )
     statement = _json(run / PRIVACY)
     views = [
-        _evaluations(history), _domains(history), _privacy(config, history, statement), _clients(history),
+        _evaluations(history), _domains(history), _privacy(config, history, statement), _clients(config, history),
         _faults(history),
     ]  # fmt: skip
     facts = _json(run / ENVIRONMENT)
@@ -138,6 +143,7 @@ def render(run: Path, config: RunConfig, history: History, images: Iterable[Imag
         snippet=loading_code(run, config),
         saved=(run / ADAPTER / "adapter_config.json").is_file(),
         config=written,
+        repeats=REPEATS_SECRETLY if config.privacy.rng == "secure" else REPEATS,
         environment=environment_rows(facts),
         written=time.strftime("%Y-%m-%d %H:%M"),
     )
@@ -262,6 +268,8 @@ def _privacy(config: RunConfig, history: History, statement: Mapping[str, Any]) 
         noise, rate = (_short(facts.get(key)) for key in ("noise_multiplier", "sample_rate"))
         held = (_whole(facts.get(key)) for key in ("steps", "examples"))
         rows.append((str(name), epsilon(facts.get("epsilon")), noise, rate, *held))
+    if config.privacy.level == "client" and len(rows) > 1 and len({row[1:] for row in rows}) == 1:
+        rows = [(f"all {len(rows)} clients", *rows[0][1:])]
     headers = ("client", "epsilon", "noise multiplier", "sample rate", "steps", "rows")
     return View("Privacy", headers, tuple(rows), text=text)
 
@@ -314,7 +322,7 @@ def _domains(history: History) -> View:
     )
 
 
-def _clients(history: History) -> View:
+def _clients(config: RunConfig, history: History) -> View:
     metric = history.metric or "loss"
     scored = history.client_scores
     names = list(history.clients) + [name for name in (scored[-1] if scored else {}) if name not in history.clients]
@@ -333,7 +341,10 @@ def _clients(history: History) -> View:
             of_client = scores.get(name)
             cells.append(number(finite(of_client.get(metric)) if isinstance(of_client, Mapping) else None))
         rows.append(tuple(cells))
-    return View("Clients", tuple(headers), tuple(rows), "Loss and time are those of the client's latest good round.")
+    note = "Loss and time are those of the client's latest good round."
+    if config.privacy.level != "none" and not config.privacy.release_metrics:
+        note = "Loss and time are not sent: the clients' privacy covers them."
+    return View("Clients", tuple(headers), tuple(rows), note)
 
 
 def _faults(history: History) -> View:

@@ -165,11 +165,11 @@ def dry_run_table(planned: DryRun) -> RenderableType:
         ),
         ("partition", f"{config.partition.scheme}{_partition_options(config)}"),
         ("clients", rows_summary(rows)),
-        ("rounds", f"{federation.rounds}, with {planned.cohort} of {len(rows)} clients each"),
+        ("rounds", f"{federation.rounds}, {_cohorts(planned)}"),
         ("a client moves", f"{size(up)} up and {size(down)} down a round{at_rank}"),
         *([("", CATCH_UP)] if planned.changes_base else []),
         ("in all", f"{size(planned.total_bytes)} for {federation.rounds} rounds"),
-        *([] if planned.privacy is None else planned_rows(planned.privacy)),
+        *([] if planned.privacy is None else planned_rows(planned.privacy, config.privacy)),
         ("seed", config.run.seed),
     ]
     parts: list[RenderableType] = [pairs(facts)]
@@ -179,6 +179,15 @@ def dry_run_table(planned: DryRun) -> RenderableType:
             table.add_row(cell(client, "bold cyan"), str(count))
         parts += [Text(), table]
     return Group(*parts, Text(), Text("Nothing was trained and nothing was written.", "dim"))
+
+
+def _cohorts(planned: DryRun) -> str:
+    """Say how many clients take part in a round."""
+    privacy, clients = planned.config.privacy, len(planned.client_rows)
+    if privacy.level == "client" and privacy.cohort == "poisson":
+        expected = planned.config.federation.fraction * clients  # each by its own coin, whatever min_clients
+        return f"each with {expected:.4g} of {clients} clients on average (Poisson)"
+    return f"with {planned.cohort} of {clients} clients each"
 
 
 def _stays(personal: tuple[str, ...]) -> str:

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 Facts = Mapping[str, Any]
 LONGEST = 10_000  # characters of a statement
+ANALYTIC = "the analytic Gaussian"  # where everybody takes part in every step
+ADAPTIVE = "adaptive: the norm follows a noised quantile of the updates' norms, whose cost is included"
+EVERYONE = "all clients"  # of whom a client-level run keeps one account
 
 
 def epsilon(value: object) -> str:
@@ -51,6 +54,13 @@ def claim(facts: Facts, privacy: PrivacyConfig) -> str:
     return spent if facts.get("guarantee") else f"{spent}, {guarantee(facts, privacy)}"
 
 
+def accountants(facts: Facts) -> str:
+    """Name who computed a statement's epsilon: mostly, but not always, the accountant that was asked for."""
+    computed = facts.get("computed_by") or [facts["accountant"]]
+    names = [computed] if isinstance(computed, str) else computed
+    return " and ".join(ANALYTIC if name == "gaussian" else str(name).upper() for name in names)
+
+
 def spread(values: Sequence[float], digits: str = ".4g") -> str:
     """Write the range of what may differ among clients."""
     low, high = (format(edge(values), digits) for edge in (min, max))
@@ -60,35 +70,54 @@ def spread(values: Sequence[float], digits: str = ".4g") -> str:
 # --- before a run ------------------------------------------------------------------------------------------------
 
 
-def planned_rows(facts: Facts) -> list[tuple[str, str]]:
+def planned_rows(facts: Facts, privacy: PrivacyConfig) -> list[tuple[str, str]]:
     """Return what a dry run says of privacy, as names and words.
 
     Parameters
     ----------
     facts : mapping
         See `fedpeft.strategies.plan.plan_privacy`.
+    privacy : PrivacyConfig
+        The run's.
     """
-    unit = "row" if facts["level"] == "record" else "client"
     source = "as given" if facts["calibrated_to"] is None else f"calibrated to epsilon {facts['calibrated_to']:g}"
-    total = spread(facts["steps"], "d")
-    noisy = "noised sums" if facts["level"] == "client" else "noised steps a client"
-    if finite(facts["epsilon_max"]) is None:
-        planned = "none can be stated"
-    else:
-        planned = (
-            f"{epsilon(facts['epsilon_max'])} at delta {facts['delta']:g} ({facts['accountant'].upper()}), if every "
-            "client takes part in every round"
-        )
     promise = "yes, if randomness stays secret" if facts["guarantee"] else f"none: {'; '.join(facts['reasons'])}"
     return [
         ("privacy", f"{facts['level']} level"),
         ("noise", f"multiplier {spread(facts['noise_multiplier'])}, {source}"),
-        ("", f"{total} {noisy} in all, each {unit} in one with chance {spread(facts['sample_rate'])}"),
-        ("epsilon", planned),
+        ("", _planned_sums(facts, privacy)),
+        *([("clipping", ADAPTIVE)] if privacy.level == "client" and privacy.adaptive_clipping else []),
+        ("epsilon", _planned_epsilon(facts, privacy)),
         ("randomness", facts["rng"]),
         ("guarantee", promise),
         *(("warning", warning) for warning in facts["warnings"]),
     ]
+
+
+def _planned_sums(facts: Facts, privacy: PrivacyConfig) -> str:
+    """Say how often noise is added, and who is in what it is added to."""
+    total, chance = spread(facts["steps"], "d"), spread(facts["sample_rate"])
+    if facts["level"] == "record":
+        return f"{total} noised steps a client in all; each row is in each of them with chance {chance}"
+    if privacy.cohort == "fixed":
+        return (
+            f"{total} noised sums, accounted as if every client were in each (fixed cohort: no amplification, twice "
+            "the sensitivity)"
+        )
+    return f"{total} noised sums; each client is in each of them with chance {chance}"
+
+
+def _planned_epsilon(facts: Facts, privacy: PrivacyConfig) -> str:
+    """Say what a run would spend at most, and on whom."""
+    if finite(facts["epsilon_max"]) is None:
+        return "none can be stated"
+    spent = f"{epsilon(facts['epsilon_max'])} at delta {facts['delta']:g} ({accountants(facts)})"
+    whose = "if every client takes part in every round"
+    if facts["level"] == "client":
+        whose = "for every client, whoever took part"
+    spare = privacy.spare_rounds if facts["calibrated_to"] is not None else 0
+    repeats = "repeat" if spare == 1 else "repeats"
+    return f"{spent}, {whose}" + (f" (the rest is kept for {spare} {repeats}: privacy.spare_rounds)" if spare else "")
 
 
 # --- out of a ledger ---------------------------------------------------------------------------------------------
@@ -102,7 +131,7 @@ def ledger_table(facts: Facts) -> RenderableType:
     table = new_table(by, *columns, right=columns, whole=columns)
     for each in entries:
         table.add_row(
-            cell(each[by], "bold cyan"),
+            cell(EVERYONE if facts.get("level") == "client" else each[by], "bold cyan"),
             cell(epsilon(each["epsilon"]), "bold green"),
             cell(_range(each["noise_multiplier"])),
             cell(_range(each["sample_rate"])),
@@ -110,7 +139,7 @@ def ledger_table(facts: Facts) -> RenderableType:
             cell(each["messages"]),
             cell(_rounds(each["rounds"])),
         )
-    at = f"at delta {facts['delta']:g} ({facts['accountant'].upper()})"
+    at = f"at delta {facts['delta']:g} ({accountants(facts)})"
     rows: list[tuple[str, object]] = [("ledger", facts["ledger"])]
     if by == "client":
         rows.append(("worst", f"epsilon {epsilon(facts['epsilon_max'])} {at}"))

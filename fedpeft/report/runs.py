@@ -59,7 +59,7 @@ def _run_facts(path: Path, now: float) -> Facts:
 
     facts: Facts = {"name": path.resolve().name, "path": str(path), "state": "unreadable"}
     facts |= dict.fromkeys(("strategy", "task", "preset", "rounds", "planned", "metric", "first", "last", "started"))
-    facts |= {"problem": None}
+    facts |= dict.fromkeys(("level", "epsilon", "guarantee", "problem"))
     try:
         facts["started"] = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime((path / CONFIG).stat().st_mtime))
         config = read_config(path)
@@ -83,6 +83,19 @@ def _run_facts(path: Path, now: float) -> Facts:
         "metric": metric,
         "first": finite(first.get(metric or "")),
         "last": finite(last.get(metric or "")),
+        **_privacy(config, history),
+    }
+
+
+def _privacy(config: RunConfig, history: History) -> Facts:
+    """Return what the run stated at its end of its privacy, if it is private."""
+    told = history.privacy
+    if config.privacy.level == "none" or told is None:
+        return {}
+    return {
+        "level": config.privacy.level,
+        "epsilon": finite(told.get("epsilon_max")),
+        "guarantee": bool(told.get("guarantee")),
     }
 
 
@@ -100,12 +113,15 @@ def runs_table(found: Sequence[Facts], folder: Path) -> RenderableType:
     """Lay out what `runs_list` returns."""
     if not found:
         return Text(f"no runs in '{one_line(folder)}'; `fedpeft simulate` makes one.")
-    table = new_table("run", "method and data", "rounds", "score", right=("rounds",))
+    private = any(facts["level"] for facts in found)
+    more = ("epsilon",) if private else ()
+    table = new_table("run", "method and data", "rounds", "score", *more, right=("rounds", *more))
     for facts in found:
         run = Text.assemble((one_line(facts["name"]), "bold cyan"), "\n", (str(facts["started"] or NONE)[:16], "dim"))
         style = STATE_STYLES.get(facts["state"], "red")
         if facts["problem"]:
-            table.add_row(run, Text(facts["problem"], "dim"), Text(facts["state"], style), cell(None))
+            rest = [cell(None)] * (1 + private)
+            table.add_row(run, Text(facts["problem"], "dim"), Text(facts["state"], style), *rest)
             continue
         method = Text.assemble(one_line(facts["strategy"]), "\n", (one_line(facts["preset"] or facts["task"]), "dim"))
         rounds = Text.assemble(f"{facts['rounds']}/{facts['planned']}", "\n", (facts["state"], style))
@@ -113,5 +129,14 @@ def runs_table(found: Sequence[Facts], folder: Path) -> RenderableType:
         if facts["metric"]:
             change = f"{number(facts['first'])} -> {number(facts['last'])}"
             score = Text.assemble(change, "\n", (facts["metric"], "dim"))
-        table.add_row(run, method, rounds, score)
+        table.add_row(run, method, rounds, score, *([_epsilon(facts)] if private else []))
     return table
+
+
+def _epsilon(facts: Facts) -> Text:
+    from fedpeft.report.privacy import epsilon  # which loads SciPy
+
+    if not facts["level"]:
+        return Text(NONE)
+    remark = facts["level"] if facts["guarantee"] else "no guarantee"
+    return Text.assemble(epsilon(facts["epsilon"]), "\n", (remark, "dim"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -19,11 +20,13 @@ from fedpeft.report.comparison import BOUNDS
 from fedpeft.report.formats import NONE, finite, number, one_line
 from fedpeft.report.layout import cell, new_table
 from fedpeft.report.plots import LIGHT, Theme, draw_line, place_legend, render_figure, scale_axis, short_label
-from fedpeft.report.privacy import epsilon
+from fedpeft.report.privacy import accountants, epsilon
+from fedpeft.runs import read_config
 
 Facts = dict[str, Any]
 UNLIMITED = "no privacy"
 LABEL_WIDTH = 26
+GAP = (math.nan, math.nan)  # where a line is broken
 
 
 def sweep(
@@ -77,7 +80,7 @@ def sweep(
         "budgets": sorted(budgets, key=_position_of_budget),
         "lines": [
             {
-                "adapter": adapter,
+                "adapter": adapter or _kind_used(runs, [p["label"] for p in points if p["strategy"] == strategy]),
                 "strategy": strategy,
                 "points": sorted(own, key=lambda one: _position_of_budget(one["budget"])),
             }
@@ -86,6 +89,14 @@ def sweep(
         "runs": [dict(run) for run in runs],
     }
     return facts | {"notes": _notes(facts, statements)}
+
+
+def _kind_used(runs: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> str | None:
+    """Return what kind of adapter the runs of a line had, where it was left to configuration and method."""
+    kinds = dict.fromkeys(
+        read_config(Path(run["path"])).adapter.kind for run in runs if run["label"] in labels and "path" in run
+    )
+    return ", ".join(kinds) or None
 
 
 def _position_of_budget(budget: float | None) -> float:
@@ -114,11 +125,12 @@ def _notes(facts: Facts, statements: Sequence[Mapping[str, Any]]) -> list[str]:
 def _assumptions(statements: Sequence[Mapping[str, Any]]) -> str:
     """Say on one line what all the epsilons rest on."""
     one = statements[0]
+    computed = one | {"computed_by": sorted({name for each in statements for name in each.get("computed_by", ())})}
     reasons = dict.fromkeys(reason for each in statements for reason in each["reasons"])
     warnings = dict.fromkeys(warning for each in statements for warning in each["warnings"])
     return " ".join(
         [
-            f"Privacy of level {one['level']} at delta = {one['delta']:g} ({one['accountant'].upper()}); neighbours: "
+            f"Privacy of level {one['level']} at delta = {one['delta']:g} ({accountants(computed)}); neighbours: "
             f"{one['adjacency']}.",
             *([f"No guarantee: {'; '.join(reasons)}."] if reasons else []),
             *(f"Warning: {warning}." for warning in warnings),
@@ -201,7 +213,10 @@ def _curves(axes: Axes, facts: Mapping[str, Any], theme: Theme) -> bool:
         known = [(at, score, spread or 0.0) for at, score, spread in placed if at is not None and score is not None]
         if not known:
             continue
-        points = [(at, score) for at, score, _ in known]
+        placed_at = [(at, score) for at, score, _ in known]
+        # infinity is no place on the axis: no line leads there
+        points = [pair for pair in placed_at if pair[0] != infinity]
+        points += [GAP] * bool(points) + [pair for pair in placed_at if pair[0] == infinity]
         name = ", ".join(filter(None, (line["strategy"], line["adapter"])))
         drawn = draw_line(axes, points, short_label(name, limit=LABEL_WIDTH), theme, index, width=1.8)
         axes.errorbar(

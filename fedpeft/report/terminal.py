@@ -37,6 +37,7 @@ BAR_WIDTH = 36
 ETA_ROUNDS = 10  # the pace of this many recent rounds gives the ETA
 NEXT_COMMANDS = ("fedpeft evaluate {run}", "fedpeft runs")
 PRIVATE_COMMANDS = ("fedpeft evaluate {run}", "fedpeft privacy ledger {run}", "fedpeft runs")
+OUT_OF_BUDGET = "its privacy budget"  # how the reason of a fault begins that is none
 PARAGRAPH_WIDTH = 100  # at most, of a statement
 
 
@@ -207,7 +208,8 @@ class TerminalListener:
             self._live.refresh()  # prints below draw the bar again as it was last; of clients there may be thousands
         if kind == "fault":
             who, why = one_line(event.get("client"), 80), one_line(event.get("reason"))
-            self._progress.say(Text(f"round {event.get('round')}: client {who} failed: {why}", "red"))
+            what, style = ("did not train", "yellow") if why.startswith(OUT_OF_BUDGET) else ("failed", "red")
+            self._progress.say(Text(f"round {event.get('round')}: client {who} {what}: {why}", style))
         elif kind == "warning":
             self._progress.say(Text(f"warning: {one_line(event.get('message'))}", "yellow"))
         for round_event, evaluation in lines:
@@ -345,7 +347,9 @@ class TerminalListener:
             out.say(Text(f"stopped after {spent}{reason}", "bold red"))
         for name, value in [*self._facts(), *([("run directory", str(run))] if run is not None else [])]:
             out.say(Text(f"  {name:<13} {value}"))
-        for line in self._statement():
+        if statement := self._statement():
+            out.say(Text("statement (privacy.json):"))
+        for line in statement:
             out.say(Text(f"  {line}"))
         if run is not None:
             out.say(Text("next:"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,6 @@ from typer.testing import CliRunner
 
 from fedpeft.cli import app as command_line
 from fedpeft.config import RunConfig
-from fedpeft.privacy.ledger import Ledger
 from fedpeft.runs import read_config, read_events
 from fedpeft.simulations.simulate import simulate
 
@@ -88,31 +86,3 @@ def test_sites_with_files_of_their_own_learn_together_and_keep_their_rows(
         seen_by_server += path.read_text(errors="replace") if path.is_file() else ""
     assert "DataError" in seen_by_server
     assert "secret-diagnosis" not in seen_by_server
-
-
-def test_sites_keep_their_own_books_and_train_no_further_than_their_budget(
-    text_config: Make, tmp_path: Path, loopback: Callable[..., Any]
-) -> None:
-    config = text_config(privacy__level="record", privacy__epsilon=3.0)
-    deploy(tmp_path / "app", config, tmp_path / "deployed")
-    books = [tmp_path / f"books-{index}.jsonl" for index in range(3)]
-    nodes = [
-        f'partition-id={index} num-partitions=3 privacy-ledger="{book}" privacy-epsilon=3.0'
-        for index, book in enumerate(books)
-    ]
-    with loopback(nodes) as federation:
-        run = federation.run(tmp_path / "app")
-        assert run.status == "finished:completed", f"{run}\n{federation.logs()}"
-        again = federation.run(tmp_path / "app", f"deployment.out='{tmp_path}/again'")
-    facts = json.loads((tmp_path / "deployed" / "privacy.json").read_text())
-    assert facts["guarantee"] is True, facts
-    assert not facts["reasons"]
-    assert 2.9 < facts["epsilon_max"] <= 3.0
-    assert {found["steps"] for found in facts["clients"].values()} == {6}
-    assert read_config(tmp_path / "deployed").privacy.rng == "secure"
-    assert [len(Ledger(book).entries()) for book in books] == [2, 2, 2]
-    assert {entry.run for book in books for entry in Ledger(book).entries()} == {run.run_id}
-    # another run on the same rows finds the account empty: nobody trains, and the run says why
-    assert again.status == "finished:failed"
-    assert "its privacy budget is spent" in again.details + again.server_log
-    assert json.loads((tmp_path / "again" / "privacy.json").read_text())["epsilon_max"] == 0.0

@@ -260,12 +260,6 @@ def test_a_private_run_is_held_against_its_own_statement(text_config: Make, tmp_
     assert audit_run(simulate(without, tmp_path / "without").path)["claimed_epsilon"] is None
 
 
-def test_the_number_of_workers_changes_no_score(audited: Path, text_config: Make, tmp_path: Path) -> None:
-    settings = {"federation__rounds": 2, "train__local_steps": 30, "train__learning_rate": 0.03}
-    config = text_config(privacy__canaries=60, adapter__targets="all-linear", simulation__workers=2, **settings)
-    assert scores_of(simulate(config, tmp_path / "run").path) == scores_of(audited)
-
-
 def test_rows_are_tokenised_once_for_runs_with_and_without_canaries(
     text_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

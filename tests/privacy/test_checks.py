@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -83,3 +84,10 @@ def test_public_rows_may_initialise_and_a_plain_run_has_no_randomness_to_name(te
 def test_what_a_private_run_was_resolved_to_is_read_back_as_it_was(text_config: Make) -> None:
     config = with_typed_options(text_config(**RECORD, privacy__spare_rounds=2))
     assert RunConfig.from_flat(config.to_flat()) == config
+
+
+def test_the_documentation_lists_every_setting_as_it_is() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "privacy.md").read_text()
+    for name, field in PrivacyConfig.model_fields.items():
+        assert f"| `{name}` |" in text
+        assert f"| {field.description} |" in text, name

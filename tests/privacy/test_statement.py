@@ -32,7 +32,7 @@ def test_the_worst_client_over_all_rounds_counts(text_config: Make) -> None:
     facts = state(secure(text_config), CHARGES, EXAMPLES)
     each = {client: spent(held, 1e-5).epsilon for client, held in CHARGES.items()}
     assert facts["epsilon_max"] == max(each.values())
-    assert facts["epsilon_median"] == sorted(each.values())[1]
+    assert facts["epsilon_median"] == (each["a"] + each["b"]) / 2  # of those that trained
     assert each["a"] == spent([Charge(1.1, 0.2, 10)], 1e-5).epsilon
     assert facts["clients"]["a"]["steps"] == 10
     nothing = {"epsilon": 0.0, "noise_multiplier": None, "sample_rate": None, "steps": 0, "examples": 2000}
@@ -78,6 +78,25 @@ def test_an_epsilon_without_end_is_no_guarantee(text_config: Make) -> None:
     assert facts["epsilon_max"] is None
     assert facts["guarantee"] is False
     assert "too small for any finite epsilon" in facts["statement"]
+
+
+def test_what_an_attack_may_find_is_said_in_plain_words(text_config: Make) -> None:
+    facts = state(secure(text_config), {"a": [Charge(2.824, 0.172, 120)]}, {"a": 186})
+    assert number(facts["epsilon_max"]) == "2.998"
+    assert "finds at most 20.1 in 100" in facts["statement"]  # e^2.998 / 100 = 0.2004, rounded up
+    facts = state(secure(text_config), {"a": [Charge(0.6, 0.172, 120)]}, {"a": 186})
+    assert facts["epsilon_max"] > 20
+    assert "finds at most 100 in 100" in facts["statement"]
+
+
+def test_a_run_in_which_nobody_trained_claims_no_epsilon(text_config: Make) -> None:
+    facts = state(secure(text_config), {"a": [], "b": []}, EXAMPLES)
+    assert facts["statement"] == "Nobody trained, so that nothing was spent."
+
+
+def test_planted_rows_are_warned_of(text_config: Make) -> None:
+    facts = state(secure(text_config, privacy__canaries=60), CHARGES, EXAMPLES)
+    assert "60 false rows were planted" in facts["statement"]
 
 
 def test_seeded_randomness_is_no_guarantee_but_has_a_number(text_config: Make) -> None:

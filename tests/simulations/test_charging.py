@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from fedpeft.config import RunConfig
+from fedpeft.errors import PrivacyError
 from fedpeft.privacy.accounting import Charge, spent
 from fedpeft.privacy.ledger import LEDGER, Entry, Ledger
 from fedpeft.resident import resident
@@ -96,6 +97,11 @@ def test_a_worker_that_is_killed_as_it_trains_has_been_paid_for(rng: str, text_c
     threading.Thread(target=kill, daemon=True).start()
     run = simulate(private(text_config, **settings), tmp_path / "run").path
     assert killed
+    if rng == "seeded":  # and the number of workers changes no byte
+        alone = simulate(private(text_config, **settings | {"simulation__workers": 0}), tmp_path / "alone").path
+        adapter = Path("adapter") / "adapter_model.safetensors"
+        assert (run / adapter).read_bytes() == (alone / adapter).read_bytes()
+        assert statement(run)["clients"] == statement(alone)["clients"]
     charges = len(entries(run))
     assert charges == (6 if rng == "seeded" else 7)
     steps = sum(found["steps"] for found in statement(run)["clients"].values())
@@ -143,12 +149,33 @@ def test_clients_out_of_budget_are_passed_over_or_end_the_run(text_config: Make,
     skipped = simulate(private(text_config, **settings), tmp_path / "skip")
     assert skipped.rounds == 1  # two rounds would cost more for everybody
     assert skipped.error is not None
-    assert "its privacy budget is spent" in skipped.reason
+    assert "its privacy budget allows no further training" in skipped.reason
     stopped = simulate(private(text_config, privacy__on_exhausted="stop", **settings), tmp_path / "stop")
     assert "privacy.on_exhausted = 'stop'" in stopped.reason
     for run in (skipped.path, stopped.path):
         assert statement(run)["epsilon_max"] == one
     assert len(entries(skipped.path)) == 3
+
+
+def test_a_budget_that_lasts_for_no_round_is_refused_before_anything_is_written(
+    text_config: Make, tmp_path: Path
+) -> None:
+    with pytest.raises(PrivacyError, match="does not last for one round of any client"):
+        simulate(private(text_config, privacy__epsilon=0.1), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_rows_held_out_of_the_clients_own_source_are_no_guarantee(text_config: Make, tmp_path: Path) -> None:
+    one = statement(simulate(private(text_config, privacy__rng="secure"), tmp_path / "held").path)
+    assert not one["guarantee"]
+    assert "data.test is not given: 20% of data.source" in one["reasons"][0]
+    config = private(text_config, privacy__rng="secure")
+    config = private(text_config, privacy__rng="secure", data__test=config.data.source)
+    run = simulate(config, tmp_path / "given").path
+    assert statement(run)["guarantee"]
+    told = json.loads((run / "adapter" / "privacy.json").read_text())  # whoever is handed the adapter alone
+    assert told["statement"] == statement(run)["statement"]
+    assert "clients" not in told
 
 
 def test_a_run_goes_on_without_the_clients_whose_budget_is_spent(
@@ -160,7 +187,7 @@ def test_a_run_goes_on_without_the_clients_whose_budget_is_spent(
     monkeypatch.setattr(
         module,
         "charged",
-        lambda ledger, entry, budget, client: entry.client != "site-1" and real(ledger, entry, budget, client),
+        lambda ledger, entry, limits: entry.client != "site-1" and real(ledger, entry, limits),
     )
     run = simulate(private(text_config), tmp_path / "run")
     assert run.reason == "completed"
@@ -198,14 +225,6 @@ def test_what_a_server_makes_of_private_updates_costs_nothing_more(
     plain = statement(simulate(private(text_config), tmp_path / "fedit").path)
     facts = statement(simulate(private(text_config, strategy__name=strategy), tmp_path / strategy).path)
     assert facts["clients"] == plain["clients"]
-
-
-def test_the_number_of_workers_changes_no_byte_of_a_seeded_private_run(text_config: Make, tmp_path: Path) -> None:
-    runs = [
-        simulate(private(text_config, simulation__workers=workers), tmp_path / str(workers)).path for workers in (0, 2)
-    ]
-    one, two = ((run / "adapter" / "adapter_model.safetensors").read_bytes() for run in runs)
-    assert one == two
 
 
 def test_client_level_rounds_are_charged_to_all_before_they_begin(text_config: Make, tmp_path: Path) -> None:
