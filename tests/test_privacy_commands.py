@@ -83,6 +83,9 @@ def test_people_get_a_table_and_what_is_assumed(privacy: Run) -> None:
         assert part in " ".join(stdout.split())
     _, stdout, _ = privacy("epsilon", *words, "--accountant", "rdp")
     assert "Renyi" in stdout
+    _, stdout, _ = privacy("epsilon", "--noise-multiplier", 10, "--sample-rate", 1, "--steps", 2)
+    assert "every record is in every step" in " ".join(stdout.split())
+    assert "Poisson" not in stdout
 
 
 def test_without_noise_epsilon_is_infinite(privacy: Run) -> None:
@@ -90,6 +93,9 @@ def test_without_noise_epsilon_is_infinite(privacy: Run) -> None:
     code, stdout, _ = privacy(*words)
     assert code == 0
     assert "infinity" in stdout
+    assert "no privacy: epsilon is infinite" in stdout
+    for part in ("Assumed", "accountant"):
+        assert part not in stdout
     _, stdout, _ = privacy(*words, "--json")
     assert json.loads(stdout)["epsilon"] is None
 
@@ -108,11 +114,11 @@ def test_a_delta_that_gives_rows_away_is_warned_of(privacy: Run) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ((*BUDGET, "--local-steps", 10), "--examples and --batch-size"),
+        ((*BUDGET, "--local-steps", 10), "--examples and --batch-size, or --sample-rate"),
         ((*BUDGET, "--examples", 500, "--local-steps", 10), "--examples and --batch-size"),
         ((*BUDGET, *CLIENT, "--sample-rate", 0.1, "--local-steps", 10), "give one of them"),
         ((*BUDGET, *CLIENT), "--local-steps and --local-epochs"),
-        ((*BUDGET, *CLIENT, "--local-steps", 1, "--local-epochs", 1), "--local-steps and --local-epochs"),
+        ((*BUDGET, *CLIENT, "--local-steps", 1, "--local-epochs", 1), "say the same twice; give one of them"),
         ((*BUDGET, *CLIENT, "--local-steps", 0), "--local-steps 0"),
         ((*BUDGET, "--examples", 0, "--batch-size", 32, "--local-steps", 1), "--examples 0"),
         ((*BUDGET, "--sample-rate", 0, "--local-epochs", 1), "--sample-rate 0.0"),
@@ -121,7 +127,7 @@ def test_a_delta_that_gives_rows_away_is_warned_of(privacy: Run) -> None:
         (("noise", "--epsilon", -1, "--rounds", 1, *CLIENT, "--local-steps", 1), "epsilon = -1.0"),
         (
             ("noise", "--epsilon", 0.05, "--rounds", 1, *CLIENT, "--local-steps", 1, "--accountant", "rdp"),
-            "no noise multiplier up to 10000",
+            "keeps 1 steps at sample rate 0.064 within epsilon 0.05 at delta 1e-05; give a larger budget",
         ),
         (("epsilon", "--noise-multiplier", -1, "--sample-rate", 0.1, "--steps", 1), "noise multiplier -1.0"),
         (("epsilon", "--noise-multiplier", 1, "--sample-rate", 2, "--steps", 1), "sample rate 2.0"),

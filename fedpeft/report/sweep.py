@@ -58,10 +58,12 @@ def sweep(
         ``lines``, each of one adapter and strategy with its ``points``, and the ``runs`` that they were made of.
     """
     lines: dict[tuple[str | None, str], list[Facts]] = {}
+    labels: dict[tuple[str | None, str], list[str]] = {}
     for point in points:
         own = [run for run in runs if run["label"] == point["label"]]
         scores = [run["score"] for run in own if run["score"] is not None]
         claims = [run["epsilon"] for run in own]
+        labels.setdefault((point["adapter"], point["strategy"]), []).append(point["label"])
         lines.setdefault((point["adapter"], point["strategy"]), []).append(
             {
                 "budget": point["budget"],
@@ -80,7 +82,7 @@ def sweep(
         "budgets": sorted(budgets, key=_position_of_budget),
         "lines": [
             {
-                "adapter": adapter or _kind_used(runs, [p["label"] for p in points if p["strategy"] == strategy]),
+                "adapter": adapter or _kind_used(runs, labels[adapter, strategy]),
                 "strategy": strategy,
                 "points": sorted(own, key=lambda one: _position_of_budget(one["budget"])),
             }

@@ -226,6 +226,17 @@ def test_an_image_folder_may_be_divided_into_train_and_test(tmp_path: Path) -> N
     assert (len(rows.train), len(rows.test), rows.labels) == (8, 8, ("a", "b"))
 
 
+def test_an_image_folder_may_be_named_from_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class_folders(tmp_path / "images", ("a", "b"))
+    monkeypatch.chdir(tmp_path)
+    for source in (Path("images"), Path("..") / tmp_path.name / "images", tmp_path / "images"):
+        rows = load(source, "image-classification")
+        assert (len(rows.train) + len(rows.test), rows.labels) == (8, ("a", "b"))
+        assert {row["image"].size for row in every_row(rows)} == {(5, 6)}
+
+
 def test_a_class_may_be_called_train(tmp_path: Path) -> None:
     assert load(class_folders(tmp_path / "images", ("train", "bus")), "image-classification").labels == ("bus", "train")
 

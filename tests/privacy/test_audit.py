@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from fedpeft.config import RunConfig, nest, resolve
 from fedpeft.errors import FedpeftError, PrivacyError, RunDirectoryError
-from fedpeft.privacy.audit import FRACTIONS, audit_run, bound_of, epsilon_lower_bound, p_value
+from fedpeft.privacy.audit import FRACTIONS, audit_run, bound_of, downwards, epsilon_lower_bound, p_value
 from fedpeft.privacy_commands import privacy_app
 
 
@@ -154,6 +154,26 @@ def test_a_run_that_keeps_its_promise_is_not_contradicted(tmp_path: Path) -> Non
     assert "no estimate" in found["meaning"]
 
 
+def test_a_bound_is_never_written_larger_than_it_is() -> None:
+    assert (downwards(1.2349), downwards(1.234), downwards(0.0)) == ("1.234", "1.234", "0.000")
+
+
+def test_an_audit_that_could_not_have_contradicted_the_claim_says_so(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", level="record", epsilon=3.0)
+    few = audit_run(run, guesses=6)
+    most = math.log(0.05 ** (1 / 6) / (1 - 0.05 ** (1 / 6)))
+    assert few["most"] == pytest.approx(most, abs=0.05) < 3.0
+    assert not few["violated"]
+    assert few["meaning"] == (
+        f"With 6 guesses the bound cannot exceed {downwards(few['most'])}, so a claim of 3.000 could not have been "
+        "contradicted: plant more canaries, or guess at more of them."
+    )
+    small = audit_run(write_run(tmp_path / "small", canaries=40, level="record", epsilon=3.0))
+    assert small["meaning"].startswith("With 40 canaries the bound cannot exceed")
+    assert small["meaning"].endswith("contradicted: plant more canaries.")
+    assert "contradict" not in audit_run(write_run(tmp_path / "plain", canaries=40))["meaning"]  # nothing is claimed
+
+
 def test_a_run_that_breaks_its_promise_is_called_broken(tmp_path: Path) -> None:
     found = audit_run(write_run(tmp_path / "run", level="record", epsilon=3.0), guesses=200)
     assert found["violated"]
@@ -176,6 +196,12 @@ def test_what_is_no_audited_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text(RunConfig().to_toml())
     with pytest.raises(PrivacyError, match="no canaries"):
         audit_run(tmp_path)
+    (tmp_path / "config.toml").write_text(
+        resolve([nest({"privacy.level": "client", "privacy.epsilon": 3.0})]).to_toml()
+    )
+    with pytest.raises(PrivacyError, match="audits are for record level") as caught:
+        audit_run(tmp_path)
+    assert "privacy.canaries" not in str(caught.value)
     run = write_run(tmp_path / "run")
     (run / "canaries.json").write_text('{"included": [true], "scores": []}')
     with pytest.raises(PrivacyError, match="cannot be read"):

@@ -16,7 +16,7 @@ import pytest
 from fedpeft.errors import LedgerError
 from fedpeft.privacy import ledger as module
 from fedpeft.privacy.budget import Budget, Limit, charged
-from fedpeft.privacy.ledger import Entry, Ledger
+from fedpeft.privacy.ledger import Entry, Ledger, read_entries
 
 ENTRY = Entry("run", "a", 1, 1.1, 0.25, 10)
 
@@ -61,6 +61,24 @@ def test_a_damaged_book_lets_nobody_train(line: str, tmp_path: Path) -> None:
     path.write_text(line + "\n")
     with pytest.raises(LedgerError, match="damaged"):
         Ledger(path).charge(ENTRY)
+
+
+def test_a_file_of_another_kind_is_no_damaged_book_to_whoever_looks(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"event": "round", "round": 1}\n')
+    with pytest.raises(LedgerError, match="is no privacy ledger: line 1 has no 'noise_multiplier'"):
+        read_entries(path)
+    with pytest.raises(LedgerError, match="damaged"):  # nobody trains on it either way
+        Ledger(path).charge(ENTRY)
+    book = Ledger(tmp_path / "ledger.jsonl")
+    book.charge(ENTRY)
+    with book.path.open("a") as file:
+        file.write('{"event": "round"}\n')
+    with pytest.raises(LedgerError, match="damaged behind byte"):
+        read_entries(book.path)
+    half = tmp_path / "half.jsonl"
+    half.write_text('{"event": "round", "round": 1}')  # a line that was never finished is none
+    assert read_entries(half) == []
 
 
 def test_a_book_that_is_taken_away_lets_nobody_train(tmp_path: Path) -> None:

@@ -100,6 +100,9 @@ def test_client_level_has_one_account_for_everybody(make_run: RunMaker) -> None:
     assert (one["client"], one["steps"], one["rounds"]) == ("*", 2, [1, 2])
     assert facts["epsilon_max"] == facts["epsilon_median"] == one["epsilon"]
     assert "for the 50 clients" in facts["statement"]
+    shown = printed(ledger_table(facts))
+    assert "all clients" in shown
+    assert "*" not in shown
 
 
 def test_a_void_mechanism_has_no_epsilon(make_run: RunMaker) -> None:
@@ -167,5 +170,7 @@ def test_mistakes_are_one_line(make_run: RunMaker, tmp_path: Path) -> None:
     refused(run, ConfigError, "--accountant rdp is for a site's ledger", accountant="rdp")
     plain = make_run(resolve([]), [], "plain")
     refused(plain, ConfigError, "is not private")
-    (run / "ledger.jsonl").write_text('{"run": 1}\n')
+    (run / "ledger.jsonl").write_text('{"run": 1, "noise_multiplier": 1.0}\n')
     refused(run, LedgerError, "damaged")
+    (run / "metrics.jsonl").write_text('{"event": "round", "round": 1}\n')
+    refused(run / "metrics.jsonl", LedgerError, r"metrics\.jsonl' is no privacy ledger: line 1 has no 'noise_mul")

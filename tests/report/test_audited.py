@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fedpeft.report.audited import audit_view, downwards
+from fedpeft.report.audited import audit_view
 from tests.report.printing import joined, printed
 
 
@@ -39,7 +39,3 @@ def test_no_claim_says_why() -> None:
         printed(audit_view(facts(claimed_epsilon=None, level="none")))
     )
     assert "claimed epsilon none (see privacy.json)" in joined(printed(audit_view(facts(claimed_epsilon=None))))
-
-
-def test_a_bound_is_never_written_larger_than_it_is() -> None:
-    assert (downwards(1.2349), downwards(1.234), downwards(0.0)) == ("1.234", "1.234", "0.000")

@@ -110,6 +110,41 @@ def test_a_private_run_that_goes_on_has_a_bound_and_no_statement_yet(
     assert "Privacy" not in page_of(run_directory(config(), events(2), "second"), config(), events(2))
 
 
+def test_a_client_level_run_has_one_row_for_all_clients_where_they_are_alike(
+    run_directory: Maker, config: Config, events: Events
+) -> None:
+    chosen, stream = config(privacy__level="client", privacy__epsilon=3), events(2, private=True)
+    run = run_directory(chosen, stream)
+    one = {"epsilon": 1.8, "noise_multiplier": 1.25, "sample_rate": 0.1, "steps": 2, "examples": None}
+    (run / "privacy.json").write_text(json.dumps(statement(level="client", clients={str(i): one for i in range(30)})))
+    assert ["all 30 clients", "1.800", "1.25", "0.1", "2", "-"] in table_rows(page_of(run, chosen, stream))
+    two = {"0": one, "1": one | {"steps": 1}}
+    (run / "privacy.json").write_text(json.dumps(statement(level="client", clients=two)))
+    rows = table_rows(page_of(run, chosen, stream))
+    assert ["0", "1.800", "1.25", "0.1", "2", "-"] in rows
+    assert ["1", "1.800", "1.25", "0.1", "1", "-"] in rows
+
+
+def test_a_page_promises_no_losses_under_privacy_and_no_repeat_of_secret_noise(
+    run_directory: Maker, config: Config, events: Events
+) -> None:
+    def page(**settings: object) -> str:
+        chosen, stream = config(**settings), events(2, private=bool(settings))
+        return page_of(run_directory(chosen, stream, str(len(settings))), chosen, stream)
+
+    promised, reproduces = "Loss and time are those of", "in the run directory, reproduces the run."
+    plain = page()
+    assert promised in plain
+    assert reproduces in plain
+    private = {"privacy__level": "record", "privacy__epsilon": 3}
+    secret = page(**private, privacy__rng="secure")
+    assert promised not in secret
+    assert "Loss and time are not sent" in secret
+    assert reproduces not in secret
+    assert "repeats the run with other noise: its randomness is secret (privacy.rng = secure)." in secret
+    assert promised in page(**private, privacy__rng="seeded", privacy__release_metrics=True)
+
+
 def test_foreign_text_is_escaped(run_directory: Maker, config: Config, events: Events) -> None:
     evil = "<script>alert('&')</script>"
     stream = events(2, clients=(evil, "b"), faults={1: (evil, f"raised: {evil}")}, domains=True, reason=evil)

@@ -72,13 +72,13 @@ def test_a_private_dry_run_says_what_would_be_spent_and_whether_it_is_a_guarante
     facts = {
         "level": "record", "noise_multiplier": [1.25, 1.5], "sample_rate": [0.1, 0.1], "steps": [30, 60],
         "calibrated_to": 3.0, "epsilon_max": 2.99901, "delta": 1e-5, "accountant": "prv", "guarantee": False,
-        "reasons": ["it is seeded"], "rng": "seeded", "warnings": ["delta is large"],
+        "reasons": ["it is seeded"], "rng": "seeded", "warnings": ["delta is large"], "computed_by": ["prv"],
     }  # fmt: skip
     text = joined(printed(dry_run_table(planned(config(), privacy=facts))))
     for expected in (
         "privacy record level",
         "noise multiplier 1.25 to 1.5, calibrated to epsilon 3",
-        "30 to 60 noised steps a client in all, each row in one with chance 0.1",
+        "30 to 60 noised steps a client in all; each row is in each of them with chance 0.1",
         "epsilon 3.000 at delta 1e-05 (PRV), if every client takes part in every round",
         "randomness seeded",
         "guarantee none: it is seeded",
@@ -88,3 +88,50 @@ def test_a_private_dry_run_says_what_would_be_spent_and_whether_it_is_a_guarante
     assert planned(config(), privacy=facts | {"epsilon_max": float("inf")}).to_dict()["privacy"]["epsilon_max"] is None
     assert "privacy" not in planned(config()).to_dict()
     assert "epsilon" not in printed(dry_run_table(planned(config())))
+    spared = config(privacy__level="record", privacy__epsilon=3, privacy__spare_rounds=2)
+    words = "if every client takes part in every round (the rest is kept for 2 repeats: privacy.spare_rounds)"
+    assert words in joined(printed(dry_run_table(planned(spared, privacy=facts))))
+    given = facts | {"calibrated_to": None}  # nothing was calibrated that could keep a rest
+    assert "spare_rounds" not in joined(printed(dry_run_table(planned(spared, privacy=given))))
+
+
+CLIENT_LEVEL = {
+    "level": "client", "noise_multiplier": [1.25, 1.25], "sample_rate": [0.3, 0.3], "steps": [12, 12],
+    "calibrated_to": 8.0, "epsilon_max": 7.9999, "delta": 1e-5, "accountant": "prv", "computed_by": ["prv"],
+    "guarantee": True, "reasons": [], "rng": "secure", "warnings": [],
+}  # fmt: skip
+
+
+def of_clients(config: Config, facts: dict[str, Any], **settings: object) -> str:
+    chosen = config(
+        **{"privacy__level": "client", "privacy__epsilon": 8, "federation__rounds": 12, "federation__fraction": 0.3},
+        **settings,
+    )
+    rows = {str(client): 10 for client in range(30)}
+    return joined(printed(dry_run_table(planned(chosen, client_rows=rows, privacy=facts))))
+
+
+def test_a_poisson_cohort_is_one_on_average_and_epsilon_is_every_clients(config: Config) -> None:
+    text = of_clients(config, CLIENT_LEVEL)
+    for expected in (
+        "rounds 12, each with 9 of 30 clients on average (Poisson)",
+        "12 noised sums; each client is in each of them with chance 0.3",
+        "epsilon 8.000 at delta 1e-05 (PRV), for every client, whoever took part",
+    ):
+        assert expected in text
+    assert "adaptive" not in text
+    assert "adaptive: the norm follows a noised quantile" in of_clients(
+        config, CLIENT_LEVEL, privacy__adaptive_clipping=True
+    )
+
+
+def test_a_fixed_cohort_is_accounted_without_amplification_by_the_accountant_that_computed(config: Config) -> None:
+    facts = CLIENT_LEVEL | {"sample_rate": [1.0, 1.0], "computed_by": ["gaussian"]}
+    text = of_clients(config, facts, privacy__cohort="fixed")
+    for expected in (
+        "rounds 12, with 9 of 30 clients each",
+        "12 noised sums, accounted as if every client were in each (fixed cohort: no amplification, twice the "
+        "sensitivity)",
+        "at delta 1e-05 (the analytic Gaussian), for every client",
+    ):
+        assert expected in text

@@ -9,7 +9,7 @@ import pytest
 
 from fedpeft.config import RunConfig
 from fedpeft.privacy.statement import state
-from fedpeft.report.privacy import caveats, claim, epsilon, spread
+from fedpeft.report.privacy import accountants, caveats, claim, epsilon, spread
 
 Config = Callable[..., RunConfig]
 
@@ -40,3 +40,9 @@ def test_there_is_a_caveat_for_each_reason_that_a_statement_gives(
 def test_a_spread_of_equal_values_is_one_value() -> None:
     assert spread([1.25, 1.25]) == "1.25"
     assert spread([3, 1, 2], "d") == "1 to 3"
+
+
+def test_the_accountant_that_is_named_is_the_one_that_computed() -> None:
+    assert accountants({"accountant": "prv", "computed_by": ["prv", "rdp"]}) == "PRV and RDP"
+    assert accountants({"accountant": "prv", "computed_by": "gaussian"}) == "the analytic Gaussian"
+    assert accountants({"accountant": "rdp", "computed_by": []}) == accountants({"accountant": "rdp"}) == "RDP"

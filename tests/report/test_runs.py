@@ -29,7 +29,7 @@ def test_runs_are_listed_with_method_rounds_state_and_scores(
     assert found["first"] | {"started": None} == {
         "name": "first", "path": str(run), "state": "completed", "strategy": "fedit", "task": "sequence-classification",
         "preset": "digits", "rounds": 4, "planned": 4, "metric": "accuracy", "first": 0.25, "last": 0.75,
-        "started": None, "problem": None,
+        "started": None, "problem": None, "level": None, "epsilon": None, "guarantee": None,
     }  # fmt: skip
     assert {name: (facts["state"], facts["rounds"], facts["planned"]) for name, facts in found.items()} == {
         "first": ("completed", 4, 4), "second": ("interrupted", 2, 9), "third": ("stopped", 1, 4),
@@ -47,6 +47,27 @@ def test_runs_are_listed_with_method_rounds_state_and_scores(
         "interrupted",
     ):
         assert expected in text
+
+
+def test_private_runs_have_a_column_of_what_they_state(run_directory: Maker, config: Config, events: Events) -> None:
+    folder = run_directory(config(), events(4)).parent
+    assert "epsilon" not in printed(runs_table(runs_list(folder), folder))
+    chosen = config(privacy__level="record", privacy__epsilon=3)
+    run_directory(chosen, events(4, private=True), "second")
+    run_directory(chosen, events(1, private=True, reason=None), "third")  # has stated nothing yet
+    (run_directory(config(), [], "broken") / "config.toml").write_text("[model\n")
+    found = {facts["name"]: facts for facts in runs_list(folder)}
+    assert (found["second"]["level"], found["second"]["epsilon"], found["second"]["guarantee"]) == (
+        "record",
+        1.8,
+        False,
+    )
+    assert found["third"]["level"] is None
+    shown = printed(runs_table(list(found.values()), folder))
+    for expected in ("epsilon", "1.800", "no guarantee"):
+        assert expected in shown
+    found["second"]["guarantee"] = True
+    assert "no guarantee" not in printed(runs_table(list(found.values()), folder))
 
 
 def test_a_run_without_an_end_is_running_until_it_has_been_silent_for_long(

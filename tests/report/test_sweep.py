@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
 from PIL import Image
 
-from fedpeft.report.sweep import sweep, sweep_markdown, sweep_plot, sweep_table
+from fedpeft.config import nest, resolve
+from fedpeft.report.plots import LIGHT
+from fedpeft.report.sweep import _curves, sweep, sweep_markdown, sweep_plot, sweep_table
 from tests.report.printing import joined, printed
 
 STATEMENT = {
@@ -92,3 +96,25 @@ def test_nothing_done_is_a_table_and_no_plot() -> None:
     assert "| lora | fedit | - | - |" in sweep_markdown(empty)
     printed(sweep_table(empty))
     assert sweep_plot(empty) is None
+
+
+def test_no_line_leads_to_infinity() -> None:
+    axes = Figure().add_subplot()
+    _curves(axes, facts(1.0, 3.0, None), LIGHT)
+    line = next(line for line in axes.lines if len(line.get_xdata()) == 4)
+    places, scores = (list(map(float, data)) for data in (line.get_xdata(), line.get_ydata()))
+    assert [place == place for place in places] == [True, True, False, True]
+    assert scores[:2] + scores[3:] == [0.6, 0.75, 0.9]
+
+
+def test_an_adapter_that_was_left_open_is_the_one_that_the_runs_had(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text(resolve([nest({"adapter.kind": "ffa-lora"})]).to_toml())
+    left = [{"label": str(budget), "adapter": None, "strategy": "fedit", "budget": budget} for budget in (3.0, None)]
+    done = [run("3.0", 0, 0.7, 2.9) | {"path": str(tmp_path)}]
+    assert [line["adapter"] for line in sweep(left, [0], 12, done, [])["lines"]] == ["ffa-lora"]
+    assert [line["adapter"] for line in sweep(left, [0], 12, [], [])["lines"]] == [None]
+
+
+def test_the_accountants_that_are_named_are_those_that_computed() -> None:
+    told = [STATEMENT | {"computed_by": [name]} for name in ("rdp", "gaussian")]
+    assert "(the analytic Gaussian and RDP)" in sweep_markdown(sweep(points(3.0), [0, 1], 12, RUNS, told))

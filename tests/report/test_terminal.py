@@ -249,6 +249,10 @@ def test_clients_out_of_budget_are_no_failures(config: Config, events: Events) -
             event |= {"failed": 3, "exhausted": 2}
     out, _ = show(private(config), stream)
     assert "1 failed  2 out of budget" in round_lines(out)[1]
+    reason = "its privacy budget allows no further training"
+    _, progress = show(private(config), events(2, private=True, faults={1: ("2", reason), 2: ("0", "no reply")}))
+    assert f"round 1: client 2 did not train: {reason}" in progress
+    assert "round 2: client 0 failed: no reply" in progress
 
 
 def test_the_summary_states_privacy_with_its_caveat_and_the_whole_paragraph_once(
@@ -260,7 +264,8 @@ def test_the_summary_states_privacy_with_its_caveat_and_the_whole_paragraph_once
     assert "fedpeft privacy ledger 'runs/a run'" in summary
     assert max(map(len, summary.splitlines())) <= 80
     assert " ".join(summary.split()).count(STATEMENT) == 1
-    assert summary.index("run directory") < summary.index("Each row") < summary.index("next:")
+    heading = "\nstatement (privacy.json):\n  Each row"
+    assert summary.index("run directory") < summary.index(heading) < summary.index("next:")
 
 
 def test_the_summary_of_a_guarantee_and_of_a_run_without_one(config: Config, events: Events) -> None:
