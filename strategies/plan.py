@@ -102,7 +102,8 @@ def plan_privacy(config: RunConfig, home: Resident) -> dict[str, Any] | None:
     else:
         one_round = {client: record_mechanism(config, rows).charge for client, rows in counts.items()}
     charges = {client: replace(charge, steps=charge.steps * rounds) for client, charge in one_round.items()}
-    facts = state(config, {client: [charge] for client, charge in charges.items()}, counts)
+    planned = {client: [charge] for client, charge in charges.items()}
+    facts = state(config, planned, counts, held_out=home.holds_out_test_rows)
     del facts["statement"]  # which speaks of what was done
     largest = facts["epsilon_max"]
     if privacy.epsilon is not None and largest is not None and largest > privacy.epsilon:

@@ -87,7 +87,8 @@ def run_spending(run: Path) -> Facts:
         {"client": client, **_summary(entries, privacy.delta, privacy.accountant, stated=stated)}
         for client, entries in held.items()
     ]
-    epsilons = [each["epsilon"] for each in clients if each["epsilon"] is not None] or [0.0]
+    # of those that trained, as in the statement
+    epsilons = [each["epsilon"] for each in clients if each["messages"] and stated] or [0.0]
     told = _so_far(config, held) if statement is None else statement
     facts = {
         "ledger": str(run / LEDGER),

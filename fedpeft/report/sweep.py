@@ -127,13 +127,13 @@ def _notes(facts: Facts, statements: Sequence[Mapping[str, Any]]) -> list[str]:
 def _assumptions(statements: Sequence[Mapping[str, Any]]) -> str:
     """Say on one line what all the epsilons rest on."""
     one = statements[0]
-    computed = one | {"computed_by": sorted({name for each in statements for name in each.get("computed_by", ())})}
+    computed = sorted({name for each in statements for name in each.get("computed_by", ())})
+    by = accountants({**one, "computed_by": computed})
     reasons = dict.fromkeys(reason for each in statements for reason in each["reasons"])
     warnings = dict.fromkeys(warning for each in statements for warning in each["warnings"])
     return " ".join(
         [
-            f"Privacy of level {one['level']} at delta = {one['delta']:g} ({accountants(computed)}); neighbours: "
-            f"{one['adjacency']}.",
+            f"Privacy of level {one['level']} at delta = {one['delta']:g} ({by}); neighbours: {one['adjacency']}.",
             *([f"No guarantee: {'; '.join(reasons)}."] if reasons else []),
             *(f"Warning: {warning}." for warning in warnings),
         ]

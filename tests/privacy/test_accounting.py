@@ -268,7 +268,7 @@ def test_a_budget_that_needs_no_noise_to_speak_of_gets_the_least() -> None:
 def test_a_budget_that_cannot_be_met_is_refused() -> None:
     with pytest.raises(PrivacyError, match=r"spent already.*the budget of 1;"):
         calibrate(1.0, DELTA, 0.064, 10, before=[Charge(0.8, 0.064, 100)])
-    with pytest.raises(PrivacyError, match="no noise multiplier up to 10000 keeps 20 more steps"):
+    with pytest.raises(PrivacyError, match="no noise multiplier up to 10000 keeps 20 steps at sample rate"):
         calibrate(0.05, DELTA, 0.064, 20, "rdp")
     with pytest.raises(PrivacyError, match="spent already"):
         calibrate(1.0, DELTA, 0.064, 10, before=[Charge(0.0, 0.064, 1)])

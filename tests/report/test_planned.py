@@ -103,10 +103,8 @@ CLIENT_LEVEL = {
 
 
 def of_clients(config: Config, facts: dict[str, Any], **settings: object) -> str:
-    chosen = config(
-        **{"privacy__level": "client", "privacy__epsilon": 8, "federation__rounds": 12, "federation__fraction": 0.3},
-        **settings,
-    )
+    settings |= {"federation__rounds": 12, "federation__fraction": 0.3}
+    chosen = config(privacy__level="client", privacy__epsilon=8, **settings)
     rows = {str(client): 10 for client in range(30)}
     return joined(printed(dry_run_table(planned(chosen, client_rows=rows, privacy=facts))))
 
