@@ -94,9 +94,8 @@ def _of_privacy(config: RunConfig) -> str:
     asked = (
         f"noise multiplier {privacy.noise_multiplier:g}" if privacy.epsilon is None else f"epsilon {privacy.epsilon:g}"
     )
-    lines = [
-        f"privacy: {privacy.level} level, {asked} over {config.federation.rounds} rounds, randomness {privacy.rng}"
-    ]
+    rounds = f"{config.federation.rounds} round" + "s" * (config.federation.rounds > 1)
+    lines = [f"privacy: {privacy.level} level, {asked} over {rounds}, randomness {privacy.rng}"]
     if privacy.level == "record":
         epsilon = "EPSILON" if privacy.epsilon is None else f"{privacy.epsilon:g}"
         lines.append(
