@@ -182,7 +182,7 @@ def train_locally(
     num_examples : int, optional
         Rows that count for the number of steps; those of `rows` if not given.
     private : callable, optional
-        Makes private gradients for an optimizer, see `fedpeft.privacy.training`; plain ones if not given. Gradients of
+        Makes private gradients for an optimizer, see `fedpeft.privacy.dp_sgd`; plain ones if not given. Gradients of
         regularisers, which depend on no row, come on top of the noise.
     dropout_seed : int, optional
         In place of one that follows from the run's seed.

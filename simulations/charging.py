@@ -7,6 +7,7 @@ repeat computes the very same numbers, and is on the books already; under secure
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from flwr.app import Message, MessageType
 
@@ -72,7 +73,9 @@ class Charging:
             steps=mechanism.steps,
             release=release(message, context, self._config, self._data[node]) if privacy.rng == "seeded" else "",
         )
-        limits = [] if self._budget is None else [Limit(self._budget, entry.client)]
+        federation = self._config.federation
+        planned = replace(mechanism.charge, steps=mechanism.steps * (federation.rounds + privacy.spare_rounds))
+        limits = [] if self._budget is None else [Limit(self._budget, entry.client, planned=planned)]
         if not charged(self._ledger, entry, limits):
             return {BOOKS: EXHAUSTED}
         return {BOOKS: CHARGED, NOISE_MULTIPLIER: mechanism.noise_multiplier}

@@ -89,7 +89,8 @@ class Books:
             total = _told(metrics)
             if total is not None:
                 self._examples[client] = int(metrics.get(NUM_EXAMPLES, 0))
-                self._known[client] = replace(total, steps=int(metrics.get(STEPS, total.steps)))
+                per_round = metrics.get(STEPS, math.nan)
+                self._known[client] = replace(total, steps=int(per_round)) if 0 < per_round < 2**53 else total
                 self._silent.discard(client)
                 steps = total.steps - sum(entry.steps for entry in self.ledger.entries(client))
             elif (known := self._assumed(client)) is not None:

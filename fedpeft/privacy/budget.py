@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from fedpeft.privacy.accounting import Charge, spent
+from fedpeft.privacy.accounting import Charge, merged, spent, upper_bound
 from fedpeft.privacy.ledger import Entry, Ledger
 from fedpeft.privacy.settings import Accountant, PrivacyConfig
 
@@ -33,9 +33,34 @@ class Budget:
         """Return a run's own budget; None where it has none."""
         return None if privacy.epsilon is None else cls(privacy.epsilon, privacy.delta, privacy.accountant)
 
-    def allows(self, before: Iterable[Charge], charge: Charge) -> bool:
-        """Tell whether a charge may be made after those before it."""
-        return spent([*before, charge], self.delta, self.accountant).epsilon <= self.epsilon
+    def allows(self, before: Iterable[Charge], charge: Charge, planned: Charge | None = None) -> bool:
+        """Tell whether a charge may be made after those before it.
+
+        Parameters
+        ----------
+        before : iterable of Charge
+            What was spent.
+        charge : Charge
+            What is asked for.
+        planned : Charge, optional
+            All that is to come, as far as it is known: where the budget allows the whole, it allows every part. The
+            accountant is then asked once for a client, and not for every message.
+        """
+        whole = merged([*before, charge])
+        if planned is not None and _is_part(whole, planned) and self._covers([planned]):
+            return True
+        return upper_bound(whole, self.delta) <= self.epsilon or self._covers(whole)
+
+    def _covers(self, charges: Iterable[Charge]) -> bool:
+        return spent(charges, self.delta, self.accountant).epsilon <= self.epsilon
+
+
+def _is_part(charges: Iterable[Charge], planned: Charge) -> bool:
+    return all(
+        (one.noise_multiplier, one.sample_rate) == (planned.noise_multiplier, planned.sample_rate)
+        and one.steps <= planned.steps
+        for one in charges
+    )
 
 
 @dataclass(frozen=True)
@@ -50,11 +75,14 @@ class Limit:
         Whose entries count; all clients' if not given.
     run : str, optional
         Of which run; of all if not given.
+    planned : Charge, optional
+        See `Budget.allows`.
     """
 
     budget: Budget
     client: str | None = None
     run: str | None = None
+    planned: Charge | None = None
 
 
 def charged(ledger: Ledger, entry: Entry, limits: Iterable[Limit] = ()) -> bool:
@@ -79,7 +107,7 @@ def charged(ledger: Ledger, entry: Entry, limits: Iterable[Limit] = ()) -> bool:
             return True
         for limit in limits:
             before = [one.charge for one in ledger.entries(limit.client, limit.run)]
-            if not limit.budget.allows(before, entry.charge):
+            if not limit.budget.allows(before, entry.charge, limit.planned):
                 return False
         ledger.charge(entry)
     return True

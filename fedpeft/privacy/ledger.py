@@ -86,6 +86,7 @@ class Ledger:
         self.path = path.resolve()  # whatever links lead to a file, it has one lock
         self._lock = FileLock(self.path.with_name(f".{self.path.name}.lock"), timeout=LOCK_SECONDS)
         self._entries: list[Entry] = []
+        self._of_client: dict[str, list[Entry]] = {}  # a run looks at one client's for every message
         self._releases: set[tuple[str, str, str]] = set()
         self._size = 0  # bytes of whole lines that were read
 
@@ -117,7 +118,8 @@ class Ledger:
     def entries(self, client: str | None = None, run: str | None = None) -> list[Entry]:
         """Return what is written, of one client or run if they are named."""
         with self.held():
-            return [entry for entry in self._entries if client in (None, entry.client) and run in (None, entry.run)]
+            own = self._entries if client is None else self._of_client.get(client, [])
+            return [entry for entry in own if run in (None, entry.run)]
 
     def is_charged(self, entry: Entry) -> bool:
         """Tell whether the very same release is on the books already."""
@@ -189,6 +191,7 @@ class Ledger:
 
     def _take(self, entry: Entry, size: int) -> None:
         self._entries.append(entry)
+        self._of_client.setdefault(entry.client, []).append(entry)
         self._size += size
         if entry.release:
             self._releases.add((entry.run, entry.client, entry.release))

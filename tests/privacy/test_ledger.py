@@ -163,6 +163,28 @@ def test_a_charge_that_would_pass_the_budget_is_not_made(tmp_path: Path) -> None
     assert charged(book, replace(ENTRY, client="c"))
 
 
+def test_a_plan_within_the_budget_allows_its_parts_and_asks_the_accountant_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import fedpeft.privacy.budget as budgets
+    from fedpeft.privacy.accounting import Charge, spent
+
+    planned = Charge(1.1, 0.25, 40)
+    whole = spent([planned], 1e-5).epsilon
+    asked: list[object] = []
+    monkeypatch.setattr(budgets, "spent", lambda *given: (asked.append(given[0]), spent(*given))[1])
+    budget = Budget(whole, 1e-5)
+    before: list[Charge] = []
+    for _ in range(4):
+        assert budget.allows(before, ENTRY.charge, planned)
+        before.append(ENTRY.charge)
+    assert asked == [[planned]] * 4  # which is cached
+    assert not budget.allows(before, ENTRY.charge, planned)  # beyond the plan
+    assert not Budget(0.99 * whole, 1e-5).allows(before[:3], ENTRY.charge, planned)  # a plan too dear allows nothing
+    other = Charge(0.5, 0.25, 1)
+    assert not budget.allows(before, other, planned)
+
+
 def test_a_release_that_is_on_the_books_may_be_computed_again_though_the_budget_is_spent(tmp_path: Path) -> None:
     book = Ledger(tmp_path / "ledger.jsonl")
     seeded = replace(ENTRY, release="abc")

@@ -192,6 +192,14 @@ def test_a_server_takes_sites_at_their_word_and_assumes_the_worst_of_those_that_
     assert len(Ledger(tmp_path / "run" / "ledger.jsonl").entries()) == 4
 
 
+def test_steps_that_are_no_number_end_no_run(text_config: Make, tmp_path: Path) -> None:
+    config = secure(text_config)
+    books = Books(config, RunDirectory(tmp_path / "run", config, 1), {}, told=True)
+    books.settle(1, {"a": 1}, {"a": told(3) | {STEPS: float("nan")}})
+    books.settle(2, {"a": 1}, {})
+    assert [charge.steps for charge in books.charges()["a"]] == [3, 3]
+
+
 @pytest.mark.parametrize("wrong", [{SPENT_STEPS: float("nan")}, {NOISE_MULTIPLIER: -1.0}, {SAMPLE_RATE: 7.0}])
 def test_a_site_that_talks_nonsense_ends_no_run(wrong: dict[str, float], text_config: Make, tmp_path: Path) -> None:
     config = secure(text_config)
