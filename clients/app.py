@@ -70,19 +70,22 @@ WITHHELD = "Withheld"
 
 
 class ClientFailedError(Exception):
-    """Something went wrong at a client; says the class of the error only, since texts of errors may carry rows."""
+    """Something went wrong at a client; mostly says the class only, since texts of errors may carry rows."""
 
 
 def withhold_error_text(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
     """Let nothing but an error's class leave the client; the cause stays in the site's own log.
 
-    Where a site has a privacy budget, not even the class: what makes rows fail, and how, would tell of them.
+    What a site demands is told whole, since it depends on configurations and on no row. Of the rest, where a site has
+    a privacy budget, not even the class: what makes rows fail, and how, would tell of them.
     """
     try:
         check_site(_run_config(context), context.node_config)
         return call_next(message, context)
     except Exception as error:
-        told = SITE_EPSILON not in context.node_config or isinstance(error, SitePolicyError)
+        if isinstance(error, SitePolicyError):
+            raise ClientFailedError(f"{SitePolicyError.__name__}: {error}") from error
+        told = SITE_EPSILON not in context.node_config
         raise ClientFailedError(type(error).__name__ if told else WITHHELD) from error
 
 

@@ -1,25 +1,26 @@
 """What stands between a message and a client's rows under record-level privacy: books, budgets, and the site's word.
 
 On a SuperNode the site keeps its own ledger, across runs and restarts: the file that ``privacy-ledger`` of the node's
-configuration names, else one named by the fingerprint of its rows as they lie on disk. A site that sets a budget of its
-own must name the file, since a server may ask for other cuts of the same rows, and rows may be added or corrected: what
-was spent on the old ones is spent. In a simulation the driver keeps the books, and says so in the configuration that it
-hands to the client; a server's messages cannot.
+configuration names. There is no other: a server may ask for other cuts of the same rows, and rows may be added or
+corrected, but what was spent on the old ones is spent. In a simulation the driver keeps the books, and says so in this
+very process (`fedpeft.clients.verdicts`): neither a site's configuration nor a server can.
 """
 
 from __future__ import annotations
 
+import difflib
 import hashlib
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast, get_args
 
-import platformdirs
 from flwr.app import ArrayRecord, Context, Message
 from torch import Tensor
 
 from fedpeft.clients.rows import DATA, ClientRows
+from fedpeft.clients.verdicts import is_simulated, verdict
 from fedpeft.config import DataConfig, RunConfig, Scalar
 from fedpeft.data.sources import digest, locate
 from fedpeft.errors import DeploymentError, nearest
@@ -38,9 +39,11 @@ from fedpeft.wire import ARRAYS, CONFIG, NOISE_MULTIPLIER, ROUND, SAMPLE_RATE, S
 LEDGER_FILE, SITE_EPSILON, SITE_DELTA = "privacy-ledger", "privacy-epsilon", "privacy-delta"
 SITE_ACCOUNTANT = "privacy-accountant"
 DEFAULT_DELTA = 1e-5  # of a site's own budget, whatever a run says
-# what a simulation's driver adds to it for one message
-BOOKS, CHARGED, EXHAUSTED = "privacy-books", "charged", "exhausted"
-KEYS = (LEDGER_FILE, SITE_EPSILON, SITE_DELTA, SITE_ACCOUNTANT, BOOKS)
+KEYS = (LEDGER_FILE, SITE_EPSILON, SITE_DELTA, SITE_ACCOUNTANT)
+OURS = ("privacy", "noise")  # beginnings of keys that are about this, so that unknown ones are mistakes
+ALIKE = 0.85  # so near to one of the keys that it must be meant
+
+log = logging.getLogger(__name__)
 
 
 class SitePolicyError(DeploymentError):
@@ -80,17 +83,26 @@ def permit(
     PrivacyError
         No noise meets the run's budget.
     """
-    privacy, node = config.privacy, context.node_config
+    privacy, node, decided = config.privacy, context.node_config, verdict()
     check_privacy(config)
-    if node.get(BOOKS) == EXHAUSTED:
+    if decided is not None and not decided.allowed:
         return None
-    mechanism = record_mechanism(config, rows.num_examples, noise_multiplier=_float(node.get(NOISE_MULTIPLIER)))
+    mechanism = record_mechanism(
+        config, rows.num_examples, noise_multiplier=None if decided is None else decided.noise_multiplier
+    )
     server_round = int(message.content.config_records[CONFIG][ROUND])  # type: ignore[arg-type]
     is_seeded = privacy.rng == "seeded"
     steps = mechanism.steps
-    if node.get(BOOKS) != CHARGED:
+    if decided is None:
+        ledger = _named_ledger(node)
+        if rows.num_examples * privacy.delta >= 1:
+            log.warning(
+                "privacy.delta = %g is not below 1/n for the %d rows here: releasing a row in the clear would satisfy "
+                "it",
+                privacy.delta,
+                rows.num_examples,
+            )
         data = data_fingerprint(home, rows, node)
-        ledger = Ledger(_ledger_file(data, node))
         claimed = 0.0 if void(privacy) else mechanism.noise_multiplier  # what is void must not look sound afterwards
         entry = Entry(
             run=str(context.run_id),
@@ -114,15 +126,17 @@ def permit(
 def check_site(config: RunConfig, node: Mapping[str, Scalar]) -> None:
     """Hold a run to what a site demands: with a budget of its own, it trains under record-level privacy alone.
 
-    Called before anything is done with rows.
+    Called before anything is done with rows. What it says depends on configurations alone, and may be told.
 
     Raises
     ------
     SitePolicyError
         The run does not keep to it, or the site's own configuration is no policy.
     """
-    if unknown := [key for key in node if key.startswith("privacy") and key not in KEYS]:
-        raise SitePolicyError(f"'{unknown[0]}' in the node's configuration. {nearest(unknown[0], KEYS[:-1])}")
+    if unknown := [key for key in node if key not in KEYS and _is_meant(key)]:
+        raise SitePolicyError(f"'{unknown[0]}' in the node's configuration. {nearest(unknown[0], KEYS)}")
+    if not is_simulated():
+        _check_deployed(config, node)
     if SITE_EPSILON not in node:
         for key in (SITE_DELTA, SITE_ACCOUNTANT):
             if key in node:
@@ -151,13 +165,34 @@ def check_site(config: RunConfig, node: Mapping[str, Scalar]) -> None:
             )
 
 
+def _is_meant(key: str) -> bool:
+    """Tell whether a key is about privacy, be it misspelt."""
+    plain = key.strip().casefold().replace("_", "-")
+    return plain.startswith(OURS) or bool(difflib.get_close_matches(plain, KEYS, n=1, cutoff=ALIKE))
+
+
+def _check_deployed(config: RunConfig, node: Mapping[str, Scalar]) -> None:
+    """Refuse what only a simulation's driver could answer for."""
+    if config.privacy.level == "record" and not str(node.get(LEDGER_FILE, "")).strip():
+        raise SitePolicyError(
+            f"this site names no ledger, and trains under privacy.level = 'record' with one only. On its machine: "
+            f"`fedpeft privacy ledger --create /path/ledger.jsonl`, then --node-config "
+            f"'{LEDGER_FILE}=\"/path/ledger.jsonl\"', one for all runs on the same rows."
+        )
+    if config.privacy.canaries:
+        raise SitePolicyError(
+            f"privacy.canaries = {config.privacy.canaries} would plant false rows among a site's own; canaries are for "
+            "simulations."
+        )
+
+
 def note_open_training(message: Message, context: Context, rows: ClientRows, steps: int) -> None:
     """Write into a ledger that the site has named that rows were trained on without noise."""
     node = context.node_config
     if LEDGER_FILE not in node:
         return
     server_round = int(message.content.config_records[CONFIG][ROUND])  # type: ignore[arg-type]
-    Ledger(_ledger_file("", node)).charge(
+    _named_ledger(node).charge(
         Entry(str(context.run_id), rows.client_id, server_round, noise_multiplier=0.0, sample_rate=1.0, steps=steps)
     )
 
@@ -217,11 +252,8 @@ def _hash_of_arrays(record: ArrayRecord) -> str:
     return _last[1]
 
 
-def _ledger_file(data: str, node: Mapping[str, Scalar]) -> Path:
-    named = node.get(LEDGER_FILE)
-    if named is not None:
-        return Path(str(named)).expanduser()
-    return platformdirs.user_data_path("fedpeft") / "ledgers" / f"{data[:40]}.jsonl"
+def _named_ledger(node: Mapping[str, Scalar]) -> Ledger:
+    return Ledger(Path(str(node[LEDGER_FILE])))
 
 
 def _limits(privacy: PrivacyConfig, node: Mapping[str, Scalar], run: str) -> list[Limit]:

@@ -11,15 +11,16 @@ from dataclasses import replace
 
 from flwr.app import Message, MessageType
 
-from fedpeft.clients.privacy import BOOKS, CHARGED, EXHAUSTED, data_fingerprint, release
+from fedpeft.clients.privacy import data_fingerprint, release
 from fedpeft.clients.rows import client_rows
-from fedpeft.config import RunConfig, Scalar
+from fedpeft.clients.verdicts import Verdict
+from fedpeft.config import RunConfig
 from fedpeft.privacy.budget import Budget, Limit, charged
 from fedpeft.privacy.ledger import Entry, Ledger
 from fedpeft.privacy.mechanism import record_mechanism
 from fedpeft.resident import Resident
 from fedpeft.simulations.grid import SimulationGrid
-from fedpeft.wire import CONFIG, NOISE_MULTIPLIER, ROUND
+from fedpeft.wire import CONFIG, ROUND
 
 
 class Charging:
@@ -55,10 +56,10 @@ class Charging:
         self._budget = Budget.of(config.privacy)
         self._data: dict[int, str] = {}
 
-    def __call__(self, node: int, message: Message) -> dict[str, Scalar]:
+    def __call__(self, node: int, message: Message) -> Verdict | None:
         """Charge a training message; tell the client what came of it."""
         if message.metadata.message_type != MessageType.TRAIN:
-            return {}
+            return None
         context, privacy = self._grid.contexts[node], self._config.privacy
         rows = client_rows(self._home, context.node_config)
         mechanism = record_mechanism(self._config, rows.num_examples)
@@ -77,5 +78,5 @@ class Charging:
         planned = replace(mechanism.charge, steps=mechanism.steps * (federation.rounds + privacy.spare_rounds))
         limits = [] if self._budget is None else [Limit(self._budget, entry.client, planned=planned)]
         if not charged(self._ledger, entry, limits):
-            return {BOOKS: EXHAUSTED}
-        return {BOOKS: CHARGED, NOISE_MULTIPLIER: mechanism.noise_multiplier}
+            return Verdict(allowed=False)
+        return Verdict(allowed=True, noise_multiplier=mechanism.noise_multiplier)

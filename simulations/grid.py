@@ -8,6 +8,7 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -16,12 +17,13 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedpeft.config import Scalar
+from fedpeft.clients.verdicts import Verdict, simulated
 
 SERVER_NODE_ID = 0  # clients are numbered from 1
 FailureListener = Callable[[int, Message, str], None]
-# what is added to a client's node configuration for one message
-Dispatch = Callable[[int, Message], Mapping[str, Scalar]]
+# what is decided about one message, see `fedpeft.clients.verdicts`
+Dispatch = Callable[[int, Message], Verdict | None]
+OWN_CODE = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -34,20 +36,24 @@ class Answer:
         The client's reply, or one with an error.
     trace : str, optional
         The full traceback, causes included, where the client raised. It stays on this side of the wire.
+    place : str, optional
+        What of it depends on no row's content: the classes of the errors, and where in fedpeft they were raised.
     """
 
     reply: Message
     trace: str | None = None
+    place: str | None = None
 
 
-def answer(app: ClientApp, message: Message, context: Context) -> Answer:
-    """Let a ClientApp answer a message in this process.
+def answer(app: ClientApp, message: Message, context: Context, verdict: Verdict | None = None) -> Answer:
+    """Let a ClientApp answer a message in this process, as a client of a simulation.
 
     An exception becomes an error reply whose reason is the exception's class, or its direct cause's class if it has
     one: the text of an exception may carry a client's data.
     """
     try:
-        reply = app(message, context)
+        with simulated(verdict):
+            reply = app(message, context)
         if not isinstance(reply, Message):
             raise TypeError(f"the ClientApp returned {type(reply).__name__} in place of a Message")
         if reply.metadata.reply_to_message_id != message.metadata.message_id:
@@ -55,8 +61,23 @@ def answer(app: ClientApp, message: Message, context: Context) -> Answer:
     except (Exception, SystemExit) as error:
         reason = type(error.__cause__ or error).__name__
         reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
-        return Answer(reply, "".join(traceback.format_exception(error)))
+        return Answer(reply, "".join(traceback.format_exception(error)), place_of(error))
     return Answer(reply)
+
+
+def place_of(error: BaseException) -> str:
+    """Say of an error and its causes which classes they are, and where in fedpeft's own code they were raised."""
+    chain: list[BaseException] = []
+    at: BaseException | None = error
+    while at is not None and at not in chain:
+        chain.append(at)
+        at = at.__cause__ or (None if at.__suppress_context__ else at.__context__)
+    lines = []
+    for each in reversed(chain):
+        own = [frame for frame in traceback.extract_tb(each.__traceback__) if OWN_CODE in Path(frame.filename).parents]
+        places = [f"  {Path(frame.filename).relative_to(OWN_CODE)}:{frame.lineno} in {frame.name}" for frame in own]
+        lines += [type(each).__name__, *places]
+    return "\n".join(lines) + "\n"
 
 
 def identify(run_id: int, node_id: int) -> None:
@@ -77,13 +98,15 @@ class SimulationGrid(Grid):
     on_failure : callable, optional
         Called with node id, message and traceback (or another explanation) before an error reply is handed over. The
         attribute may be set later.
+    withholds : bool
+        Whether it is given `Answer.place` in place of the traceback, which may quote rows. The attribute may be set
+        later.
 
     Attributes
     ----------
     on_dispatch : callable, optional
         Called with node id and message EVERY time a client is about to be given it, repeats after a worker's death
-        included; returns what is added to the client's node configuration this once. May raise, and then nobody is
-        given anything.
+        included; returns what the client is told beside it. May raise, and then nobody is given anything.
     """
 
     def __init__(
@@ -92,6 +115,7 @@ class SimulationGrid(Grid):
         self.on_dispatch: Dispatch | None = None
         self.contexts: Mapping[int, Context] = contexts or {}
         self.on_failure = on_failure
+        self.withholds = False
         self._run = Run.create_empty(1)
         self._sent: Counter[str] = Counter()
         self._pushed: dict[str, Message] = {}
@@ -174,13 +198,13 @@ class SimulationGrid(Grid):
         self._sent[name] += 1
         return message
 
-    def _dispatched(self, message: Message) -> Context:
-        """Return the context that a client is given with a message, its state shared with the one that is kept."""
+    def _dispatched(self, message: Message) -> tuple[Context, Verdict | None]:
+        """Return what a client is given with a message: a context whose state is that which is kept, and a verdict."""
         held = self.contexts[message.metadata.dst_node_id]
         context = copy.copy(held)
-        added = self.on_dispatch(held.node_id, message) if self.on_dispatch is not None else {}
-        context.node_config, context.run_config = {**held.node_config, **added}, dict(held.run_config)
-        return context
+        verdict = self.on_dispatch(held.node_id, message) if self.on_dispatch is not None else None
+        context.node_config, context.run_config = dict(held.node_config), dict(held.run_config)
+        return context, verdict
 
     def _deliver(self, message: Message, answer: Answer, state: RecordDict | None) -> Message:
         """Hand a reply over: keep the client's new state if all went well, tell of the failure if not."""
@@ -191,5 +215,6 @@ class SimulationGrid(Grid):
             if state is not None:
                 self.contexts[node_id].state = state
         elif self.on_failure:
-            self.on_failure(node_id, message, answer.trace or reply.error.reason or "")
+            told = answer.place if self.withholds else answer.trace
+            self.on_failure(node_id, message, told or reply.error.reason or "")
         return reply

@@ -70,13 +70,13 @@ class InlineGrid(SimulationGrid):
     def _answer(self, message: Message) -> Message:
         import torch
 
-        context = self._dispatched(message)
+        context, verdict = self._dispatched(message)
         context.state = duplicate(context.state)  # the client may change whatever it gets, as in another process
         threads = torch.get_num_threads()
         torch.set_num_threads(self._threads)
         identify(message.metadata.run_id, context.node_id)
         try:
-            answered = answer(self._app, self._private(message), context)
+            answered = answer(self._app, self._private(message), context, verdict)
         finally:
             identify(self._run.run_id, SERVER_NODE_ID)
             torch.set_num_threads(threads)

@@ -287,7 +287,7 @@ class RayGrid(SimulationGrid):
                 yield self._deliver(message, *self._unwrap(message, packed))
 
     def _wrap(self, message: Message) -> Parcel:
-        return Parcel.of(message, self._dispatched(message), self._store)
+        return Parcel.of(message, *self._dispatched(message), self._store)
 
     def _store(self, record: ArrayRecord) -> ObjectRef:
         """Put arrays into Ray's store, unless they are there."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, Metadata, MetricRecord, RecordDict
 from flwr.app.message import make_message
 
+from fedpeft.clients.verdicts import Verdict
 from fedpeft.simulations.grid import Answer
 
 if TYPE_CHECKING:
@@ -95,15 +96,20 @@ class Parcel:
         The client's, without state.
     state : PackedRecords
         The client's state.
+    verdict : Verdict or None
+        What the driver decided about the message.
     """
 
     metadata: Metadata
     records: Mapping[str, ObjectRef | ConfigRecord | MetricRecord]
     context: Context
     state: PackedRecords
+    verdict: Verdict | None
 
     @classmethod
-    def of(cls, message: Message, context: Context, store: Callable[[ArrayRecord], ObjectRef]) -> Parcel:
+    def of(
+        cls, message: Message, context: Context, verdict: Verdict | None, store: Callable[[ArrayRecord], ObjectRef]
+    ) -> Parcel:
         """Pack; `store` puts arrays into Ray's store."""
         stateless = copy.copy(context)
         stateless.state = RecordDict()
@@ -111,7 +117,7 @@ class Parcel:
             name: store(record) if isinstance(record, ArrayRecord) else record
             for name, record in message.content.items()
         }
-        return cls(message.metadata, records, stateless, pack(context.state))
+        return cls(message.metadata, records, stateless, pack(context.state), verdict)
 
     def open(self, fetch: Callable[[ObjectRef], ArrayRecord]) -> tuple[Message, Context]:
         """Unpack; `fetch` gets arrays from Ray's store."""
@@ -133,6 +139,7 @@ class ParcelledAnswer:
     content: PackedRecords | None
     error: Error | None
     trace: str | None
+    place: str | None
     state: PackedRecords | None
 
     @classmethod
@@ -140,14 +147,14 @@ class ParcelledAnswer:
         """Pack."""
         reply = answer.reply
         if reply.has_error():
-            return cls(reply.metadata, None, reply.error, answer.trace, None)
-        return cls(reply.metadata, pack(reply.content), None, None, pack(state))
+            return cls(reply.metadata, None, reply.error, answer.trace, answer.place, None)
+        return cls(reply.metadata, pack(reply.content), None, None, None, pack(state))
 
     def open(self) -> tuple[Answer, RecordDict | None]:
         """Unpack."""
         content = None if self.content is None else unpack(self.content)
         reply = make_message(self.metadata, content, self.error)
-        return Answer(reply, self.trace), None if self.state is None else unpack(self.state)
+        return Answer(reply, self.trace, self.place), None if self.state is None else unpack(self.state)
 
 
 class _Identity:

@@ -91,7 +91,7 @@ class Worker:
         assert self._app is not None, "load comes first"
         message, context = parcel.open(self._fetch)
         identify(context.run_id, context.node_id)
-        return ParcelledAnswer.of(answer(self._app, message, context), context.state)
+        return ParcelledAnswer.of(answer(self._app, message, context, parcel.verdict), context.state)
 
     def _fetch(self, ref: Any) -> ArrayRecord:
         """Return the arrays behind a reference: for the same one the same object, so that a client decodes it once."""

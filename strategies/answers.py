@@ -40,7 +40,7 @@ def known_clients(grid: Grid, client_ids: dict[int, str], timeout: float | None)
             if reply.has_content() and CLIENT_ID in reply.content.config_records.get(CONFIG, {}):
                 client_ids[reply.metadata.src_node_id] = str(reply.content.config_records[CONFIG][CLIENT_ID])
             else:
-                reason = reply.error.reason if reply.has_error() else "no client id in its answer"
+                reason = error_class(reply.error.reason or "") if reply.has_error() else "no client id in its answer"
                 raise DeploymentError(f"node {reply.metadata.src_node_id} could not say which client it is: {reason}")
     known = {node: client_ids[node] for node in nodes if node in client_ids}
     if len(set(known.values())) < len(known):

@@ -77,8 +77,8 @@ def client_order(client_id: str) -> tuple[bool, int, str]:
 
 
 def error_class(reason: str) -> str:
-    """Return the class that a reply's reason speaks of: SuperNodes wrap it as ``<class 'x.Y'>:<'Class'>``."""
-    wrapped = re.fullmatch(r"<class '[\w.]+'>:<'(\w+)'>", reason)
+    """Return the class that a reply's reason speaks of, or what a site says: SuperNodes wrap it as in the pattern."""
+    wrapped = re.fullmatch(r"<class '[\w.]+'>:<'(.+)'>", reason, re.DOTALL)
     return wrapped[1] if wrapped else reason
 
 

@@ -44,7 +44,7 @@ class Books:
         self, config: RunConfig, directory: RunDirectory, clients: Mapping[str, int], *, told: bool = False
     ) -> None:
         self.config, self.directory, self.told = config, directory, told
-        self.ledger = Ledger(directory.path / LEDGER)
+        self.ledger = Ledger.create(directory.path / LEDGER, "run")
         self.run = directory.path.name
         self._examples = dict(clients)
         self._known: dict[str, Charge] = {}  # one round's charge of each site, as it last told

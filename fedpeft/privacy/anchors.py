@@ -1,0 +1,109 @@
+"""What is known of a ledger apart from its file, so that an older copy of it, or a shorter one, is noticed.
+
+An anchor holds a ledger's last line, and is written BEFORE that line: where a process dies between the two, or in the
+middle of the second, the next one finds the whole line here and counts it. It is found by the ledger's own id, not by
+its file's name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+import platformdirs
+
+from fedpeft.errors import LedgerError
+from fedpeft.privacy.chain import Head
+
+DATA_VARIABLE = "FEDPEFT_DATA_DIR"
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """How far a ledger had come.
+
+    Parameters
+    ----------
+    count : int
+        Its charges.
+    hash : str
+        Of its last line.
+    line : str
+        Its last line; empty where it is not at hand.
+    """
+
+    count: int
+    hash: str
+    line: str = ""
+
+
+def data_dir() -> Path:
+    """Return the folder named by the environment variable ``FEDPEFT_DATA_DIR``, else the user's data folder."""
+    named = os.environ.get(DATA_VARIABLE)
+    return Path(named).expanduser() if named else platformdirs.user_data_path("fedpeft")
+
+
+def anchor_file(head: Head, ledger: Path) -> Path:
+    """Return where a ledger's anchor is: of a run, beside it; of a site, in the user's data folder."""
+    if head.keeper == "run":
+        return ledger.with_name(f".{ledger.name}.anchor")
+    return data_dir() / "ledgers" / f"{head.ledger}.json"
+
+
+def read_anchor(file: Path, head: Head) -> Anchor | None:
+    """Return a ledger's anchor; None where there is none.
+
+    Raises
+    ------
+    LedgerError
+        It cannot be read, or is another ledger's.
+    """
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        anchor = Anchor(found["count"], found["hash"], found["line"])
+        right = found["ledger"] == head.ledger and type(anchor.count) is int
+        if not (right and isinstance(anchor.hash, str) and isinstance(anchor.line, str)):
+            raise ValueError(file)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise LedgerError(
+            f"cannot read '{file}', which says how far a privacy ledger had come: {error.strerror or error}; nobody "
+            "trains until it can be read."
+        ) from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise LedgerError(
+            f"'{file}', which says how far a privacy ledger had come, is damaged or another ledger's; nobody trains "
+            "until it is put back as it was."
+        ) from None
+    return anchor
+
+
+def write_anchor(file: Path, head: Head, anchor: Anchor) -> None:
+    """Write an anchor, whole or not at all, and return when it is on the disk.
+
+    Raises
+    ------
+    LedgerError
+        It cannot be written.
+    """
+    facts = {"ledger": head.ledger, "count": anchor.count, "hash": anchor.hash, "line": anchor.line}
+    partial = file.with_name(f".{uuid.uuid4().hex}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("x", encoding="utf-8") as written:
+            written.write(json.dumps(facts) + "\n")
+            written.flush()
+            os.fsync(written.fileno())
+        partial.replace(file)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise LedgerError(
+            f"cannot write '{file}', which says how far a privacy ledger has come: {error.strerror or error}; nobody "
+            f"trains without it. Make room, or set {DATA_VARIABLE} to a folder that is kept and can be written."
+        ) from None
