@@ -143,10 +143,12 @@ def evaluate(
     quiet(verbose)
     from fedpeft.config import parse_overrides
     from fedpeft.report.tables import scores_table
-    from fedpeft.rescoring import rescore
+    from fedpeft.rescoring import caution, rescore
 
     scores = rescore(run, parse_overrides(words or ()))
     show(scores, scores_table, json_lines)
+    if (words_of_caution := caution(scores)) is not None:
+        print(f"warning: {words_of_caution}", file=sys.stderr)
 
 
 @app.command()

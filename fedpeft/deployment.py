@@ -89,18 +89,23 @@ def _of_privacy(config: RunConfig) -> str:
     privacy = config.privacy
     if privacy.level == "none":
         return ""
+    from fedpeft.privacy.ledger import LEDGER
+    from fedpeft.privacy.rounding import as_given
     from fedpeft.privacy.statement import void
 
     asked = (
-        f"noise multiplier {privacy.noise_multiplier:g}" if privacy.epsilon is None else f"epsilon {privacy.epsilon:g}"
+        f"noise multiplier {privacy.noise_multiplier:g}"
+        if privacy.epsilon is None
+        else f"epsilon {as_given(privacy.epsilon)}"
     )
     rounds = f"{config.federation.rounds} round" + "s" * (config.federation.rounds > 1)
     lines = [f"privacy: {privacy.level} level, {asked} over {rounds}, randomness {privacy.rng}"]
     if privacy.level == "record":
-        epsilon = "EPSILON" if privacy.epsilon is None else f"{privacy.epsilon:g}"
+        epsilon = "EPSILON" if privacy.epsilon is None else as_given(privacy.epsilon)
         lines.append(
-            f'each site may hold it to a budget of its own: --node-config \'... privacy-ledger="/path/ledger.jsonl" '
-            f"privacy-epsilon={epsilon}'"
+            "each site keeps its own ledger, one for all runs on its rows, and trains with one only. Make it there: "
+            f"fedpeft privacy ledger --create /path/{LEDGER}; then --node-config '... "
+            f'privacy-ledger="/path/{LEDGER}"\'. It may hold runs to a budget of its own: privacy-epsilon={epsilon}'
         )
     reasons = void(privacy)
     if privacy.rng == "seeded":

@@ -93,7 +93,7 @@ def noise(
     if examples is not None and delta * examples >= 1:
         print(
             f"warning: delta {delta:g} is no less than 1 / {examples} rows, so one row may be given away whole; "
-            f"give --delta below {1 / examples:.2g}.",
+            f"give --delta below 1/{examples}.",
             file=sys.stderr,
         )
     _show_cost(multiplier, found.epsilon, delta, found.accountant, rate, steps, json_lines)
@@ -167,7 +167,7 @@ def _cost_table(facts: dict[str, Any]) -> RenderableType:
     from rich.console import Group
     from rich.text import Text
 
-    from fedpeft.privacy.statement import number
+    from fedpeft.privacy.rounding import number
     from fedpeft.report.layout import pairs
 
     infinite = facts["epsilon"] is None
@@ -193,25 +193,66 @@ def _cost_table(facts: dict[str, Any]) -> RenderableType:
 
 @privacy_app.command()
 def ledger(
-    run: Annotated[Path, typer.Argument(help="A private run's directory, or a site's own ledger file (*.jsonl).")],
+    run: Annotated[
+        Path | None,
+        typer.Argument(help="A private run's directory, or a site's own ledger file (*.jsonl).", show_default=False),
+    ] = None,
     delta: Annotated[
         float | None, typer.Option(help="At which a site's ledger is summed up, 1e-5 if not given; a run has its own.")
     ] = None,
     accountant: Annotated[
         str | None, typer.Option(help="prv or rdp, for a site's ledger, prv if not given; a run has its own.")
     ] = None,
+    create: Annotated[
+        Path | None, typer.Option(help="Make a site's ledger in this new file, for rows that it is to keep account of.")
+    ] = None,
+    converted: Annotated[
+        Path | None,
+        typer.Option(
+            "--from", help="With --create: begin with all charges of this ledger of an earlier version (not chained)."
+        ),
+    ] = None,
     json_lines: Json = False,
 ) -> None:
     """Show who spent what over all rounds, of a run that is done, goes on or was killed.
 
-    Of a site's own ledger, show what all runs in it spent together on the site's rows.
+    Of a site's own ledger, show what all runs in it spent together on the site's rows. With --create, make one.
     """
     quiet(False)
+    if create is not None:
+        given = {"a run or ledger to show": run, "--delta": delta, "--accountant": accountant}
+        if extra := [name for name, value in given.items() if value is not None]:
+            raise ConfigError(f"--create {create} makes a ledger and shows none; drop {extra[0]}.")
+        _create_ledger(create, converted, json_lines)
+        return
+    if converted is not None:
+        raise ConfigError(f"--from {converted} goes with --create NEW, the file that its charges are copied into.")
+    if run is None:
+        raise ConfigError("no ledger is named; give a run directory or a ledger file, or --create NEW to make one.")
     from fedpeft.privacy.spending import read_spending
     from fedpeft.report.privacy import ledger_table
 
     chosen = cast("Accountant | None", accountant)  # which is checked there
     show(read_spending(run, delta, chosen), ledger_table, json_lines)
+
+
+def _create_ledger(file: Path, converted: Path | None, json_lines: bool) -> None:
+    from rich.text import Text
+
+    from fedpeft.clients.privacy import LEDGER_FILE
+    from fedpeft.privacy.ledger import Ledger, read_unchained
+
+    entries = [] if converted is None else read_unchained(converted)
+    path = Ledger.create(file, entries=entries).path
+
+    def told(facts: dict[str, Any]) -> RenderableType:
+        return Text(
+            f"made {facts['ledger']} with {facts['charges']} charges\n"
+            f"start the SuperNode with --node-config '{LEDGER_FILE}=\"{facts['ledger']}\"', the same for all runs on "
+            "these rows"
+        )
+
+    show({"ledger": str(path), "charges": len(entries)}, told, json_lines)
 
 
 @privacy_app.command()

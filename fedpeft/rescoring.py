@@ -9,10 +9,12 @@ from peft import PeftModel
 
 from fedpeft.config import Layer, resolve
 from fedpeft.data.encoding import encode_rows
-from fedpeft.errors import ConfigError, RunDirectoryError
+from fedpeft.data.splits import EncodedSplit
+from fedpeft.errors import ConfigError, DataError, RunDirectoryError
 from fedpeft.evaluation import mean_metrics, score
 from fedpeft.export import LABELS
 from fedpeft.models import load_base
+from fedpeft.privacy.overlap import shared_rows
 from fedpeft.resident import Resident
 from fedpeft.runs import ADAPTER, Event, read_config
 
@@ -36,6 +38,7 @@ def rescore(run: Path, overrides: Layer) -> Event:
     -------
     dict
         ``loss``, ``accuracy`` and ``macro_f1`` or ``perplexity``, ``examples``, and ``domains`` where rows name theirs.
+        Of a private run, ``training_rows``: how many of these the run was to protect, None where that is not known.
 
     Raises
     ------
@@ -67,7 +70,33 @@ def rescore(run: Path, overrides: Layer) -> Event:
         every.append(score(model, split, config))
         model.unload()
     result: Event = {"run": str(run), "examples": len(split), **mean_metrics([scores.metrics() for scores in every])}
+    if config.privacy.level != "none":
+        result["training_rows"] = _protected_rows(home, split, own="test" not in chosen)
     if split.domains is not None:
         groups = [scores.by_group(split.domains) for scores in every]
         result["domains"] = {name: mean_metrics([each[name] for each in groups]) for name in groups[0]}
     return result
+
+
+def _protected_rows(home: Resident, split: EncodedSplit, *, own: bool) -> int | None:
+    """Return how many rows are of the clients' source, whose scores no noise covers."""
+    if home.config.data.source is None:
+        return None
+    if own and home.holds_out_test_rows:
+        return len(split)
+    try:
+        return shared_rows(home.data.train, split)
+    except DataError:  # the clients' rows need not be where the run is looked at
+        return None
+
+
+def caution(scores: Event) -> str | None:
+    """Say what is to be thought of the scores of a private run; None where there is nothing to say."""
+    found = scores.get("training_rows")
+    if not found:
+        return None
+    return (
+        f"{found} of {scores['examples']} rows are of the source that this private run was to protect: their scores "
+        "come without noise, and no epsilon covers them. Show them to nobody, or give data.test with rows that may be "
+        "public."
+    )

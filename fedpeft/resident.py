@@ -17,6 +17,7 @@ from fedpeft.data.sources import places
 from fedpeft.models import load_base, locate
 from fedpeft.presets import PREFIX, is_preset, materialize
 from fedpeft.privacy.canaries import Canaries, plant
+from fedpeft.privacy.overlap import shared_rows
 from fedpeft.privacy.settings import PrivacyConfig
 
 if TYPE_CHECKING:
@@ -58,6 +59,13 @@ class Resident:
         """Whether test rows are some of the source that the clients' rows come from."""
         data = self.config.data
         return data.source is not None and places(data)[1] is None
+
+    @cached_property
+    def scored_training_rows(self) -> int:
+        """How many of the given test rows are training rows too, as far as training rows are here."""
+        if self.config.data.source is None or self.holds_out_test_rows:
+            return 0
+        return shared_rows(self.data.train, self.test)
 
     @cached_property
     def labels(self) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from fedpeft.deployment import split_run_config
 from fedpeft.errors import DeploymentError
 from fedpeft.presets import provenance
 from fedpeft.privacy.books import Books
+from fedpeft.privacy.rounding import number
 from fedpeft.resident import resident
 from fedpeft.runs import Event, RunDirectory, check_vacant
 from fedpeft.strategies import find, with_typed_options
@@ -66,8 +67,12 @@ def _log_event(event: Event) -> None:
     if event["event"] in ("round", "evaluate", "fault", "warning", "privacy", "end"):
         shown = {key: value for key, value in event.items() if not isinstance(value, dict)}
         print(
-            " ".join(
-                f"{key}={value:.4f}" if isinstance(value, float) else f"{key}={value}" for key, value in shown.items()
-            ),
+            " ".join(f"{key}={_shown(key, value)}" for key, value in shown.items()),
             flush=True,
         )
+
+
+def _shown(key: str, value: object) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return number(value, digits=4) if "epsilon" in key else f"{value:.4f}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -24,6 +23,11 @@ from fedpeft.strategies import find
 from fedpeft.strategies.federation import Outcome, build_strategy, exported_bytes, federate
 from fedpeft.strategies.rounds import require_enough
 from fedpeft.wire import to_tensors
+
+WITHHELD = (
+    "The text of the error is withheld, since it may quote rows; privacy.release_metrics=true keeps it, and voids the "
+    "guarantee."
+)
 
 
 def drive(config: RunConfig, out: Path, listener: Listener, grid: InlineGrid | RayGrid) -> Outcome:
@@ -53,25 +57,29 @@ def drive(config: RunConfig, out: Path, listener: Listener, grid: InlineGrid | R
     adapter_bytes = exported_bytes(find(config.strategy.name), home.adapted)
     directory = RunDirectory(out, config, adapter_bytes, {"presets": provenance(config)})
     grid.contexts = contexts
+    tells = config.privacy.level == "none" or config.privacy.release_metrics
+    of_clients = config.privacy.level == "client" and not tells  # then who took part is on no record
     if isinstance(grid, RayGrid):
         grid.on_worker_death = lambda node, deaths: listener(
-            {"event": "warning", "message": f"a worker died over client {client_ids[node]} and is replaced ({deaths})"}
+            {
+                "event": "warning",
+                "message": f"a worker died over {'a client' if of_clients else f'client {client_ids[node]}'} and is "
+                f"replaced ({deaths})",
+            }
         )
 
-    numbers = itertools.count(1)
-
     def keep_traceback(node: int, message: Message, text: str) -> None:
-        # who took part in a round of clients' privacy is on no record
-        hidden = config.privacy.level == "client"
-        client = f"withheld-{next(numbers)}" if hidden else folder_name(client_ids[node])
-        directory.write_traceback(f"round-{int(message.metadata.group_id or 0):04d}-client-{client}", text)
+        name = f"round-{int(message.metadata.group_id or 0):04d}-client-{folder_name(client_ids[node])}"
+        directory.write_traceback(name, text if tells else f"{text}{WITHHELD}\n")
 
-    grid.on_failure = keep_traceback
+    grid.on_failure, grid.withholds = None if of_clients else keep_traceback, not tells
     books, grid.on_dispatch = None, None
     if config.privacy.level == "client":  # of whole clients, their rows are of no interest
         books = Books(config, directory, {})
     elif config.privacy.level == "record":
-        books = Books(config, directory, rows if config.privacy.public_counts else {})
+        books = Books(
+            config, directory, rows if config.privacy.public_counts else {}, smallest=min(rows.values(), default=None)
+        )
         grid.on_dispatch = Charging(config, home, grid, client_ids, books.ledger, books.run)
 
     def personal() -> Mapping[str, Mapping[str, Tensor]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fedpeft.config import Layer, RunConfig, merge
 from fedpeft.errors import ConfigError
+from fedpeft.privacy.rounding import as_given
 from fedpeft.privacy.settings import ANY_LEVEL, PrivacyConfig
 from fedpeft.privacy.statement import read_statement
 from fedpeft.report.sweep import sweep, sweep_markdown, sweep_plot
@@ -76,7 +77,7 @@ def split_epsilons(text: str) -> list[float]:
             raise ConfigError(f"'{word}' in --epsilons is no epsilon; give positive numbers, or inf, such as 1,3,inf.")
         found.append(budget)
     if twice := [budget for budget in found if found.count(budget) > 1]:
-        raise ConfigError(f"epsilon {twice[0]:g} is in --epsilons twice; name it once.")
+        raise ConfigError(f"epsilon {as_given(twice[0])} is in --epsilons twice; name it once.")
     if found == [math.inf]:
         raise ConfigError("--epsilons inf trains without privacy alone; add a budget, or use `fedpeft compare`.")
     return found
@@ -159,7 +160,7 @@ def sweep_points(
                     own = open_run if budget == math.inf else shared | {"epsilon": budget}
                     points.append(
                         Point(
-                            label="_".join(filter(None, (adapter, row.label, f"epsilon={budget:g}"))),
+                            label="_".join(filter(None, (adapter, row.label, f"epsilon={as_given(budget)}"))),
                             method=row.method,
                             settings=merge([row.settings, kind, {"privacy": own}]),
                             own=frozenset({"privacy"}),

@@ -203,12 +203,15 @@ class _Run:
             self.listener({"event": "warning", "round": event["round"], "message": problem})
 
     def emit_faults(self, report: RoundReport) -> None:
+        if self.strategy.private_mean is not None and not self.config.privacy.release_metrics:
+            # for the operator's eyes, and who it was not even there: who took part is on no record
+            for reason in dict.fromkeys(fault.reason for fault in report.faults):
+                message = f"round {report.server_round}: an answer that does not count: {reason}"
+                self.listener({"event": "warning", "round": report.server_round, "message": message})
+            return
         for fault in report.faults:
             event = {"event": "fault", "round": report.server_round, "client": fault.client_id, "reason": fault.reason}
-            if self.strategy.private_mean is None:
-                self.emit(event)
-            else:
-                self.listener(event)  # for the operator's eyes: who took part is on no record
+            self.emit(event)
 
     def round_begins(self, server_round: int) -> None:
         """Charge everybody for the round, where it is clients that are protected."""
@@ -248,7 +251,7 @@ class _Run:
         elif self.strategy.capabilities.changes_base:
             event["bytes_catch_up"] = report.bytes_catch_up
         if self.books is not None:
-            event["exhausted"] = report.exhausted
+            event["exhausted"] = report.exhausted if self.strategy.private_mean is None else None
             event["epsilon_max"] = self.books.epsilon_max()
         if report.aggregation_error is not None:
             event["aggregation_error"] = report.aggregation_error
@@ -327,7 +330,9 @@ class _Run:
         try:
             kept = sorted({str(role_of(name)) for name in self.personal_names})
             clients = (self.strategy.client_ids or {}).values()
-            facts = books.close(clients, kept, held_out=self.home.holds_out_test_rows)
+            facts = books.close(
+                clients, kept, held_out=self.home.holds_out_test_rows, scored=self.home.scored_training_rows
+            )
         except OSError as error:
             problem = f"no {PRIVACY}: {error.strerror or error}"
             self.listener({"event": "warning", "round": self.outcome.rounds, "message": problem})

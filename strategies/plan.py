@@ -10,6 +10,7 @@ from fedpeft.adapters import AdaptedModel
 from fedpeft.config import RunConfig, cohort_size
 from fedpeft.privacy.accounting import Charge, spent
 from fedpeft.privacy.mechanism import record_mechanism
+from fedpeft.privacy.rounding import as_given
 from fedpeft.privacy.settings import PrivacyConfig
 from fedpeft.privacy.statement import state
 from fedpeft.report.planned import DryRun
@@ -103,7 +104,17 @@ def plan_privacy(config: RunConfig, home: Resident) -> dict[str, Any] | None:
         one_round = {client: record_mechanism(config, rows).charge for client, rows in counts.items()}
     charges = {client: replace(charge, steps=charge.steps * rounds) for client, charge in one_round.items()}
     planned = {client: [charge] for client, charge in charges.items()}
-    facts = state(config, planned, counts, held_out=home.holds_out_test_rows)
+    personal = {str(role) for role in find(config.strategy.name).capabilities.personal}
+    kept = sorted(personal | ({str(Role.HEAD)} if config.adapter.head == "local" else set()))
+    facts = state(
+        config,
+        planned,
+        counts if privacy.public_counts else {},
+        kept=kept,
+        held_out=home.holds_out_test_rows,
+        scored=home.scored_training_rows,
+        smallest=min(counts.values(), default=None),
+    )
     del facts["statement"]  # which speaks of what was done
     largest = facts["epsilon_max"]
     if privacy.epsilon is not None and largest is not None and largest > privacy.epsilon:
@@ -123,7 +134,7 @@ def _exhaustion(privacy: PrivacyConfig, epsilon: float, one_round: Iterable[Char
     """Say when a budget that does not last for all rounds is spent, and what happens then."""
     lasts = [_affordable(charge, epsilon, privacy, rounds) for charge in dict.fromkeys(one_round)]
     least = min(lasts)
-    of = f"privacy.epsilon = {epsilon:g}"
+    of = f"privacy.epsilon = {as_given(epsilon)}"
     noise = f"at noise multiplier {privacy.noise_multiplier:g}"
     if privacy.level == "client":  # one account for all of them
         if least == 0:

@@ -68,6 +68,11 @@ class EncodedSplit:
         stored = len(self.tensors["pixels"]) if "pixels" in self.tensors else len(self.tensors["offsets"]) - 1
         return np.arange(stored, dtype=np.int64)
 
+    @property
+    def indices_stored(self) -> NDArray[np.int64]:
+        """Which of the stored rows these are, shape ``(n,)``."""
+        return self._index
+
     @cached_property
     def labels(self) -> Tensor | None:
         """Label ids, shape ``(n,)``, int64; None for causal language modelling."""

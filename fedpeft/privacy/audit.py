@@ -241,12 +241,12 @@ def _meaning(found: Bound, claimed: float | None, canaries: int, guesses: int | 
     bound = found.epsilon
     if claimed is not None and bound > claimed:
         return (
-            f"BROKEN: the adapter gives away at least {bound:.2f}, and {claimed:.2f} is claimed. A sound run looks "
-            "like this once in twenty times at most: repeat it with another --seed, and do not rely on its guarantee."
+            f"BROKEN: the adapter gives away at least {downwards(bound)}, and {number(claimed)} is claimed. A sound run "
+            "looks like this once in twenty times at most: repeat it with another --seed, and do not rely on its guarantee."
         )
     limits = "a lower bound is no estimate, and stronger attacks may show more"
     if claimed is None:
-        return f"Nothing is claimed, and these guesses show an epsilon of at least {bound:.2f}; {limits}."
+        return f"Nothing is claimed, and these guesses show an epsilon of at least {downwards(bound)}; {limits}."
     if found.most <= claimed:
         tried = f"{canaries} canaries" if guesses is None else f"{guesses} guesses"
         more = "plant more canaries" + ("" if guesses in (None, canaries) else ", or guess at more of them")

@@ -18,10 +18,15 @@ from fedpeft.privacy.accounting import Charge, merged, spent, upper_bound
 from fedpeft.privacy.budget import Budget, Limit, charged
 from fedpeft.privacy.ledger import EVERYBODY, LEDGER, Entry, Ledger
 from fedpeft.privacy.mechanism import record_mechanism
+from fedpeft.privacy.rounding import as_given
 from fedpeft.privacy.statement import PRIVACY, Facts, state, void
 from fedpeft.runs import RunDirectory, strict_json
 from fedpeft.wire import NOISE_MULTIPLIER, NUM_EXAMPLES, SAMPLE_RATE, SPENT_STEPS, STEPS
 
+ONE_RUN = (
+    "this simulation knows of no other run on these rows: what all of them cost adds up, tries and sweeps included, "
+    "and so does choosing among them"
+)
 LOOKED_AT = 8  # different clients a round, before a bound is taken for the rest
 
 
@@ -38,15 +43,23 @@ class Books:
         Row counts of all clients, as far as they are known from the start.
     told : bool
         Whether sites keep their own ledgers and tell of them: a deployment.
+    smallest : int, optional
+        Rows of the client that has fewest, where somebody knows and it may not be told.
     """
 
     def __init__(
-        self, config: RunConfig, directory: RunDirectory, clients: Mapping[str, int], *, told: bool = False
+        self,
+        config: RunConfig,
+        directory: RunDirectory,
+        clients: Mapping[str, int],
+        *,
+        told: bool = False,
+        smallest: int | None = None,
     ) -> None:
         self.config, self.directory, self.told = config, directory, told
         self.ledger = Ledger.create(directory.path / LEDGER, "run")
         self.run = directory.path.name
-        self._examples = dict(clients)
+        self._examples, self._smallest = dict(clients), smallest
         self._known: dict[str, Charge] = {}  # one round's charge of each site, as it last told
         self._silent: set[str] = set()
         self._settled = 0
@@ -62,8 +75,9 @@ class Books:
         entry = Entry(self.run, EVERYBODY, server_round, charge.noise_multiplier, charge.sample_rate, charge.steps)
         budget = Budget.of(self.config.privacy)
         if not charged(self.ledger, entry, [] if budget is None else [Limit(budget)]):
+            assert budget is not None, "nothing else could refuse it"
             raise BudgetSpentError(
-                f"round {server_round} would pass privacy.epsilon = {self.config.privacy.epsilon:g}. What was done "
+                f"round {server_round} would pass privacy.epsilon = {as_given(budget.epsilon)}. What was done "
                 "before this round is saved."
             )
 
@@ -143,7 +157,9 @@ class Books:
             largest = max(largest, spent(held, privacy.delta, privacy.accountant).epsilon)
         return min(most, largest)
 
-    def close(self, clients: Iterable[str] = (), kept: Iterable[str] = (), *, held_out: bool = False) -> Facts:
+    def close(
+        self, clients: Iterable[str] = (), kept: Iterable[str] = (), *, held_out: bool = False, scored: int = 0
+    ) -> Facts:
         """Write the statement; return it.
 
         Parameters
@@ -154,6 +170,8 @@ class Books:
             What stays with each client, by role.
         held_out : bool
             Whether test rows were held out of the clients' own source.
+        scored : int
+            Test rows that are training rows too, as far as that is known.
 
         Raises
         ------
@@ -161,11 +179,23 @@ class Books:
             It cannot be written.
         """
         notes = []
+        if self.told:
+            notes.append("whether test rows are among the sites' own rows is known to the sites alone")
+        else:
+            notes.append(ONE_RUN)
         if self.told and self.config.privacy.level == "record":
             notes.append("this is one run: a site's own ledger adds up all runs on its rows")
         charges, silent = self.charges(clients), sorted(self._silent)
         facts = state(
-            self.config, charges, self._examples, notes=notes, kept=tuple(kept), silent=silent, held_out=held_out
+            self.config,
+            charges,
+            self._examples,
+            notes=notes,
+            kept=tuple(kept),
+            silent=silent,
+            held_out=held_out,
+            scored=scored,
+            smallest=self._smallest,
         )
         text = json.dumps(strict_json(facts), indent=2, allow_nan=False) + "\n"
         path = self.directory.path / PRIVACY

@@ -16,6 +16,7 @@ from fedpeft.privacy.accounting import (
     merged,
     spent_by,
 )
+from fedpeft.privacy.rounding import as_given, number
 from fedpeft.privacy.settings import Accountant
 
 LEAST_NOISE, MOST_NOISE = 1e-2, 1e4  # noise multipliers between which `calibrate` looks
@@ -83,8 +84,8 @@ def _calibrate(
     already = spent_by(before, delta, accountant).epsilon
     if already > epsilon:
         raise PrivacyError(
-            f"epsilon {already:.4g} is spent already at delta {delta:g}, more than the budget of {epsilon:g}; "
-            "give a larger budget, or stop."
+            f"epsilon {number(already)} is spent already at delta {delta:g}, more than the budget of "
+            f"{as_given(epsilon)}; give a larger budget, or stop."
         )
 
     def cost(index: int) -> float:
@@ -100,10 +101,10 @@ def _calibrate(
         costs[index] = cost(index)
         low, high = (index, high) if costs[index] > epsilon else (low, index)
         if low == most:
-            more, of_which = (" more", f", of which {already:.4g} is spent") if before else ("", "")
+            more, of_which = (" more", f", of which {number(already)} is spent") if before else ("", "")
             raise PrivacyError(
                 f"no noise multiplier up to {MOST_NOISE:g} keeps {steps}{more} steps at sample rate {sample_rate:g} "
-                f"within epsilon {epsilon:g} at delta {delta:g}{of_which}; "
+                f"within epsilon {as_given(epsilon)} at delta {delta:g}{of_which}; "
                 "give a larger budget, fewer steps, or a smaller sample rate."
             )
         if low in costs and high in costs:

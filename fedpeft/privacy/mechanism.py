@@ -20,6 +20,7 @@ from fedpeft.errors import PrivacyError
 from fedpeft.privacy.accounting import Charge, spent
 from fedpeft.privacy.budget import Budget
 from fedpeft.privacy.calibration import calibrate
+from fedpeft.privacy.rounding import as_given, number
 from fedpeft.privacy.settings import PrivacyConfig
 from fedpeft.training import num_steps
 
@@ -100,8 +101,8 @@ def require_a_round(config: RunConfig, counts: Iterable[int]) -> None:
     least = min(spent([charge], budget.delta, budget.accountant).epsilon for charge in charges)
     if least > budget.epsilon:
         raise PrivacyError(
-            f"privacy.epsilon = {budget.epsilon:g} does not last for one round of any client: with "
-            f"privacy.noise_multiplier = {config.privacy.noise_multiplier} it costs at least {least:.4g}. Drop "
+            f"privacy.epsilon = {as_given(budget.epsilon)} does not last for one round of any client: with "
+            f"privacy.noise_multiplier = {config.privacy.noise_multiplier} it costs {number(least)} or more. Drop "
             "privacy.noise_multiplier to have it calibrated, or raise the budget."
         )
 

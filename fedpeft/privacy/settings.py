@@ -6,6 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from fedpeft.privacy.rounding import as_given
 from fedpeft.section import Section
 
 Accountant = Literal["prv", "rdp"]
@@ -122,8 +123,8 @@ class PrivacyConfig(Section):
     def _budget_can_hold(self) -> Self:
         if self.epsilon is not None and self.noise_multiplier == 0:
             raise ValueError(
-                f"privacy.noise_multiplier = 0 costs an infinite epsilon, and privacy.epsilon = {self.epsilon:g} "
-                "allows none of it; drop one of them"
+                f"privacy.noise_multiplier = 0 costs an infinite epsilon, and privacy.epsilon = "
+                f"{as_given(self.epsilon)} allows none of it; drop one of them"
             )
         return self
 

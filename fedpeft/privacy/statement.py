@@ -12,6 +12,7 @@ from typing import Any
 from fedpeft.config import RunConfig
 from fedpeft.errors import RunDirectoryError
 from fedpeft.privacy.accounting import Charge, Spent, spent
+from fedpeft.privacy.rounding import number as number
 from fedpeft.privacy.settings import PrivacyConfig
 
 PRIVACY = "privacy.json"  # in a run directory
@@ -59,6 +60,8 @@ def state(
     kept: Sequence[str] = (),
     silent: Sequence[str] = (),
     held_out: bool = False,
+    scored: int = 0,
+    smallest: int | None = None,
 ) -> Facts:
     """Return a run's statement, as privacy.json holds it.
 
@@ -78,6 +81,10 @@ def state(
         Clients that were asked to train and never said what that cost.
     held_out : bool
         Whether test rows were held out of the clients' own source: they are scored in the clear.
+    scored : int
+        Test rows that are training rows too, and scored in the clear all the same.
+    smallest : int, optional
+        Rows of the client that has fewest, where they are known and not public: `examples` then holds none.
     """
     privacy = config.privacy
     voided = void(privacy)
@@ -99,7 +106,12 @@ def state(
             f"data.test is not given: {config.data.test_fraction:.0%} of data.source were held out as test rows, which "
             "are scored without noise and have no protection; give data.test with rows that may be public"
         )
-    protected = len(found) if privacy.level == "client" else min(examples.values(), default=0)
+    if scored:
+        reasons.append(
+            f"{scored} test row{'s are training rows' if scored > 1 else ' is a training row'} too, which are scored "
+            "without noise and have no protection; give data.test with rows that may be public"
+        )
+    reasons += _kept(privacy, kept)
     facts: Facts = {
         "level": privacy.level,
         "epsilon_max": None if voided else max(epsilons, default=0.0),
@@ -114,7 +126,7 @@ def state(
         "mechanism": _mechanism(privacy),
         "sampling": _sampling(config),
         "public": [*PUBLIC, *_declared(config)],
-        "warnings": [*_warnings(config, protected), *_kept(privacy, kept), *notes],
+        "warnings": [*_warnings(config, _protected(config, len(found), examples, smallest)), *notes],
         "rounds": config.federation.rounds,
         "trained": sum(bool(held) for held in charges.values()),
         "clients": _clients(privacy, charges, found, examples, voided=bool(voided)),
@@ -188,16 +200,33 @@ def _declared(config: RunConfig) -> list[str]:
     return declared
 
 
+def _protected(config: RunConfig, clients: int, examples: Mapping[str, int], smallest: int | None) -> int:
+    """Return the number that delta is held against; 0 where nothing is known of it."""
+    privacy = config.privacy
+    if privacy.level == "client":
+        return clients
+    known = [*examples.values(), *([] if smallest is None else [smallest])]
+    if not privacy.public_counts and privacy.sample_rate:
+        # what is public says how many rows a client is thought to have
+        known.append(round(config.train.batch_size / privacy.sample_rate))
+    return min(known, default=0)
+
+
 def _warnings(config: RunConfig, protected: int) -> list[str]:
     """Return what an expert would ask about."""
     privacy = config.privacy
     unit = "client" if privacy.level == "client" else "row"
     warnings = []
-    if protected and privacy.delta >= 1 / protected:
+    if protected and privacy.delta * protected >= 1 and unit == "row" and not privacy.public_counts:
+        warnings.append(
+            f"delta = {privacy.delta:g} is not below 1/n for the rows of the smallest client, whose number is not told"
+            ": releasing one row in the clear would satisfy it; set a smaller privacy.delta"
+        )
+    elif protected and privacy.delta * protected >= 1:
         whose = "" if unit == "client" else " of the smallest client"
         warnings.append(
             f"delta = {privacy.delta:g} is not below 1/n for the {protected} {unit}s{whose}: releasing one {unit} in "
-            f"the clear would satisfy it; set privacy.delta below {1 / protected:.2g}"
+            f"the clear would satisfy it; set privacy.delta below 1/{protected}"
         )
     if privacy.level == "record" and config.train.precision == "bf16":
         warnings.append(
@@ -216,7 +245,7 @@ def _kept(privacy: PrivacyConfig, kept: Sequence[str]) -> list[str]:
     what = " and ".join(kept)
     return [
         f"{what} stays with each client and is covered by no noise: neither it, nor scores of models that hold it "
-        "(clients/, test scores), may be shown to anybody else"
+        "(clients/, test scores), may be shown to anybody else, and they are records of this run"
     ]
 
 
@@ -267,11 +296,6 @@ def _accountants(facts: Mapping[str, Any]) -> str:
     """Name who computed the numbers: RDP where PRV overflows, the exact formula where all take part in every step."""
     names = {"gaussian": "the analytic Gaussian"}
     return " and ".join(names.get(name, name.upper()) for name in facts["computed_by"] or [facts["accountant"]])
-
-
-def number(epsilon: float) -> str:
-    """Show an epsilon, rounded UP to three digits behind the point."""
-    return "infinity" if not math.isfinite(epsilon) else f"{math.ceil(epsilon * 1000 - 1e-9) / 1000:.3f}"
 
 
 def read_statement(run: Path) -> Facts | None:

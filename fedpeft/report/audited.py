@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from fedpeft.privacy.audit import downwards
-from fedpeft.privacy.statement import number
+from fedpeft.privacy.rounding import number
 from fedpeft.report.layout import pairs
 
 

@@ -55,7 +55,10 @@ def comparison(labels: Sequence[str], seeds: Sequence[int], rounds: int, runs: S
                     key: _mean([run[key] for run in own if run[key] is not None])
                     for key in ("worst_domain", "aggregation_error", "bytes", "seconds")
                 },
-                "epsilon": max((run["epsilon"] for run in own if run["epsilon"] is not None), default=None),
+                # of which one states none, the group has none
+                "epsilon": max((run["epsilon"] or 0.0 for run in own), default=None)
+                if all(run["epsilon"] is not None for run in own)
+                else None,
             }
         )
     metric = runs[0]["metric"] if runs else "score"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from fedpeft.privacy.statement import number
+from fedpeft.privacy.rounding import as_given, number
 from fedpeft.report.formats import NONE, finite, one_line
 from fedpeft.report.layout import cell, new_table, pairs
 
@@ -80,7 +80,9 @@ def planned_rows(facts: Facts, privacy: PrivacyConfig) -> list[tuple[str, str]]:
     privacy : PrivacyConfig
         The run's.
     """
-    source = "as given" if facts["calibrated_to"] is None else f"calibrated to epsilon {facts['calibrated_to']:g}"
+    source = (
+        "as given" if facts["calibrated_to"] is None else f"calibrated to epsilon {as_given(facts['calibrated_to'])}"
+    )
     promise = "yes, if randomness stays secret" if facts["guarantee"] else f"none: {'; '.join(facts['reasons'])}"
     return [
         ("privacy", f"{facts['level']} level"),
@@ -147,7 +149,7 @@ def ledger_table(facts: Facts) -> RenderableType:
     else:
         rows.append(("in all", f"epsilon {epsilon(facts['epsilon'])} {at}"))
     if facts.get("budget") is not None:
-        rows.append(("budget", f"epsilon {facts['budget']:g}"))
+        rows.append(("budget", f"epsilon {as_given(facts['budget'])}"))
     shown: list[RenderableType] = [table, Text()] if entries else [Text("nothing was charged yet.")]
     return Group(*shown, pairs(rows), Text(), Text(one_line(facts["statement"], LONGEST)))
 

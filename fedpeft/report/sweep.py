@@ -16,6 +16,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from fedpeft.privacy.rounding import as_given
 from fedpeft.report.comparison import BOUNDS
 from fedpeft.report.formats import NONE, finite, number, one_line
 from fedpeft.report.layout import cell, new_table
@@ -171,7 +172,7 @@ def sweep_markdown(facts: Mapping[str, Any]) -> str:
 
 
 def _head(budget: float | None) -> str:
-    return UNLIMITED if budget is None else f"budget {budget:g}"
+    return UNLIMITED if budget is None else f"budget {as_given(budget)}"
 
 
 def _by_budget(line: Mapping[str, Any], budgets: Sequence[float | None]) -> list[Facts | None]:
@@ -235,7 +236,7 @@ def _curves(axes: Axes, facts: Mapping[str, Any], theme: Theme) -> bool:
         every += [(at, score + sign * spread) for at, score, spread in known for sign in (1, -1)]
     axes.set_ylabel(facts["metric"])
     axes.set_xlabel("epsilon that the runs state, logarithmic")
-    ticks = {at: f"{10**at:g}" for at in budgets}
+    ticks = {math.log10(budget): as_given(budget) for budget in facts["budgets"] if budget is not None}
     if None in facts["budgets"]:
         ticks[infinity] = "∞"
         if budgets:
