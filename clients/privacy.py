@@ -135,18 +135,18 @@ def check_site(config: RunConfig, node: Mapping[str, Scalar]) -> None:
     """
     if unknown := [key for key in node if key not in KEYS and _is_meant(key)]:
         raise SitePolicyError(f"'{unknown[0]}' in the node's configuration. {nearest(unknown[0], KEYS)}")
-    if not is_simulated():
-        _check_deployed(config, node)
     if SITE_EPSILON not in node:
         for key in (SITE_DELTA, SITE_ACCOUNTANT):
             if key in node:
                 raise SitePolicyError(f"{key} in the node's configuration does nothing without {SITE_EPSILON}.")
+        _check_deployed(config, node)
         return
-    if LEDGER_FILE not in node:
+    if not _names_ledger(node):
         raise SitePolicyError(
             f"{SITE_EPSILON} in the node's configuration needs {LEDGER_FILE}, a file that is kept: without it, "
             "rows that are cut or stored otherwise would open a new account."
         )
+    _check_deployed(config, node)
     _site_budget(node)
     privacy = config.privacy
     given = {
@@ -171,9 +171,15 @@ def _is_meant(key: str) -> bool:
     return plain.startswith(OURS) or bool(difflib.get_close_matches(plain, KEYS, n=1, cutoff=ALIKE))
 
 
+def _names_ledger(node: Mapping[str, Scalar]) -> bool:
+    return bool(str(node.get(LEDGER_FILE, "")).strip())
+
+
 def _check_deployed(config: RunConfig, node: Mapping[str, Scalar]) -> None:
     """Refuse what only a simulation's driver could answer for."""
-    if config.privacy.level == "record" and not str(node.get(LEDGER_FILE, "")).strip():
+    if is_simulated():
+        return
+    if config.privacy.level == "record" and not _names_ledger(node):
         raise SitePolicyError(
             f"this site names no ledger, and trains under privacy.level = 'record' with one only. On its machine: "
             f"`fedpeft privacy ledger --create /path/ledger.jsonl`, then --node-config "
@@ -189,7 +195,7 @@ def _check_deployed(config: RunConfig, node: Mapping[str, Scalar]) -> None:
 def note_open_training(message: Message, context: Context, rows: ClientRows, steps: int) -> None:
     """Write into a ledger that the site has named that rows were trained on without noise."""
     node = context.node_config
-    if LEDGER_FILE not in node:
+    if not _names_ledger(node):
         return
     server_round = int(message.content.config_records[CONFIG][ROUND])  # type: ignore[arg-type]
     _named_ledger(node).charge(

@@ -26,8 +26,9 @@ WORDS = [f"w{i}" for i in range(60)]
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Keep the user's cache out of the tests, and the tests out of the user's cache."""
+    """Keep the user's cache and what is known of ledgers out of the tests, and the tests out of them."""
     os.environ["FEDPEFT_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["FEDPEFT_DATA_DIR"] = str(tmp_path_factory.mktemp("data"))
 
 
 def _tokenizer(folder: Path, **special: str) -> None:

@@ -241,8 +241,9 @@ def _meaning(found: Bound, claimed: float | None, canaries: int, guesses: int | 
     bound = found.epsilon
     if claimed is not None and bound > claimed:
         return (
-            f"BROKEN: the adapter gives away at least {downwards(bound)}, and {number(claimed)} is claimed. A sound run "
-            "looks like this once in twenty times at most: repeat it with another --seed, and do not rely on its guarantee."
+            f"BROKEN: the adapter gives away at least {downwards(bound)}, and {number(claimed)} is claimed. A sound "
+            "run looks like this once in twenty times at most: repeat it with another --seed, and do not rely on its "
+            "guarantee."
         )
     limits = "a lower bound is no estimate, and stronger attacks may show more"
     if claimed is None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpeft.config import RunConfig
-from fedpeft.errors import ConfigError, RunDirectoryError
+from fedpeft.errors import ConfigError, LedgerError, RunDirectoryError
 from fedpeft.privacy.accounting import spent
 from fedpeft.privacy.ledger import EVERYBODY, LEDGER, Entry, read_entries
 from fedpeft.privacy.rounding import number
@@ -81,7 +81,12 @@ def run_spending(run: Path) -> Facts:
     held: dict[str, list[Entry]] = {}
     if privacy.level == "record":
         held = {client: [] for client in (statement or {}).get("clients", {})}  # also those who were never asked
-    for entry in read_entries(run / LEDGER) if (run / LEDGER).exists() else ():
+    if not (run / LEDGER).exists():
+        raise LedgerError(
+            f"'{run}' holds no {LEDGER}, which every private run begins with: it was removed, and what was spent "
+            "cannot be summed up. Put it back with all its charges."
+        )
+    for entry in read_entries(run / LEDGER):
         held.setdefault(entry.client, []).append(entry)
     stated = not void(privacy)
     clients = [

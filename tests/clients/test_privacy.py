@@ -11,8 +11,9 @@ from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedpeft.clients.app import ClientFailedError, app
-from fedpeft.clients.privacy import BOOKS, CHARGED, EXHAUSTED, data_fingerprint
+from fedpeft.clients.privacy import data_fingerprint
 from fedpeft.clients.rows import client_rows
+from fedpeft.clients.verdicts import Verdict, simulated
 from fedpeft.config import RunConfig
 from fedpeft.privacy.ledger import Ledger
 from fedpeft.resident import resident
@@ -62,7 +63,10 @@ def private(text_config: Make, tmp_path: Path) -> Make:
 
 def site(config: RunConfig, tmp_path: Path, run_id: int = 7, **node: Any) -> Context:
     named = {name.replace("_", "-"): value for name, value in node.items()}
-    rows = {"partition-id": 0, "num-partitions": 3, "privacy-ledger": str(tmp_path / "ledger.jsonl")}
+    ledger = tmp_path / "ledger.jsonl"
+    if not ledger.exists():
+        Ledger.create(ledger)
+    rows = {"partition-id": 0, "num-partitions": 3, "privacy-ledger": str(ledger)}
     return Context(run_id, 1, {**rows, **named}, RecordDict(), dict(config.to_flat()))
 
 
@@ -146,24 +150,27 @@ def test_another_run_on_the_same_rows_goes_on_the_same_account(private: Make, tm
     assert is_spent(app(order(config), site(config, tmp_path, run_id=9, privacy_epsilon=0.5)))
 
 
-def test_the_default_account_is_the_rows_own_whatever_the_tokenizer(
-    private: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import fedpeft.clients.privacy as module
-
-    monkeypatch.setattr(module.platformdirs, "user_data_path", lambda name: tmp_path / name)
-    for length in (128, 5):
-        config = private(data__max_length=length)
-        held = site(config, tmp_path)
-        del held.node_config["privacy-ledger"]
-        app(order(config), held)
-    (book,) = (path for path in (tmp_path / "fedpeft" / "ledgers").iterdir() if path.suffix == ".jsonl")
-    assert len(Ledger(book).entries()) == 2
+def test_a_site_without_a_ledger_of_its_own_does_not_train_and_says_how(private: Make, tmp_path: Path) -> None:
     config = private()
-    other = site(config, tmp_path, partition_id=1)
-    del other.node_config["privacy-ledger"]
-    app(order(config), other)
-    assert len(list((tmp_path / "fedpeft" / "ledgers").glob("*.jsonl"))) == 2
+    unnamed, gone = site(config, tmp_path), site(config, tmp_path)
+    del unnamed.node_config["privacy-ledger"]
+    for held in (unnamed, site(config, tmp_path, privacy_ledger="  ")):
+        with pytest.raises(ClientFailedError, match=r"SitePolicyError: .*fedpeft privacy ledger --create"):
+            app(order(config), held)
+    gone.node_config["privacy-ledger"] = str(tmp_path / "gone.jsonl")
+    with pytest.raises(ClientFailedError, match=r"^LedgerError$") as found:
+        app(order(config), gone)
+    assert "--create" in str(found.value.__cause__)
+    assert not (tmp_path / "gone.jsonl").exists()
+
+
+def test_another_seed_or_a_row_more_is_on_the_same_account(private: Make, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        config = private(run__seed=seed, privacy__noise_multiplier=None, privacy__epsilon=2.0)
+        for number in (1, 2):
+            spent_now = is_spent(app(order(config, number), site(config, tmp_path, run_id=7 + seed)))
+            assert spent_now is (seed == 1)
+    assert len(Ledger(tmp_path / "ledger.jsonl").entries()) == 2
 
 
 def test_neither_loss_nor_time_is_told(private: Make, text_config: Make, tmp_path: Path) -> None:
@@ -204,7 +211,7 @@ def test_a_site_with_a_budget_trains_under_its_own_terms_only(
     from fedpeft.errors import DeploymentError
 
     config = private(**settings)
-    check_site(config, {})
+    check_site(config, {"privacy-ledger": "books.jsonl"})
     with pytest.raises(DeploymentError, match="this site has a privacy budget"):
         check_site(config, {"privacy-epsilon": 3.0, "privacy-ledger": "books.jsonl"})
 
@@ -281,19 +288,73 @@ def test_a_server_cannot_make_a_site_train_without_privacy(private: Make, text_c
     config = text_config()
     with pytest.raises(ClientFailedError, match="SitePolicyError"):
         app(order(config), site(config, tmp_path, privacy_epsilon=3.0))
-    assert not (tmp_path / "ledger.jsonl").exists()
+    assert not Ledger(tmp_path / "ledger.jsonl").entries()
 
 
 def test_a_simulations_driver_keeps_the_books_in_the_clients_place(private: Make, tmp_path: Path) -> None:
     config = private()
-    reply = app(order(config), site(config, tmp_path, **{BOOKS: CHARGED, NOISE_MULTIPLIER: 2.5}))
+    held = site(config, tmp_path)
+    del held.node_config["privacy-ledger"]  # a simulation's clients have none
+    with simulated(Verdict(allowed=True, noise_multiplier=2.5)):
+        reply = app(order(config), held)
     assert reply.content.metric_records[METRICS][NOISE_MULTIPLIER] == 2.5
-    assert is_spent(app(order(config), site(config, tmp_path, **{BOOKS: EXHAUSTED})))
-    assert not (tmp_path / "ledger.jsonl").exists()
+    with simulated(Verdict(allowed=False)):
+        assert is_spent(app(order(config), held))
+    assert not Ledger(tmp_path / "ledger.jsonl").entries()
+    with pytest.raises(ClientFailedError, match="SitePolicyError"):  # and nothing of it is left behind
+        app(order(config), held)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("privacy-books", "charged"),
+        ("privacy_books", "charged"),
+        ("Privacy-Books", "charged"),
+        ("noise-multiplier", 0.001),
+        ("noise_multiplier", 0.001),
+        ("privacy-verdict", "charged"),
+        ("privcy-ledger", "ledger.jsonl"),
+        ("rivacy-epsilon", 3.0),
+    ],
+)
+def test_no_configuration_of_a_node_says_that_a_training_is_on_the_books(
+    key: str, value: object, private: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fedpeft.clients.app as module
+
+    trained: list[object] = []
+    monkeypatch.setattr(module, "train_locally", lambda *given, **settings: trained.append(given))
+    config = private()
+    held = site(config, tmp_path)
+    held.node_config[key] = value  # type: ignore[assignment]
+    with pytest.raises(ClientFailedError, match=f"SitePolicyError: '{key}' in the node's configuration"):
+        app(order(config), held)
+    del held.node_config["privacy-ledger"]
+    with pytest.raises(ClientFailedError, match="SitePolicyError"):
+        app(order(config), held)
+    assert not trained
+    assert not Ledger(tmp_path / "ledger.jsonl").entries()
+
+
+def test_nor_does_a_message_or_a_runs_configuration(private: Make, tmp_path: Path) -> None:
+    config = private()
+    message = order(config)
+    settings = message.content.config_records[CONFIG]
+    for key, value in {"privacy-books": "charged", "verdict": "charged", NOISE_MULTIPLIER: 0.001}.items():
+        settings[key] = value
+    reply = app(message, site(config, tmp_path))
+    assert reply.content.metric_records[METRICS][NOISE_MULTIPLIER] == 1.0
+    (entry,) = Ledger(tmp_path / "ledger.jsonl").entries()
+    assert entry.noise_multiplier == 1.0
+    planted = private(privacy__canaries=60)
+    with pytest.raises(ClientFailedError, match=r"SitePolicyError: privacy\.canaries = 60"):
+        app(order(config), site(planted, tmp_path))
 
 
 def test_a_ledger_that_cannot_be_kept_keeps_the_client_from_training(private: Make, tmp_path: Path) -> None:
     config = private()
+    held = site(config, tmp_path)
     (tmp_path / "ledger.jsonl").write_text("nonsense\n")
     with pytest.raises(ClientFailedError, match="LedgerError"):
-        app(order(config), site(config, tmp_path))
+        app(order(config), held)

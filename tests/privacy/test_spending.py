@@ -41,7 +41,7 @@ def make_run(tmp_path: Path) -> RunMaker:
         run = tmp_path / name
         run.mkdir()
         (run / "config.toml").write_text(config.to_toml())
-        ledger = Ledger(run / "ledger.jsonl")
+        ledger = Ledger.create(run / "ledger.jsonl", "run")
         for each in entries:
             ledger.charge(each)
         return run
@@ -119,7 +119,7 @@ def test_a_run_that_charged_nothing_yet_spent_nothing(make_run: RunMaker) -> Non
 
 def test_a_sites_ledger_is_summed_over_all_its_runs(tmp_path: Path) -> None:
     file = tmp_path / "site.jsonl"
-    ledger = Ledger(file)
+    ledger = Ledger.create(file)
     for each in (entry("a", 1), entry("a", 2), entry("a", 1, run="second", release="x")):
         ledger.charge(each)
     facts = read_spending(file, 1e-6, "rdp")
@@ -135,7 +135,7 @@ def test_a_sites_ledger_is_summed_over_all_its_runs(tmp_path: Path) -> None:
 
 
 def test_secret_randomness_alone_is_no_caveat(tmp_path: Path) -> None:
-    Ledger(tmp_path / "site.jsonl").charge(entry("a", 1))
+    Ledger.create(tmp_path / "site.jsonl").charge(entry("a", 1))
     facts = read_spending(tmp_path / "site.jsonl")
     assert facts["guarantee"]
     assert "No guarantee" not in joined(printed(ledger_table(facts)))
@@ -170,7 +170,12 @@ def test_mistakes_are_one_line(make_run: RunMaker, tmp_path: Path) -> None:
     refused(run, ConfigError, "--accountant rdp is for a site's ledger", accountant="rdp")
     plain = make_run(resolve([]), [], "plain")
     refused(plain, ConfigError, "is not private")
+    whole = (run / "ledger.jsonl").read_text()
+    (run / "ledger.jsonl").write_text(whole.replace("1.25", "9.25"))
+    refused(run, LedgerError, "damaged in line 2")
     (run / "ledger.jsonl").write_text('{"run": 1, "noise_multiplier": 1.0}\n')
-    refused(run, LedgerError, "damaged")
+    refused(run, LedgerError, "of an earlier version, whose lines are not chained")
+    (run / "ledger.jsonl").unlink()
+    refused(run, LedgerError, "it was removed")
     (run / "metrics.jsonl").write_text('{"event": "round", "round": 1}\n')
-    refused(run / "metrics.jsonl", LedgerError, r"metrics\.jsonl' is no privacy ledger: line 1 has no 'noise_mul")
+    refused(run / "metrics.jsonl", LedgerError, r"metrics\.jsonl' is no privacy ledger")
