@@ -78,7 +78,7 @@ def drive(config: RunConfig, out: Path, listener: Listener, grid: InlineGrid | R
         books = Books(config, directory, {})
     elif config.privacy.level == "record":
         books = Books(
-            config, directory, rows if config.privacy.public_counts else {}, smallest=min(rows.values(), default=None)
+            config, directory, rows if config.privacy.public_counts else {}, largest=max(rows.values(), default=None)
         )
         grid.on_dispatch = Charging(config, home, grid, client_ids, books.ledger, books.run)
 

@@ -113,7 +113,7 @@ def plan_privacy(config: RunConfig, home: Resident) -> dict[str, Any] | None:
         kept=kept,
         held_out=home.holds_out_test_rows,
         scored=home.scored_training_rows,
-        smallest=min(counts.values(), default=None),
+        largest=max(counts.values(), default=None),
     )
     del facts["statement"]  # which speaks of what was done
     largest = facts["epsilon_max"]

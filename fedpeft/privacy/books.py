@@ -43,8 +43,8 @@ class Books:
         Row counts of all clients, as far as they are known from the start.
     told : bool
         Whether sites keep their own ledgers and tell of them: a deployment.
-    smallest : int, optional
-        Rows of the client that has fewest, where somebody knows and it may not be told.
+    largest : int, optional
+        Rows of the client that has most, where somebody knows and it may not be told.
     """
 
     def __init__(
@@ -54,12 +54,12 @@ class Books:
         clients: Mapping[str, int],
         *,
         told: bool = False,
-        smallest: int | None = None,
+        largest: int | None = None,
     ) -> None:
         self.config, self.directory, self.told = config, directory, told
         self.ledger = Ledger.create(directory.path / LEDGER, "run")
         self.run = directory.path.name
-        self._examples, self._smallest = dict(clients), smallest
+        self._examples, self._largest = dict(clients), largest
         self._known: dict[str, Charge] = {}  # one round's charge of each site, as it last told
         self._silent: set[str] = set()
         self._settled = 0
@@ -195,7 +195,7 @@ class Books:
             silent=silent,
             held_out=held_out,
             scored=scored,
-            smallest=self._smallest,
+            largest=self._largest,
         )
         text = json.dumps(strict_json(facts), indent=2, allow_nan=False) + "\n"
         path = self.directory.path / PRIVACY

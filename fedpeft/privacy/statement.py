@@ -61,7 +61,7 @@ def state(
     silent: Sequence[str] = (),
     held_out: bool = False,
     scored: int = 0,
-    smallest: int | None = None,
+    largest: int | None = None,
 ) -> Facts:
     """Return a run's statement, as privacy.json holds it.
 
@@ -83,8 +83,8 @@ def state(
         Whether test rows were held out of the clients' own source: they are scored in the clear.
     scored : int
         Test rows that are training rows too, and scored in the clear all the same.
-    smallest : int, optional
-        Rows of the client that has fewest, where they are known and not public: `examples` then holds none.
+    largest : int, optional
+        Rows of the client that has most, where they are known and not public: `examples` then holds none.
     """
     privacy = config.privacy
     voided = void(privacy)
@@ -126,7 +126,7 @@ def state(
         "mechanism": _mechanism(privacy),
         "sampling": _sampling(config),
         "public": [*PUBLIC, *_declared(config)],
-        "warnings": [*_warnings(config, _protected(config, len(found), examples, smallest)), *notes],
+        "warnings": [*_warnings(config, _protected(config, len(found), examples, largest)), *notes],
         "rounds": config.federation.rounds,
         "trained": sum(bool(held) for held in charges.values()),
         "clients": _clients(privacy, charges, found, examples, voided=bool(voided)),
@@ -200,16 +200,16 @@ def _declared(config: RunConfig) -> list[str]:
     return declared
 
 
-def _protected(config: RunConfig, clients: int, examples: Mapping[str, int], smallest: int | None) -> int:
+def _protected(config: RunConfig, clients: int, examples: Mapping[str, int], largest: int | None) -> int:
     """Return the number that delta is held against; 0 where nothing is known of it."""
     privacy = config.privacy
     if privacy.level == "client":
         return clients
-    known = [*examples.values(), *([] if smallest is None else [smallest])]
-    if not privacy.public_counts and privacy.sample_rate:
+    known = [*examples.values(), *([] if largest is None else [largest])]
+    if not known and privacy.sample_rate:
         # what is public says how many rows a client is thought to have
         known.append(round(config.train.batch_size / privacy.sample_rate))
-    return min(known, default=0)
+    return max(known, default=0)
 
 
 def _warnings(config: RunConfig, protected: int) -> list[str]:
@@ -219,11 +219,11 @@ def _warnings(config: RunConfig, protected: int) -> list[str]:
     warnings = []
     if protected and privacy.delta * protected >= 1 and unit == "row" and not privacy.public_counts:
         warnings.append(
-            f"delta = {privacy.delta:g} is not below 1/n for the rows of the smallest client, whose number is not told"
+            f"delta = {privacy.delta:g} is not below 1/n for the rows of the largest client, whose number is not told"
             ": releasing one row in the clear would satisfy it; set a smaller privacy.delta"
         )
     elif protected and privacy.delta * protected >= 1:
-        whose = "" if unit == "client" else " of the smallest client"
+        whose = "" if unit == "client" else " of the largest client"
         warnings.append(
             f"delta = {privacy.delta:g} is not below 1/n for the {protected} {unit}s{whose}: releasing one {unit} in "
             f"the clear would satisfy it; set privacy.delta below 1/{protected}"

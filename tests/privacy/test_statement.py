@@ -14,8 +14,10 @@ from fedpeft.privacy.accounting import Charge, spent
 from fedpeft.privacy.books import Books
 from fedpeft.privacy.ledger import Ledger
 from fedpeft.privacy.mechanism import record_mechanism
-from fedpeft.privacy.statement import number, state
+from fedpeft.privacy.rounding import as_given, number
+from fedpeft.privacy.statement import state
 from fedpeft.runs import RunDirectory
+from fedpeft.server import _log_event
 from fedpeft.wire import NOISE_MULTIPLIER, NUM_EXAMPLES, SAMPLE_RATE, SPENT_STEPS, STEPS
 
 Make = Callable[..., RunConfig]
@@ -107,8 +109,14 @@ def test_seeded_randomness_is_no_guarantee_but_has_a_number(text_config: Make) -
 
 
 def test_a_delta_that_lets_a_row_go_in_the_clear_is_warned_of(text_config: Make) -> None:
-    assert "500 rows" in state(secure(text_config, privacy__delta=0.002), CHARGES, EXAMPLES)["warnings"][0]
-    assert not state(secure(text_config, privacy__delta=0.0019), CHARGES, EXAMPLES)["warnings"]
+    assert "2000 rows" in state(secure(text_config, privacy__delta=0.0005), CHARGES, EXAMPLES)["warnings"][0]
+    assert not state(secure(text_config, privacy__delta=0.00049), CHARGES, EXAMPLES)["warnings"]
+    hidden = {"privacy__public_counts": False, "privacy__sample_rate": 0.1}
+    (warning,) = state(secure(text_config, privacy__delta=0.05, **hidden), CHARGES, {})["warnings"]  # 8 / 0.1 rows
+    assert "not below 1/n" in warning
+    (warning,) = state(secure(text_config, privacy__delta=0.01, **hidden), CHARGES, {}, largest=100)["warnings"]
+    assert "100" not in warning  # which nobody is told
+    assert not state(secure(text_config, privacy__delta=0.009, **hidden), CHARGES, {}, largest=100)["warnings"]
     client = secure(text_config, privacy__level="client", privacy__delta=0.4)
     assert "3 clients" in state(client, CHARGES, {})["warnings"][0]
 
@@ -121,7 +129,9 @@ def test_a_trusted_server_and_kept_parts_are_named(text_config: Make) -> None:
     assert "replace one client" in fixed["adjacency"]
     assert "twice the sensitivity" in fixed["sampling"]
     client = secure(text_config, privacy__level="client")
-    assert "B and head stays with each client" in state(client, CHARGES, {}, kept=["B", "head"])["statement"]
+    kept = state(client, CHARGES, {}, kept=["B", "head"])
+    assert "B and head stays with each client" in kept["statement"]
+    assert kept["guarantee"] is False  # test scores are records of the run too
     assert not state(secure(text_config), CHARGES, EXAMPLES, kept=["B"])["warnings"]  # DP-SGD covers all
 
 
@@ -154,6 +164,14 @@ def test_rounding_in_bf16_is_named(text_config: Make) -> None:
 
 def test_numbers_are_rounded_up() -> None:
     assert [number(value) for value in (2.9990001, 3.0, 0.0, float("inf"))] == ["3.000", "3.000", "0.000", "infinity"]
+    assert [number(value) for value in (2.999, 3.0000000001, 1e-12)] == ["2.999", "3.001", "0.001"]
+    assert number(3.00004, digits=4) == "3.0001"
+    assert [as_given(budget) for budget in (3.0, 0.5, 3.0000004, 200.0)] == ["3", "0.5", "3.0000004", "200"]
+
+
+def test_a_server_prints_epsilon_rounded_up(capsys: pytest.CaptureFixture[str]) -> None:
+    _log_event({"event": "round", "round": 1, "epsilon_max": 3.00004, "train_loss": 0.50004})
+    assert capsys.readouterr().out == "event=round round=1 epsilon_max=3.0001 train_loss=0.5000\n"
 
 
 def test_the_same_noise_for_all_where_counts_are_private(text_config: Make) -> None:

@@ -169,8 +169,8 @@ def test_rows_held_out_of_the_clients_own_source_are_no_guarantee(text_config: M
     one = statement(simulate(private(text_config, privacy__rng="secure"), tmp_path / "held").path)
     assert not one["guarantee"]
     assert "data.test is not given: 20% of data.source" in one["reasons"][0]
-    config = private(text_config, privacy__rng="secure")
-    config = private(text_config, privacy__rng="secure", data__test=config.data.source)
+    (tmp_path / "public.csv").write_text("text,label,client\nw1 w59,yes,site-0\nw40 w0,no,site-1\n")
+    config = private(text_config, privacy__rng="secure", data__test=str(tmp_path / "public.csv"))
     run = simulate(config, tmp_path / "given").path
     assert statement(run)["guarantee"]
     told = json.loads((run / "adapter" / "privacy.json").read_text())  # whoever is handed the adapter alone

@@ -1,0 +1,84 @@
+"""Test rows that are training rows too: noticed by what is in them, whatever their file."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fedpeft.config import RunConfig, resolve
+from fedpeft.privacy.accounting import Charge
+from fedpeft.privacy.statement import state
+from fedpeft.rescoring import caution, rescore
+from fedpeft.resident import Resident
+from fedpeft.simulations.simulate import simulate
+from fedpeft.strategies.plan import plan_privacy
+
+Make = Callable[..., RunConfig]
+
+
+def some_rows(source: Path, path: Path, count: int, *, label: str | None = None) -> Path:
+    """Write some rows of a file and ten of which it has none, with other columns in another order."""
+    with source.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["number", "client", "label", "text"])
+        writer.writeheader()
+        for number, row in enumerate([*rows[:count], *({"text": f"w{k} w59 w59", "label": "no"} for k in range(10))]):
+            writer.writerow({**row, "client": "site-0", "label": label or row["label"], "number": number})
+    return path
+
+
+def test_rows_are_known_by_what_the_task_reads_of_them(text_config: Make, text_csv: Path, tmp_path: Path) -> None:
+    copy = shutil.copy(text_csv, tmp_path / "copy.csv")
+    for test, expected in (
+        (text_csv, 120),
+        (copy, 120),
+        (some_rows(text_csv, tmp_path / "some.csv", 7), 7),
+        (some_rows(text_csv, tmp_path / "none.csv", 0), 0),
+    ):
+        assert Resident(text_config(data__test=str(test))).scored_training_rows == expected, test
+    assert Resident(text_config()).scored_training_rows == 0  # held out, which is another reason
+
+
+def test_images_are_known_by_their_pixels(image_folder: Path, tiny_vit: Path) -> None:
+    rows = {"source": str(image_folder), "test": str(image_folder), "image": "image"}
+    home = Resident(resolve([{"model": {"name": str(tiny_vit)}, "data": rows, "federation": {"clients": 2}}]))
+    assert home.scored_training_rows == len(home.test) > 0
+
+
+def test_such_a_run_claims_no_guarantee_and_says_how_many_rows(
+    text_config: Make, text_csv: Path, tmp_path: Path
+) -> None:
+    base = {
+        "privacy__level": "record",
+        "privacy__noise_multiplier": 1.0,
+        "privacy__rng": "secure",
+        "federation__rounds": 1,
+    }
+    config = text_config(data__test=str(some_rows(text_csv, tmp_path / "some.csv", 7)), **base)
+    planned = plan_privacy(config, Resident(config))
+    assert planned is not None
+    assert "7 test rows are training rows too" in planned["reasons"][0]
+    run = simulate(config, tmp_path / "run").path
+    scores = rescore(run, {})
+    assert scores["training_rows"] == 7
+    assert "7 of 17 rows are of the source that this private run was to protect" in str(caution(scores))
+    clean = some_rows(text_csv, tmp_path / "none.csv", 0)
+    assert caution(rescore(run, {"data": {"test": str(clean)}})) is None
+    assert caution(rescore(run, {"data": {"test": str(text_csv)}})) is not None
+    told = (run / "privacy.json").read_text()
+    assert '"guarantee": false' in told
+    assert "7 test rows are training rows too" in told
+    assert "knows of no other run on these rows" in told
+
+
+@pytest.mark.parametrize("level", ["record", "client"])
+def test_the_statement_gives_the_reason_at_either_level(level: str, text_config: Make) -> None:
+    config = text_config(privacy__level=level, privacy__noise_multiplier=1.0, privacy__rng="secure")
+    facts = state(config, {"a": [Charge(1.1, 0.2, 5)]}, {"a": 500}, scored=1)
+    assert not facts["guarantee"]
+    assert "1 test row is a training row too" in facts["statement"]
