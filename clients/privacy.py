@@ -94,7 +94,7 @@ def permit(
     is_seeded = privacy.rng == "seeded"
     steps = mechanism.steps
     if decided is None:
-        ledger = _named_ledger(node)
+        ledger = _named_ledger(node)  # also of a simulation without a driver that keeps books
         if rows.num_examples * privacy.delta >= 1:
             log.warning(
                 "privacy.delta = %g is not below 1/n for the %d rows here: releasing a row in the clear would satisfy "
@@ -179,12 +179,8 @@ def _check_deployed(config: RunConfig, node: Mapping[str, Scalar]) -> None:
     """Refuse what only a simulation's driver could answer for."""
     if is_simulated():
         return
-    if config.privacy.level == "record" and not _names_ledger(node):
-        raise SitePolicyError(
-            f"this site names no ledger, and trains under privacy.level = 'record' with one only. On its machine: "
-            f"`fedpeft privacy ledger --create /path/ledger.jsonl`, then --node-config "
-            f"'{LEDGER_FILE}=\"/path/ledger.jsonl\"', one for all runs on the same rows."
-        )
+    if config.privacy.level == "record":
+        _named_ledger(node)
     if config.privacy.canaries:
         raise SitePolicyError(
             f"privacy.canaries = {config.privacy.canaries} would plant false rows among a site's own; canaries are for "
@@ -259,7 +255,13 @@ def _hash_of_arrays(record: ArrayRecord) -> str:
 
 
 def _named_ledger(node: Mapping[str, Scalar]) -> Ledger:
-    return Ledger(Path(str(node[LEDGER_FILE])))
+    if not _names_ledger(node):
+        raise SitePolicyError(
+            f"this site names no ledger, and trains under privacy.level = 'record' with one only. On its machine: "
+            f"`fedpeft privacy ledger --create /path/ledger.jsonl`, then --node-config "
+            f"'{LEDGER_FILE}=\"/path/ledger.jsonl\"', one for all runs on the same rows."
+        )
+    return Ledger(Path(str(node[LEDGER_FILE])), "site")
 
 
 def _limits(privacy: PrivacyConfig, node: Mapping[str, Scalar], run: str) -> list[Limit]:

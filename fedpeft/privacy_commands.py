@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from pathlib import Path
@@ -237,22 +238,16 @@ def ledger(
 
 
 def _create_ledger(file: Path, converted: Path | None, json_lines: bool) -> None:
-    from rich.text import Text
-
-    from fedpeft.clients.privacy import LEDGER_FILE
-    from fedpeft.privacy.ledger import Ledger, read_unchained
+    from fedpeft.privacy.chain import read_unchained
+    from fedpeft.privacy.ledger import Ledger
 
     entries = [] if converted is None else read_unchained(converted)
     path = Ledger.create(file, entries=entries).path
-
-    def told(facts: dict[str, Any]) -> RenderableType:
-        return Text(
-            f"made {facts['ledger']} with {facts['charges']} charges\n"
-            f"start the SuperNode with --node-config '{LEDGER_FILE}=\"{facts['ledger']}\"', the same for all runs on "
-            "these rows"
-        )
-
-    show({"ledger": str(path), "charges": len(entries)}, told, json_lines)
+    if json_lines:
+        print(json.dumps({"ledger": str(path), "charges": len(entries)}))
+        return
+    print(f"made {path} with {len(entries)} charges")
+    print(f"start the SuperNode with --node-config '... privacy-ledger=\"{path}\"', in all runs on the same rows")
 
 
 @privacy_app.command()

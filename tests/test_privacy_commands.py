@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,7 @@ from fedpeft.cli import main
 from fedpeft.config import resolve
 from fedpeft.privacy.accounting import Charge, spent
 from fedpeft.privacy.calibration import calibrate
+from fedpeft.privacy.ledger import Entry, Ledger
 from fedpeft.training import num_steps
 
 Run = Callable[..., tuple[int, str, str]]
@@ -141,3 +143,30 @@ def test_bad_input_gets_one_line(words: tuple[object, ...], says: str, privacy: 
     assert len(stderr.splitlines()) == 1
     assert stderr.startswith("error: ")
     assert says in stderr
+
+
+def test_a_ledger_is_made_by_a_word_of_its_own(privacy: Run, tmp_path: Path) -> None:
+    file = tmp_path / "site" / "books.jsonl"
+    code, _, stderr = privacy("ledger", file)
+    assert (code, stderr.count("\n")) == (2, 1)
+    code, stdout, _ = privacy("ledger", "--create", file)
+    assert code == 0
+    assert f'privacy-ledger="{file}"' in stdout
+    Ledger(file).charge(Entry("7", "north", 1, 1.0, 0.5, 3))
+    assert "north" not in privacy("ledger", file)[1]  # a site's is by run
+    code, _, stderr = privacy("ledger", "--create", file)
+    assert (code, stderr.count("\n")) == (2, 1)
+    assert "there already" in stderr
+    assert len(Ledger(file).entries()) == 1
+    old = tmp_path / "old.jsonl"
+    old.write_text("".join(json.dumps(vars(Entry("6", "north", at, 1.0, 0.5, 3))) + "\n" for at in (1, 2)))
+    code, _, stderr = privacy("ledger", old)
+    assert (code, stderr.count("\n")) == (2, 1)
+    assert "--create NEW --from" in stderr
+    code, stdout, _ = privacy("ledger", "--create", tmp_path / "new", "--from", old, "--json")
+    assert json.loads(stdout) == {"ledger": str(tmp_path / "new"), "charges": 2}
+    assert json.loads(privacy("ledger", tmp_path / "new", "--json")[1])["runs"][0]["steps"] == 6
+    for words in (["ledger"], ["ledger", "--from", old], ["ledger", file, "--create", tmp_path / "third"]):
+        code, _, stderr = privacy(*words)
+        assert (code, stderr.count("\n")) == (2, 1), words
+    assert not (tmp_path / "third").exists()

@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import uuid
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import platformdirs
@@ -54,14 +54,15 @@ def anchor_file(head: Head, ledger: Path) -> Path:
     return data_dir() / "ledgers" / f"{head.ledger}.json"
 
 
-def read_anchor(file: Path, head: Head) -> Anchor | None:
-    """Return a ledger's anchor; None where there is none.
+def read_anchor(ledger: Path, head: Head) -> Anchor | None:
+    """Return the anchor of a ledger's file; None where there is none.
 
     Raises
     ------
     LedgerError
         It cannot be read, or is another ledger's.
     """
+    file = anchor_file(head, ledger)
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         anchor = Anchor(found["count"], found["hash"], found["line"])
@@ -83,15 +84,37 @@ def read_anchor(file: Path, head: Head) -> Anchor | None:
     return anchor
 
 
-def write_anchor(file: Path, head: Head, anchor: Anchor) -> None:
+def kept_there_before(ledger: Path, head: Head) -> bool:
+    """Tell whether another ledger than this one was last known in the same place."""
+    for file in anchor_file(head, ledger).parent.glob("*.json"):
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            continue  # whoever opens that ledger is told
+        if isinstance(found, dict) and found.get("path") == str(ledger) and found.get("ledger") != head.ledger:
+            return True
+    return False
+
+
+def write_anchor(ledger: Path, head: Head, anchor: Anchor) -> None:
     """Write an anchor, whole or not at all, and return when it is on the disk.
+
+    Parameters
+    ----------
+    ledger : Path
+        The ledger's file.
+    head : Head
+        Its first line.
+    anchor : Anchor
+        How far it has come.
 
     Raises
     ------
     LedgerError
         It cannot be written.
     """
-    facts = {"ledger": head.ledger, "count": anchor.count, "hash": anchor.hash, "line": anchor.line}
+    file = anchor_file(head, ledger)
+    facts = {"ledger": head.ledger, "path": str(ledger), **asdict(anchor)}
     partial = file.with_name(f".{uuid.uuid4().hex}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -16,8 +16,10 @@ import json
 import math
 import re
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
+from fedpeft.errors import LedgerError
 from fedpeft.privacy.accounting import Charge
 
 Keeper = Literal["site", "run"]
@@ -162,7 +164,7 @@ def entry_link(line: bytes, count: int, before: str) -> Link:
     return Link(entry, str(found["hash"]))
 
 
-def unchained(line: bytes) -> Entry:
+def _unchained(line: bytes) -> Entry:
     """Read a line of a ledger of earlier versions, whose lines hold a charge and nothing else.
 
     Raises
@@ -182,6 +184,30 @@ def is_unchained(line: bytes) -> bool:
         return "noise_multiplier" in _object(line)
     except ValueError:
         return False
+
+
+def read_unchained(path: Path) -> list[Entry]:
+    """Return the charges of a ledger of an earlier version; all of them, or none.
+
+    Raises
+    ------
+    LedgerError
+        It cannot be read, or a line of it is no charge.
+    """
+    try:
+        lines = path.expanduser().read_bytes().split(b"\n")
+    except OSError as error:
+        raise LedgerError(f"cannot read the privacy ledger '{path}': {error.strerror or error}.") from None
+    entries = []
+    for number, line in enumerate(lines[:-1] if lines[-1] == b"" else lines, start=1):
+        try:
+            entries.append(_unchained(line))
+        except (ValueError, TypeError):
+            raise LedgerError(
+                f"line {number} of '{path}' is no charge of a privacy ledger of an earlier version, whose lines are "
+                "not chained: none of its charges are copied. Give a whole one."
+            ) from None
+    return entries
 
 
 def _object(line: bytes) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from fedpeft.errors import LedgerError
-from fedpeft.privacy.anchors import Anchor, anchor_file, read_anchor, write_anchor
+from fedpeft.privacy.anchors import Anchor, kept_there_before, read_anchor, write_anchor
 from fedpeft.privacy.chain import (
     Entry,
     Head,
@@ -35,10 +35,9 @@ from fedpeft.privacy.chain import (
     entry_link,
     head_link,
     is_unchained,
-    unchained,
 )
 
-__all__ = ["EVERYBODY", "LEDGER", "Entry", "Ledger", "read_entries", "read_unchained"]
+__all__ = ["EVERYBODY", "LEDGER", "Entry", "Ledger", "read_entries"]
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +56,8 @@ class Ledger:
     ----------
     path : Path
         The file, which must be there: see `create`.
+    keeper : {"site", "run"}, optional
+        Whose it must be; anybody's if not given.
 
     Notes
     -----
@@ -64,8 +65,9 @@ class Ledger:
     others wrote before it looks at a budget and charges, see `held`.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, keeper: Keeper | None = None) -> None:
         self.path = path.expanduser().resolve()
+        self._keeper = keeper
         self._mutex = threading.RLock()
         self._file: BinaryIO | None = None  # while it is held
         self._head: Head | None = None
@@ -94,23 +96,25 @@ class Ledger:
         LedgerError
             There is such a file, or it cannot be written.
         """
-        ledger, head = cls(path), Head(uuid.uuid4().hex, keeper)
+        ledger, head = cls(path, keeper), Head(uuid.uuid4().hex, keeper)
         lines = [head.line()]
         last = Anchor(0, head_link(lines[0])[1].hash)
         for count, entry in enumerate(entries, start=1):
             lines.append(entry_line(entry.countable(), count, last.hash))
             last = Anchor(count, entry_link(lines[-1], count, last.hash).hash)
         whole = b"".join(line + b"\n" for line in lines)
-        partial = ledger.path.with_name(f".{head.ledger}")
+        partial, taken = ledger.path.with_name(f".{head.ledger}"), False
         try:
             ledger.path.parent.mkdir(parents=True, exist_ok=True)
-            ledger.path.open("xb").close()  # the name is taken before anything is written
+            ledger.path.open("xb").close()
+            taken = True  # the name, before anything is written
             with partial.open("xb") as file:
                 file.write(whole)
                 file.flush()
                 os.fsync(file.fileno())
-            write_anchor(anchor_file(head, ledger.path), head, last)
+            write_anchor(ledger.path, head, last)
             partial.replace(ledger.path)
+            taken = False
             _sync_folder(ledger.path.parent)
         except FileExistsError:
             raise LedgerError(
@@ -119,7 +123,10 @@ class Ledger:
         except OSError as error:
             raise ledger._unwritable(error) from None
         finally:
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+                if taken:
+                    ledger.path.unlink()
         return ledger
 
     @contextlib.contextmanager
@@ -167,16 +174,16 @@ class Ledger:
             assert self._head is not None
             if self.is_charged(entry):
                 return False
-            known, where = self._anchor(), anchor_file(self._head, self.path)
+            known = self._anchor()
             line = entry_line(entry.countable(), known.count + 1, known.hash)
             link = entry_link(line, known.count + 1, known.hash)
-            write_anchor(where, self._head, Anchor(known.count + 1, link.hash, line.decode()))
+            write_anchor(self.path, self._head, Anchor(known.count + 1, link.hash, line.decode()))
             try:
                 self._append(self._file, line, link)
             except OSError as error:
                 with contextlib.suppress(OSError, LedgerError):  # nobody trains on it: then it counts for nothing
                     self._file.truncate(self._size)
-                    write_anchor(where, self._head, known)
+                    write_anchor(self.path, self._head, known)
                 raise self._unwritable(error) from None
             return True
 
@@ -282,7 +289,12 @@ class Ledger:
         self._hold_against_what_is_known(file, broken, self._head, repair=repair)
 
     def _hold_against_what_is_known(self, file: BinaryIO, broken: bytes, head: Head, *, repair: bool) -> None:
-        anchor = read_anchor(anchor_file(head, self.path), head)
+        if self._keeper not in (None, head.keeper):
+            raise LedgerError(
+                f"the privacy ledger '{self.path}' is a {head.keeper}'s, and no {self._keeper}'s; name another, or "
+                "make one: `fedpeft privacy ledger --create NEW`."
+            )
+        anchor = read_anchor(self.path, head)
         if anchor is not None and anchor.count == len(self._entries) + 1 and anchor.line.encode().startswith(broken):
             # a process died as it wrote this line: it is counted, though perhaps nobody trained on it
             broken = self._restore(file, anchor.line.encode(), broken, repair=repair)
@@ -301,14 +313,25 @@ class Ledger:
                 f"the privacy ledger '{self.path}' ends in half a line, of a charge that counts and cannot be read. "
                 "Nobody trains on it. Put back the copy that holds all charges, the last one included."
             )
-        if anchor is None and self._entries and repair and head.ledger not in _remembered:
+        if anchor is None and head.ledger not in _remembered:
+            self._meet(head, repair=repair)
+        _remembered[head.ledger] = self._anchor()
+
+    def _meet(self, head: Head, *, repair: bool) -> None:
+        """Take a ledger as it is of which nothing is known here, unless another one was in its place."""
+        if head.keeper == "site" and kept_there_before(self.path, head):
+            raise LedgerError(
+                f"the privacy ledger '{self.path}' is another one than was kept there, and was not made there by "
+                "`fedpeft privacy ledger --create`. Nobody trains on it. Put back the one that was, with all its "
+                "charges."
+            )
+        if repair:
             log.warning(
                 "what was known of the privacy ledger '%s' is not on this machine: its %d charges are taken for all",
                 self.path,
                 len(self._entries),
             )
-            write_anchor(anchor_file(head, self.path), head, self._anchor())
-        _remembered[head.ledger] = self._anchor()
+            write_anchor(self.path, head, self._anchor())
 
     def _restore(self, file: BinaryIO, line: bytes, broken: bytes, *, repair: bool) -> bytes:
         """Count the line that an anchor holds where it is the next; return what is then left of a broken one."""
@@ -404,30 +427,6 @@ def read_entries(path: Path) -> list[Entry]:
         It is damaged, older than what is known, no ledger at all, or cannot be read.
     """
     return Ledger(path).view()
-
-
-def read_unchained(path: Path) -> list[Entry]:
-    """Return the charges of a ledger of an earlier version; all of them, or none.
-
-    Raises
-    ------
-    LedgerError
-        It cannot be read, or a line of it is no charge.
-    """
-    try:
-        lines = path.expanduser().read_bytes().split(b"\n")
-    except OSError as error:
-        raise LedgerError(f"cannot read the privacy ledger '{path}': {error.strerror or error}.") from None
-    entries = []
-    for number, line in enumerate(lines[:-1] if lines[-1] == b"" else lines, start=1):
-        try:
-            entries.append(unchained(line))
-        except (ValueError, TypeError):
-            raise LedgerError(
-                f"line {number} of '{path}' is no charge of a privacy ledger of an earlier version, whose lines are "
-                "not chained: none of its charges are copied. Give a whole one."
-            ) from None
-    return entries
 
 
 def _write_all(file: BinaryIO, data: bytes) -> None:

@@ -52,7 +52,7 @@ def read_spending(path: Path, delta: float | None = None, accountant: Accountant
     LedgerError
         The ledger cannot be read.
     """
-    if path.suffix == ".jsonl":
+    if path.suffix == ".jsonl" or path.is_file():
         if path.name != LEDGER or not (path.parent / CONFIG).is_file():
             return site_spending(path, DELTA if delta is None else delta, accountant or "prv")
         path = path.parent

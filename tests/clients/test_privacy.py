@@ -303,6 +303,8 @@ def test_a_simulations_driver_keeps_the_books_in_the_clients_place(private: Make
     assert not Ledger(tmp_path / "ledger.jsonl").entries()
     with pytest.raises(ClientFailedError, match="SitePolicyError"):  # and nothing of it is left behind
         app(order(config), held)
+    with simulated(None), pytest.raises(ClientFailedError, match="SitePolicyError: this site names no ledger"):
+        app(order(config), held)  # of a simulation whose driver keeps no books
 
 
 @pytest.mark.parametrize(

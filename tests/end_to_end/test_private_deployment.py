@@ -20,8 +20,10 @@ Make = Callable[..., RunConfig]
 def test_sites_keep_their_own_books_and_the_server_states_what_they_tell(
     text_config: Make, text_csv: Path, tmp_path: Path, loopback: Callable[..., Any]
 ) -> None:
-    # rows for scores are not held out of the sites' own
-    settings = {"privacy__level": "record", "privacy__epsilon": 3.0, "data__test": str(text_csv)}
+    # rows for scores are none of the sites' own
+    public = tmp_path / "public.csv"
+    public.write_text("text,label,client\n" + "".join(f"w{k} w{59 - k},yes,site-0\n" for k in range(10)))
+    settings = {"privacy__level": "record", "privacy__epsilon": 3.0, "data__test": str(public)}
     config = text_config(partition__scheme="iid", federation__clients=2, federation__rounds=1, **settings)
     words = [f"{name}={value}" for name, value in config.to_flat().items()]
     written = CliRunner().invoke(
@@ -29,8 +31,12 @@ def test_sites_keep_their_own_books_and_the_server_states_what_they_tell(
     )
     assert written.exit_code == 0, (written.output, written.exception)
     assert "record level, epsilon 3 over 1 round, randomness secure" in written.output
-    assert "privacy-ledger" in written.output
+    assert "fedpeft privacy ledger --create" in written.output
     books = [tmp_path / f"books-{index}.jsonl" for index in range(2)]
+    for book in books:
+        made = CliRunner().invoke(command_line, ["privacy", "ledger", "--create", str(book)])
+        assert made.exit_code == 0, (made.output, made.exception)
+        assert "privacy-ledger=" in made.output
     nodes = [
         f'partition-id={index} num-partitions=2 privacy-ledger="{book}" privacy-epsilon=3.0'
         for index, book in enumerate(books)

@@ -17,8 +17,8 @@ import pytest
 from fedpeft.errors import LedgerError
 from fedpeft.privacy import ledger as module
 from fedpeft.privacy.anchors import Anchor, anchor_file, read_anchor, write_anchor
-from fedpeft.privacy.chain import Entry, entry_line, head_link
-from fedpeft.privacy.ledger import Ledger, read_entries, read_unchained
+from fedpeft.privacy.chain import Entry, Head, entry_line, head_link, read_unchained
+from fedpeft.privacy.ledger import Ledger, read_entries
 
 ENTRY = Entry("run", "a", 1, 1.1, 0.25, 10)
 MADE = [replace(ENTRY, round=number) for number in range(1, 6)]
@@ -398,10 +398,37 @@ def test_a_book_of_an_earlier_version_is_copied_into_a_new_one_and_used_no_more(
 
 
 def test_what_is_written_elsewhere_is_read_again(tmp_path: Path) -> None:
-    head, _ = head_link(Ledger.create(tmp_path / "a.jsonl").path.read_bytes().rstrip(b"\n"))
-    file = anchor_file(head, tmp_path / "a.jsonl")
-    write_anchor(file, head, Anchor(3, "abc", "line"))
-    assert read_anchor(file, head) == Anchor(3, "abc", "line")
+    path = tmp_path / "a.jsonl"
+    head, _ = head_link(Ledger.create(path).path.read_bytes().rstrip(b"\n"))
+    file = anchor_file(head, path)
+    write_anchor(path, head, Anchor(3, "abc", "line"))
+    assert read_anchor(path, head) == Anchor(3, "abc", "line")
     assert [path.name for path in file.parent.iterdir()] == [file.name]
     file.unlink()
-    assert read_anchor(file, head) is None
+    assert read_anchor(path, head) is None
+
+
+def test_a_book_with_another_id_in_the_place_of_one_is_noticed(book: Ledger, tmp_path: Path) -> None:
+    """Right in every hash, and empty: nobody made it there."""
+    fresh = Head("0" * 32, "site").line() + b"\n"
+    book.path.write_bytes(fresh)
+    forget()
+    for used in (lambda: Ledger(book.path).charge(ENTRY), lambda: read_entries(book.path)):
+        with pytest.raises(LedgerError, match="another one than was kept there"):
+            used()
+    book.path.unlink()
+    assert Ledger.create(book.path).charge(ENTRY)  # somebody says so
+    run = Ledger.create(tmp_path / "run" / "ledger.jsonl", "run")
+    with pytest.raises(LedgerError, match="is a run's, and no site's"):
+        Ledger(run.path, "site").charge(ENTRY)
+
+
+def test_a_book_that_could_not_be_made_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocked = tmp_path / "a file"
+    blocked.touch()
+    with monkeypatch.context() as context:
+        context.setenv("FEDPEFT_DATA_DIR", str(blocked))
+        with pytest.raises(LedgerError, match="FEDPEFT_DATA_DIR"):
+            Ledger.create(tmp_path / "new.jsonl")
+    assert [path.name for path in tmp_path.iterdir()] == ["a file"]
+    Ledger.create(tmp_path / "new.jsonl")
