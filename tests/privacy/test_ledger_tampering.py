@@ -25,16 +25,29 @@ MADE = [replace(ENTRY, round=number) for number in range(1, 6)]
 Lines = list[bytes]
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make one book, and keep what is known of it beside it: both are copied for each test."""
+    folder = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEDPEFT_DATA_DIR", str(folder / "data"))
+        ledger = Ledger.create(folder / "ledger.jsonl")
+        for entry in MADE:
+            ledger.charge(entry)
+    return folder
+
+
 @pytest.fixture(autouse=True)
 def own_anchors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEDPEFT_DATA_DIR", str(tmp_path / "data"))
+    forget()
 
 
 @pytest.fixture
-def book(tmp_path: Path) -> Ledger:
-    ledger = Ledger.create(tmp_path / "ledger.jsonl")
-    for entry in MADE:
-        ledger.charge(entry)
+def book(made: Path, tmp_path: Path) -> Ledger:
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    assert ledger.entries() == MADE
     return ledger
 
 
@@ -313,13 +326,19 @@ def test_two_names_of_one_book_are_one_account(tmp_path: Path) -> None:
         subprocess.Popen(
             [sys.executable, "-c", code, str(name), str(index)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
-        for index, name in enumerate([book.path, *names])
+        for index, name in enumerate(names)
     ]
     for process in started:
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
     for process in started:
-        process.communicate(b"\n", timeout=120)
+        assert process.stdin is not None
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+    for number in range(1, 21):  # and here, meanwhile
+        book.charge(Entry("run", "2", number, 1.0, 0.5, 3))
+    for process in started:
+        process.communicate(timeout=120)
         assert process.returncode == 0
     for name in (book.path, *names):
         held = Ledger(name).entries()
@@ -410,6 +429,7 @@ def test_what_is_written_elsewhere_is_read_again(tmp_path: Path) -> None:
 
 def test_a_book_with_another_id_in_the_place_of_one_is_noticed(book: Ledger, tmp_path: Path) -> None:
     """Right in every hash, and empty: nobody made it there."""
+    book.charge(ENTRY)
     fresh = Head("0" * 32, "site").line() + b"\n"
     book.path.write_bytes(fresh)
     forget()
