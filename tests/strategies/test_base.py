@@ -276,6 +276,8 @@ def test_two_nodes_of_one_name_are_an_error() -> None:
 def test_a_supernodes_wrapping_of_an_error_is_taken_off() -> None:
     assert error_class("<class 'fedpeft.clients.app.ClientFailedError'>:<'ValueError'>") == "ValueError"
     assert error_class("WorkerDied") == "WorkerDied"
+    told = "SitePolicyError: this site names no ledger, and trains with one only: 'privacy-ledger=\"/path\"'."
+    assert error_class(f"<class 'fedpeft.clients.app.ClientFailedError'>:<'{told}'>") == told
 
 
 def test_client_ids_are_ordered_as_numbers_before_names() -> None:
