@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from fedpeft.data.splits import EncodedData, EncodedSplit, Normalisation
 from fedpeft.data.tokens import encode_texts
 from fedpeft.errors import DataError, ModelError
 
-__all__ = ["EncodedData", "EncodedSplit", "encode", "encode_rows", "model_digest"]
+__all__ = ["EncodedData", "EncodedSplit", "encode", "encode_rows", "encode_table", "model_digest"]
 
 FORMAT_VERSION = 1
 # what the tensors depend on in a model's folder
@@ -102,6 +104,35 @@ def encode_rows(
     names = tuple(labels) or config.data.label_names
     by, optional = (config.partition.by, CLIENT) if test else (None, DOMAIN)
     return _entry(config, model_dir, place, names, by, optional)[0]
+
+
+def encode_table(
+    config: RunConfig, model_dir: Path, rows: datasets.Dataset, labels: Sequence[str] = ()
+) -> EncodedSplit:
+    """Encode a few rows that lie in memory, and keep them there.
+
+    Parameters
+    ----------
+    config : RunConfig
+        Names task and length.
+    model_dir : Path
+        Folder of the base model.
+    rows : datasets.Dataset
+        Normalised as by `fedpeft.data.sources.read_rows`.
+    labels : sequence of str
+        Label names in the order of their ids.
+
+    Raises
+    ------
+    DataError, ModelError
+        As `encode`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        _make(config, model_dir, Place("rows in memory", "json", None), rows, labels, Path(folder) / "rows")
+        found = _open(Path(folder) / "rows", config.task)
+        assert found is not None
+        split = found[0]
+        return replace(split, tensors={name: tensor.clone() for name, tensor in split.tensors.items()})
 
 
 def _entry(
