@@ -150,6 +150,13 @@ class ClippingOptimizer(DPOptimizer):  # type: ignore[misc]
             clipped = torch.einsum("n,n...->...", factors if whole else factors[finite], rows)
             parameter.summed_grad = clipped if parameter.summed_grad is None else parameter.summed_grad + clipped
 
+    def release(self) -> None:
+        """Make what the optimizer gets of ``summed_grad``, and forget it."""
+        self.add_noise()
+        self.scale_grad()
+        for parameter in self.params:
+            parameter.summed_grad = None
+
     def add_noise(self) -> None:
         """Put the noised sum where the optimizer looks for gradients; all noise comes from one draw."""
         deviation = self.noise_multiplier * self.max_grad_norm
@@ -368,23 +375,52 @@ class PrivateGradients:
 
     def compute(self, batch: Rows) -> tuple[float, int]:
         """Leave the noised mean gradient in ``.grad``; the losses that are returned are NOT private."""
+        total = self._accumulate(batch)
+        self._clipping.release()
+        return total, len(batch)
+
+    def clipped_sum(self, batch: Rows) -> Tensor:
+        """Return the sum of a batch's clipped gradients WITHOUT noise, in one vector: for audits, never to be released.
+
+        Parameters
+        ----------
+        batch : array of int, shape (b,)
+            The rows.
+        """
+        self._accumulate(batch)
+        parameters = self._clipping.params
+        total = torch.cat([parameter.summed_grad.flatten().double() for parameter in parameters])
+        for parameter in parameters:
+            parameter.summed_grad = None
+        return total
+
+    def noised(self, total: Tensor) -> Tensor:
+        """Return what the mechanism releases of such a sum: the noised sum, drawn anew at each call."""
+        parameters = self._clipping.params
+        parts = total.split([parameter.numel() for parameter in parameters])
+        for parameter, part in zip(parameters, parts, strict=True):
+            parameter.summed_grad = part.view(parameter.shape).to(parameter.device, torch.float32)
+        self._clipping.release()
+        released = torch.cat([parameter.grad.flatten().double() for parameter in parameters])
+        return (released * self._mechanism.denominator).to(total.device)
+
+    def _accumulate(self, batch: Rows) -> float:
+        """Leave the sum of clipped gradients in ``summed_grad``; return the sum of losses."""
         clipping = self._clipping
-        chunks = [batch[start : start + self._physical] for start in range(0, len(batch), self._physical)]
+        for parameter in clipping.params:
+            parameter.summed_grad = None
         total = 0.0
-        for index, chunk in enumerate(chunks):
+        for start in range(0, len(batch), self._physical):
+            chunk = batch[start : start + self._physical]
             total += self._engine.backward(self._split.batch(chunk), self._precision)
             self._engine.check(clipping.params, len(chunk))
-            clipping.signal_skip_step(do_skip=index < len(chunks) - 1)
-            clipping.pre_step()
+            clipping.clip_and_accumulate()
             for parameter in clipping.params:
                 parameter.grad_sample = None
-        if not chunks:  # nobody was drawn: noise alone
+        if not len(batch):  # nobody was drawn: noise alone
             for parameter in clipping.params:
-                parameter.grad_sample = parameter.new_zeros((0, *parameter.shape))
-            clipping.pre_step()
-        for parameter in clipping.params:
-            parameter.grad_sample = parameter.summed_grad = None
-        return total, len(batch)
+                parameter.summed_grad = torch.zeros_like(parameter, dtype=torch.float32)
+        return total
 
     def _see_that_weights_moved(self, before: Sequence[Tensor]) -> None:
         """Raise PrivacyError if the first step changed nothing: noise that reaches no weight protects nobody."""
