@@ -397,7 +397,7 @@ class PrivateGradients:
     def noised(self, total: Tensor) -> Tensor:
         """Return what the mechanism releases of such a sum: the noised sum, drawn anew at each call."""
         parameters = self._clipping.params
-        parts = total.split([parameter.numel() for parameter in parameters])
+        parts = torch.split(total, [parameter.numel() for parameter in parameters])
         for parameter, part in zip(parameters, parts, strict=True):
             parameter.summed_grad = part.view(parameter.shape).to(parameter.device, torch.float32)
         self._clipping.release()

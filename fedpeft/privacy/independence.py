@@ -180,7 +180,7 @@ class _Trial:
 
 
 def _norms(gradients: Tensor) -> Tensor:
-    return gradients.flatten(1).double().norm(dim=1)
+    return torch.linalg.vector_norm(gradients.flatten(1).double(), dim=1)
 
 
 # --- rows that belong to nobody ----------------------------------------------------------------------------------
