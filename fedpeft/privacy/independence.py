@@ -180,7 +180,8 @@ class _Trial:
 
 
 def _norms(gradients: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(gradients.flatten(1).double(), dim=1)
+    norms: Tensor = gradients.flatten(1).double().norm(dim=1)
+    return norms
 
 
 # --- rows that belong to nobody ----------------------------------------------------------------------------------
