@@ -116,6 +116,8 @@ def train(message: Message, context: Context) -> Message:
     rows = client_rows(home, context.node_config)
     permission = None
     if run.privacy.level == "record":
+        with num_threads(run.simulation.threads_per_worker):
+            _ = home.row_engine  # a model that mixes rows is refused before anything is charged
         permission = permit(message, context, home, rows, run)
         if permission is None:
             return Message(RecordDict({CONFIG: ConfigRecord({BUDGET_SPENT: True})}), reply_to=message)

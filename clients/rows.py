@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,11 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpeft.config import Scalar
-from fedpeft.data.encoding import EncodedSplit, encode_rows
+from fedpeft.data.encoding import EncodedSplit, encode_rows, encode_what_can_be
 from fedpeft.errors import DeploymentError
 from fedpeft.resident import Resident
 
 PARTITION_ID, NUM_PARTITIONS, DATA, NODE_CLIENT_ID = "partition-id", "num-partitions", "data", "client-id"
+
+log = logging.getLogger(__name__)  # of the site; it never leaves it
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,8 @@ class ClientRows:
     indices : array of int64, shape (n,)
         Which of them are the client's.
     left_out : int
-        Canaries of the client that are not in `indices`: no batch holds them, but they count as its rows.
+        Rows that count as the client's but are in no batch: canaries that a coin has left out, and rows that cannot be
+        encoded under record-level privacy. A row that is drawn with a gradient of zero moves no sum either.
     """
 
     client_id: str
@@ -68,8 +72,8 @@ def client_rows(home: Resident, node_config: Mapping[str, Scalar]) -> ClientRows
                 f"privacy.canaries = {home.config.privacy.canaries} would plant false rows among a site's own; "
                 "canaries are for simulations."
             )
-        split = _own_rows(home, Path(str(node_config[DATA])).expanduser())
-        return ClientRows(site_name(node_config) or "", split, np.arange(len(split), dtype=np.int64))
+        split, left_out = _own_rows(home, Path(str(node_config[DATA])).expanduser())
+        return ClientRows(site_name(node_config) or "", split, np.arange(len(split), dtype=np.int64), left_out)
     if PARTITION_ID not in node_config or NUM_PARTITIONS not in node_config:
         raise DeploymentError(
             "this node does not know its rows: start it with --node-config 'data=\"/path/rows.csv\"', "
@@ -99,11 +103,20 @@ def site_name(node_config: Mapping[str, Scalar]) -> str | None:
 
 
 @lru_cache(maxsize=1)
-def _own_rows(home: Resident, path: Path) -> EncodedSplit:
+def _own_rows(home: Resident, path: Path) -> tuple[EncodedSplit, int]:
+    """Encode a site's rows; also return how many cannot be.
+
+    Without record-level privacy there must be none. With it, a failure would be an answer about a row, without noise.
+    """
     labels = home.config.data.label_names
     if labels is None and home.config.task != "causal-lm":
         raise DeploymentError(
             "a site with rows of its own needs data.labels, the comma-separated names of all labels: "
             "its own rows may not hold every one."
         )
-    return encode_rows(home.config, home.folder, path, labels or ())
+    if home.config.privacy.level != "record":
+        return encode_rows(home.config, home.folder, path, labels or ()), 0
+    split, problems = encode_what_can_be(home.config, home.folder, path, labels or ())
+    for row, what in problems.items():
+        log.warning("row %d of '%s' cannot be encoded and counts as one with a gradient of zero: %s", row, path, what)
+    return split, len(problems)

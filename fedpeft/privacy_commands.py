@@ -327,7 +327,10 @@ def sweep(
 
 @privacy_app.command()
 def audit(
-    run: Annotated[Path, typer.Argument(help="A run directory, simulated with privacy.canaries=200 or more.")],
+    run: Annotated[
+        Path,
+        typer.Argument(help="A run directory, simulated with privacy.canaries=200 or more; any for --white-box."),
+    ],
     guesses: Annotated[
         int | None,
         typer.Option(
@@ -335,18 +338,40 @@ def audit(
             "and all are tried, and the confidence is divided among them."
         ),
     ] = None,
+    white_box: Annotated[
+        bool,
+        typer.Option(
+            "--white-box",
+            help="Look at the noised sums that leave a client in place of the last adapter; needs no canaries.",
+        ),
+    ] = False,
+    draws: Annotated[
+        int | None,
+        typer.Option(help="Of --white-box: noised sums with a row, and as many without; 1000 if not given."),
+    ] = None,
     json_lines: Json = False,
 ) -> None:
-    """Hold a run against what it claims, by the canaries that it planted.
+    """Hold a run against what it claims, by the canaries that it planted, or from inside.
 
-    Prints a lower bound on epsilon at 95 % confidence, which is no estimate. Exit code 1 where it is above the claim:
-    something is broken then.
+    Prints a lower bound at 95 % confidence, which is no estimate. Exit code 1 where it is above the claim: something is
+    broken then.
     """
     quiet(False)
-    from fedpeft.privacy.audit import audit_run
-    from fedpeft.report.audited import audit_view
+    from fedpeft.report.audited import audit_view, white_box_view
 
-    facts = audit_run(run, guesses)
-    show(facts, audit_view, json_lines)
+    if white_box:
+        if guesses is not None:
+            raise ConfigError("--guesses is about canaries, and --white-box needs none; give --draws.")
+        from fedpeft.privacy.white_box import DRAWS, white_box_audit
+
+        facts = white_box_audit(run, DRAWS if draws is None else draws)
+        show(facts, white_box_view, json_lines)
+    else:
+        if draws is not None:
+            raise ConfigError("--draws is about --white-box; give that too, or --guesses.")
+        from fedpeft.privacy.audit import audit_run
+
+        facts = audit_run(run, guesses)
+        show(facts, audit_view, json_lines)
     if facts["violated"]:
         raise typer.Exit(1)

@@ -97,10 +97,23 @@ class Resident:
 
     @cached_property
     def row_engine(self) -> RowEngine:
-        """What gives the model's gradients row by row, for private training."""
-        from fedpeft.privacy.dp_sgd import RowEngine  # which loads Opacus
+        """What gives the model's gradients row by row, for private training; made once rows are shown independent.
 
-        return RowEngine(self.adapted)
+        Raises
+        ------
+        PrivacyError
+            The model mixes rows, or gives no gradient of each.
+        """
+        from fedpeft.privacy.dp_sgd import RowEngine  # which loads Opacus
+        from fedpeft.privacy.independence import prove_independence
+
+        engine = RowEngine(self.adapted)
+        try:
+            prove_independence(self, engine)
+        except BaseException:
+            engine.close()  # who asks again is told again
+            raise
+        return engine
 
 
 def with_preset_paths(config: RunConfig) -> RunConfig:

@@ -88,6 +88,14 @@ def _optimizer(train: TrainConfig, parameters: list[torch.nn.Parameter]) -> torc
     return torch.optim.AdamW(parameters, lr=train.learning_rate, weight_decay=train.weight_decay)
 
 
+def training_mode(model: torch.nn.Module) -> None:
+    """Put a model into the mode in which adapters are trained."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()  # its running statistics belong to the frozen base, and rows of clients would move them
+
+
 class Gradients(Protocol):
     """How a step's gradient comes about: plainly, or privately."""
 
@@ -199,10 +207,7 @@ def train_locally(
         gradients = PlainGradients(adapted, split, rows, train, steps, rng)
     losses: list[float | Tensor] = []
     counted = 0
-    adapted.model.train()
-    for module in adapted.model.modules():
-        if isinstance(module, _BatchNorm):
-            module.eval()  # its running statistics belong to the frozen base, and rows of clients would move them
+    training_mode(adapted.model)
     drop = derive_seed(seed, "dropout", server_round, client_id) if dropout_seed is None else dropout_seed
     with torch_seed(drop):
         for step, batch in enumerate(gradients.batches()):

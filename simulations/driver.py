@@ -54,6 +54,7 @@ def drive(config: RunConfig, out: Path, listener: Listener, grid: InlineGrid | R
     rows = {client_ids[node]: client_rows(home, held.node_config).num_examples for node, held in contexts.items()}
     if config.privacy.level == "record":
         require_a_round(config, rows.values())
+        _ = home.row_engine  # shows that rows are independent, which every worker does for itself as well
     adapter_bytes = exported_bytes(find(config.strategy.name), home.adapted)
     directory = RunDirectory(out, config, adapter_bytes, {"presets": provenance(config)})
     grid.contexts = contexts

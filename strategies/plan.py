@@ -46,6 +46,8 @@ def plan(config: RunConfig) -> DryRun:
     down = sum(_volume(adapted, sent_down(method.exchange, names, adapted.frozen, number), ranks) for number in rounds)
     cohort = cohort_size(len(held.client_ids), config.federation.fraction, config.federation.min_clients)
     build_strategy(config, home, None).check_cohort(cohort)
+    if config.privacy.level == "record":
+        _ = home.row_engine  # what a run would refuse
     if not any(role_of(name) is Role.A for name in adapted.frozen):  # else factors of a mean are exact
         down += (len(rounds) - 1) * _step(method, adapted, ranks[:cohort])
     head = [name for name in adapted.initial if role_of(name) is Role.HEAD]

@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +25,13 @@ from torch import Tensor
 from fedpeft.cache import cache_dir, locked, publishing
 from fedpeft.config import RunConfig, Task
 from fedpeft.data.pixels import ImageEncoder
-from fedpeft.data.readers import Place
+from fedpeft.data.readers import Place, read
 from fedpeft.data.sources import CLIENT, DOMAIN, digest, hold_out, locate, places, read_rows, test_place, wanted_columns
 from fedpeft.data.splits import EncodedData, EncodedSplit, Normalisation
 from fedpeft.data.tokens import encode_texts
 from fedpeft.errors import DataError, ModelError
 
-__all__ = ["EncodedData", "EncodedSplit", "encode", "encode_rows", "model_digest"]
+__all__ = ["EncodedData", "EncodedSplit", "encode", "encode_rows", "encode_table", "encode_what_can_be", "model_digest"]
 
 FORMAT_VERSION = 1
 # what the tensors depend on in a model's folder
@@ -102,6 +104,35 @@ def encode_rows(
     names = tuple(labels) or config.data.label_names
     by, optional = (config.partition.by, CLIENT) if test else (None, DOMAIN)
     return _entry(config, model_dir, place, names, by, optional)[0]
+
+
+def encode_table(
+    config: RunConfig, model_dir: Path, rows: datasets.Dataset, labels: Sequence[str] = ()
+) -> EncodedSplit:
+    """Encode a few rows that lie in memory, and keep them there.
+
+    Parameters
+    ----------
+    config : RunConfig
+        Names task and length.
+    model_dir : Path
+        Folder of the base model.
+    rows : datasets.Dataset
+        Normalised as by `fedpeft.data.sources.read_rows`.
+    labels : sequence of str
+        Label names in the order of their ids.
+
+    Raises
+    ------
+    DataError, ModelError
+        As `encode`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        _make(config, model_dir, Place("rows in memory", "json", None), rows, labels, Path(folder) / "rows")
+        found = _open(Path(folder) / "rows", config.task)
+        assert found is not None
+        split = found[0]
+        return replace(split, tensors={name: tensor.clone() for name, tensor in split.tensors.items()})
 
 
 def _entry(
@@ -230,3 +261,78 @@ def _columns(rows: datasets.Dataset) -> tuple[dict[str, Tensor], dict[str, list[
         tensors[f"{column}s"] = torch.tensor(pc.index_in(cells, value_set=values).to_numpy())
         names[f"{column}s"] = values.to_pylist()
     return tensors, names
+
+
+# --- rows of which some cannot be encoded ------------------------------------------------------------------------
+
+_LEFT_OUT = "left_out.json"
+_TRIED_AT_ONCE = 64  # rows; where one of them fails, each is tried alone
+
+
+def encode_what_can_be(
+    config: RunConfig, model_dir: Path, source: str | Path, labels: Sequence[str] = ()
+) -> tuple[EncodedSplit, dict[int, str]]:
+    """Encode the rows of a source that can be encoded, where a failure must not be seen from outside.
+
+    Parameters
+    ----------
+    config, model_dir, source, labels
+        As for `encode_rows`.
+
+    Returns
+    -------
+    EncodedSplit
+        The rows that can be encoded.
+    dict of int to str
+        By number, from 1, what is wrong with each of the others.
+
+    Raises
+    ------
+    DataError, ModelError
+        As `encode_rows`, where not a single row can be encoded or the source cannot be read at all.
+    """
+    try:
+        return encode_rows(config, model_dir, source, labels), {}
+    except (DataError, ModelError) as error:
+        place, whole = locate(source).train, error
+    names = tuple(labels) or config.data.label_names
+
+    def table(only: Sequence[int]) -> datasets.Dataset:
+        return read_rows(place, config.data, config.task, labels=names, optional=DOMAIN, only=only).rows
+
+    def problem(only: Sequence[int]) -> str | None:
+        try:
+            encode_table(config, model_dir, table(only), names or ())
+        except (DataError, ModelError) as error:
+            return str(error).replace(f"row 1 of {place}", f"row {only[0] + 1} of {place}")  # counted among `only`
+        return None
+
+    key = _key(
+        tolerant=True,
+        task=config.task,
+        rows=digest(place, config.data, config.task),
+        data=config.data.model_dump(mode="json"),
+        labels=names,
+        model=model_digest(model_dir),
+        versions=[importlib.metadata.version(name) for name in LIBRARIES],
+    )
+    folder = cache_dir() / "encoded" / key
+    with locked(folder):
+        found, noted = _open(folder, config.task), folder / _LEFT_OUT
+        if found is None or not noted.is_file():
+            count = len(read(place, wanted_columns(config.data, config.task, None, DOMAIN)))
+            left_out: dict[int, str] = {}
+            for start in range(0, count, _TRIED_AT_ONCE):
+                some = range(start, min(count, start + _TRIED_AT_ONCE))
+                if problem(some) is not None:
+                    tried = {row: problem([row]) for row in some}
+                    left_out |= {row + 1: what for row, what in tried.items() if what is not None}
+            if len(left_out) in (0, count):
+                raise whole
+            good = [row for row in range(count) if row + 1 not in left_out]
+            _make(config, model_dir, place, table(good), names or (), folder)
+            noted.write_text(json.dumps(left_out), encoding="utf-8")
+            found = _open(folder, config.task)
+        assert found is not None, "just written"
+        told = json.loads(noted.read_text(encoding="utf-8"))
+    return found[0], {int(row): what for row, what in told.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -263,6 +263,7 @@ def read_rows(
     labels: tuple[str, ...] | None,
     client_column: str | None = None,
     optional: frozenset[str] = frozenset(),
+    only: Sequence[int] | None = None,
 ) -> Table:
     """Read the rows of one place and normalise their columns.
 
@@ -281,6 +282,8 @@ def read_rows(
         Column whose values name the clients.
     optional : frozenset of str
         Configuration keys whose column may be missing.
+    only : sequence of int, optional
+        Which rows to take, from 0; all if not given.
 
     Raises
     ------
@@ -290,6 +293,9 @@ def read_rows(
     """
     wanted = wanted_columns(data, task, client_column, optional)
     raw = read(place, wanted)
+    numbers = np.arange(1, len(raw) + 1) if only is None else np.asarray(only, dtype=np.int64) + 1
+    if only is not None:
+        raw = raw.select(only)
     table: pa.Table = raw.with_format("arrow")[:]
     columns: dict[str, Any] = {}
     features: dict[str, Any] = {}
@@ -310,7 +316,7 @@ def read_rows(
             features[role] = datasets.Value("large_string")
         else:
             columns[role], features[role] = _text(place, column, table[column]), datasets.Value("large_string")
-    columns["row"], features["row"] = np.arange(1, len(raw) + 1), datasets.Value("int64")
+    columns["row"], features["row"] = numbers, datasets.Value("int64")
     info = datasets.DatasetInfo(features=datasets.Features(features))
     return Table(datasets.Dataset(pa.table(columns), info=info), names)
 

@@ -9,16 +9,18 @@ and what the optimizer gets is (sum_i of those + sigma C N(0, I)) / (q n), also 
 single rows come from Opacus's hooks, which are attached to a resident model once and sleep while nobody trains
 privately.
 
-Two things that Opacus leaves to its caller. A row's loss must not depend on the other rows: the loss of a causal
-language model is a mean over all tokens of a batch, so here each row's own mean is taken. And clipping must bound ANY
-row: norms are computed in float32 whatever the precision of the model, and a row whose gradient is not finite counts as
-zero.
+Three things that Opacus leaves to its caller. A row's loss must not depend on the other rows: the loss of a causal
+language model is a mean over all tokens of a batch, so here each row's own mean is taken. Clipping must bound ANY row:
+norms are computed in float32 whatever the precision of the model, and a row whose gradient is not finite counts as
+zero. And a layer must see the rows as its batch: one that is also called with positions (a batch of one), with tokens
+or with windows has no gradient of single rows, though Opacus books one. Such a call is refused by name; what no shape
+tells of, `fedpeft.privacy.independence` finds.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,7 @@ import torch
 from numpy.typing import NDArray
 from opacus.grad_sample import GradSampleHooks
 from opacus.optimizers import DPOptimizer
+from opacus.utils.tensor_utils import sum_over_all_but_batch_and_last_n
 from torch import Tensor, nn
 
 from fedpeft.adapters import AdaptedModel
@@ -40,13 +43,76 @@ Rows = NDArray[np.int64]
 FLOOR = 1e-6  # added to a norm before dividing by it; a clipped gradient stays below the bound
 
 
-class RowGradients(GradSampleHooks):  # type: ignore[misc]
-    """Opacus's hooks on a model whose trained tensors change from round to round."""
+def layer_norm_gradients(
+    layer: nn.LayerNorm, activations: list[Tensor], backprops: Tensor
+) -> dict[nn.Parameter, Tensor]:
+    """Return each row's gradient of a layer normalisation, which may have no bias; Opacus's own rule needs one.
 
-    def capture_backprops_hook(self, module: nn.Module, *arguments: Any, **settings: Any) -> None:
+    Parameters
+    ----------
+    layer : nn.LayerNorm
+        The layer.
+    activations : list of Tensor
+        Its input, ``(b, ..., *normalized_shape)``.
+    backprops : Tensor
+        The loss's gradient by its output, of the same shape.
+    """
+    found: dict[nn.Parameter, Tensor] = {}
+    if layer.weight.requires_grad:
+        normalised = nn.functional.layer_norm(activations[0], layer.normalized_shape, eps=layer.eps)
+        found[layer.weight] = sum_over_all_but_batch_and_last_n(normalised * backprops, layer.weight.dim())
+    if layer.bias is not None and layer.bias.requires_grad:
+        found[layer.bias] = sum_over_all_but_batch_and_last_n(backprops, layer.bias.dim())
+    return found
+
+
+class RowGradients(GradSampleHooks):  # type: ignore[misc]
+    """Opacus's hooks on a model whose trained tensors change from round to round.
+
+    Attributes
+    ----------
+    rows : int
+        Rows of the batch at work: the first dimension of all that a trained layer may be given.
+    strangers : dict of Module to tuple of int
+        Trained layers that were given something else, and the shape of it.
+    """
+
+    GRAD_SAMPLERS = GradSampleHooks.GRAD_SAMPLERS | {nn.LayerNorm: layer_norm_gradients}
+
+    def __init__(self, model: nn.Module) -> None:
+        self.rows, self.strangers = 0, dict[nn.Module, tuple[int, ...]]()
+        super().__init__(model, loss_reduction="sum", strict=False)
+
+    def capture_activations_hook(self, module: nn.Module, given: tuple[Any, ...], output: Any) -> None:
+        """Keep what a trained layer is given, if that is one entry a row."""
+        if not self.hooks_enabled or not torch.is_grad_enabled() or not _is_trained(module):
+            return
+        if shape := self._strange(*given[:1], output):
+            self.strangers[module] = shape
+            return
+        super().capture_activations_hook(module, given, output)
+
+    def capture_backprops_hook(
+        self, module: nn.Module, inputs: Any, backprops: tuple[Tensor, ...], **settings: Any
+    ) -> None:
         """Look away where nothing is trained: a frozen factor's inputs were not kept either."""
-        if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
-            super().capture_backprops_hook(module, *arguments, **settings)
+        if not self.hooks_enabled or not _is_trained(module):
+            return
+        if shape := self._strange(backprops[0]):
+            self.strangers[module] = shape
+            return
+        super().capture_backprops_hook(module, inputs, backprops, **settings)
+
+    def _strange(self, *tensors: Any) -> tuple[int, ...] | None:
+        """Return the first shape that is not one entry a row."""
+        for tensor in tensors:
+            if isinstance(tensor, Tensor) and (tensor.ndim == 0 or tensor.shape[0] != self.rows):
+                return tuple(tensor.shape)
+        return None
+
+
+def _is_trained(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters(recurse=False))
 
 
 class ClippingOptimizer(DPOptimizer):  # type: ignore[misc]
@@ -84,6 +150,13 @@ class ClippingOptimizer(DPOptimizer):  # type: ignore[misc]
             clipped = torch.einsum("n,n...->...", factors if whole else factors[finite], rows)
             parameter.summed_grad = clipped if parameter.summed_grad is None else parameter.summed_grad + clipped
 
+    def release(self) -> None:
+        """Make what the optimizer gets of ``summed_grad``, and forget it."""
+        self.add_noise()
+        self.scale_grad()
+        for parameter in self.params:
+            parameter.summed_grad = None
+
     def add_noise(self) -> None:
         """Put the noised sum where the optimizer looks for gradients; all noise comes from one draw."""
         deviation = self.noise_multiplier * self.max_grad_norm
@@ -116,10 +189,22 @@ class RowEngine:
         self.adapted = adapted
         trained = [name for name in adapted.trained if adapted.parameter(name).requires_grad]
         adapted.begin_training(adapted.trained)  # hooks go where something may ever be trained
-        self._hooks = RowGradients(adapted.model, loss_reduction="sum", strict=False)
+        try:
+            self._hooks = RowGradients(adapted.model)
+        except NotImplementedError as error:  # a trained layer with buffers, such as a batch normalisation
+            for handle in vars(adapted.model).pop("autograd_grad_sample_hooks", ()):
+                handle.remove()
+            adapted.begin_training(trained)
+            raise PrivacyError(
+                self._refusal(f"has a trained layer without gradients of single rows ({error})")
+            ) from None
         self._hooks.disable_hooks()
         adapted.begin_training(trained)  # of a round that has begun already
         self.has_moved = False  # whether a step was seen to reach the weights
+
+    def close(self) -> None:
+        """Take the hooks off."""
+        self._hooks.remove_hooks()
 
     def reset(self) -> None:
         """Forget what a training that broke off has left: Opacus counts forward passes against backward passes."""
@@ -141,32 +226,91 @@ class RowEngine:
         precision : str
             ``train.precision``.
         """
-        adapted = self.adapted
+        adapted, hooks = self.adapted, self._hooks
         held = {name: value.to(adapted.device) for name, value in inputs.items()}
         targets = held.pop("labels")
-        self._hooks.enable_hooks()
+        for name in adapted.trained:
+            adapted.parameter(name).grad = None  # tells afterwards whether the loss depends on it at all
+        hooks.rows = len(targets)
+        hooks.enable_hooks()
         try:
             with torch.autocast(adapted.device.type, torch.bfloat16, enabled=precision == "bf16"):
                 logits = adapted.model(**held).logits
+            self._see_rows_alone()
             losses, counted = row_losses(logits, targets)
             loss = (losses / counted.clamp(min=1)).sum()  # each row's own mean, whatever the others are
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Full backward hook is firing")  # nobody needs inputs' gradients
                 loss.backward()  # type: ignore[no-untyped-call]
+            self._see_rows_alone()
         finally:
-            self._hooks.disable_hooks()
+            hooks.disable_hooks()
+            hooks.strangers.clear()
         return float(loss.detach())
 
     def check(self, parameters: Sequence[nn.Parameter], rows: int) -> None:
         """Raise PrivacyError where hooks saw something else than one gradient a row."""
         for parameter in parameters:
             sample = getattr(parameter, "grad_sample", None)
-            if not isinstance(sample, Tensor) or len(sample) != rows:
+            if sample is None and parameter.grad is None and self._hooks.rows == rows:
+                held: Any = parameter  # the loss does not depend on it, of no row
+                held.grad_sample = parameter.new_zeros((rows, *parameter.shape))
+            elif not isinstance(sample, Tensor) or len(sample) != rows:
+                name = next((name for name in self.adapted.trained if self.adapted.parameter(name) is parameter), "")
                 raise PrivacyError(
-                    f"privacy.level = 'record': '{self.adapted.base.folder}' gives no gradient of each row for a "
-                    f"tensor of shape {tuple(parameter.shape)} (it mixes rows, or uses a layer more than once); "
-                    "choose other adapter.targets, adapter.head=frozen, or another model."
+                    self._refusal(
+                        f"gives no gradient of each row for '{name}' of shape {tuple(parameter.shape)}, which is used "
+                        "outside of its own layer, or by a layer that mixes rows",
+                        layer_of(name),
+                    )
                 )
+
+    def _see_rows_alone(self) -> None:
+        """Raise PrivacyError if a trained layer was given anything but one entry a row."""
+        strangers = self._hooks.strangers
+        if not strangers:
+            return
+        names = {module: name for name, module in self.adapted.model.named_modules()}
+        layers = dict.fromkeys(layer_of(names[module]) for module in strangers)
+        module, shape = next(iter(strangers.items()))
+        raise PrivacyError(
+            self._refusal(
+                f"calls the trained layer '{layer_of(names[module])}' on a tensor of shape {shape} where the first "
+                f"dimension must be the batch's {self._hooks.rows} rows: gradients of single rows cannot be told there",
+                *layers,
+            )
+        )
+
+    def _refusal(self, what: str, *layers: str) -> str:
+        """Say what the model does, and what could be trained in place of these layers."""
+        return f"privacy.level = 'record': '{self.adapted.base.folder}' {what}. {advice(self.adapted, layers)}"
+
+
+def layer_of(name: str) -> str:
+    """Return the name that a model gives to the layer of a tensor or module of PEFT's.
+
+    Parameters
+    ----------
+    name : str
+        Such as ``base_model.model.encoder.0.query.lora_A.default.weight``.
+    """
+    inner = name.removeprefix("base_model.model.").partition(".lora_")[0].partition(".modules_to_save.")[0]
+    return inner.removesuffix(".weight").removesuffix(".bias")
+
+
+def advice(adapted: AdaptedModel, layers: Collection[str]) -> str:
+    """Say what to do where these layers cannot be trained privately."""
+    bad = {layer.rpartition(".")[2] for layer in layers if layer in adapted.layers}
+    in_head = any(layer not in adapted.layers for layer in layers)
+    good = sorted({layer.rpartition(".")[2] for layer in adapted.layers} - bad)
+    steps = []
+    if bad or not layers:
+        than = f" than {', '.join(sorted(bad))}" if bad else ""
+        such = f" (such as adapter.targets={','.join(good)})" if bad and good else ""
+        steps.append(f"other adapter.targets{than}{such}")
+    if in_head or not layers:
+        steps.append("adapter.head=frozen")
+    return f"Choose {', '.join(steps)}, another model, or privacy.level=client."
 
 
 class PrivateGradients:
@@ -231,23 +375,52 @@ class PrivateGradients:
 
     def compute(self, batch: Rows) -> tuple[float, int]:
         """Leave the noised mean gradient in ``.grad``; the losses that are returned are NOT private."""
+        total = self._accumulate(batch)
+        self._clipping.release()
+        return total, len(batch)
+
+    def clipped_sum(self, batch: Rows) -> Tensor:
+        """Return the sum of a batch's clipped gradients WITHOUT noise, in one vector: for audits, never to be released.
+
+        Parameters
+        ----------
+        batch : array of int, shape (b,)
+            The rows.
+        """
+        self._accumulate(batch)
+        parameters = self._clipping.params
+        total = torch.cat([parameter.summed_grad.flatten().double() for parameter in parameters])
+        for parameter in parameters:
+            parameter.summed_grad = None
+        return total
+
+    def noised(self, total: Tensor) -> Tensor:
+        """Return what the mechanism releases of such a sum: the noised sum, drawn anew at each call."""
+        parameters = self._clipping.params
+        parts = torch.split(total, [parameter.numel() for parameter in parameters])
+        for parameter, part in zip(parameters, parts, strict=True):
+            parameter.summed_grad = part.view(parameter.shape).to(parameter.device, torch.float32)
+        self._clipping.release()
+        released = torch.cat([parameter.grad.flatten().double() for parameter in parameters])
+        return (released * self._mechanism.denominator).to(total.device)
+
+    def _accumulate(self, batch: Rows) -> float:
+        """Leave the sum of clipped gradients in ``summed_grad``; return the sum of losses."""
         clipping = self._clipping
-        chunks = [batch[start : start + self._physical] for start in range(0, len(batch), self._physical)]
+        for parameter in clipping.params:
+            parameter.summed_grad = None
         total = 0.0
-        for index, chunk in enumerate(chunks):
+        for start in range(0, len(batch), self._physical):
+            chunk = batch[start : start + self._physical]
             total += self._engine.backward(self._split.batch(chunk), self._precision)
             self._engine.check(clipping.params, len(chunk))
-            clipping.signal_skip_step(do_skip=index < len(chunks) - 1)
-            clipping.pre_step()
+            clipping.clip_and_accumulate()
             for parameter in clipping.params:
                 parameter.grad_sample = None
-        if not chunks:  # nobody was drawn: noise alone
+        if not len(batch):  # nobody was drawn: noise alone
             for parameter in clipping.params:
-                parameter.grad_sample = parameter.new_zeros((0, *parameter.shape))
-            clipping.pre_step()
-        for parameter in clipping.params:
-            parameter.grad_sample = parameter.summed_grad = None
-        return total, len(batch)
+                parameter.summed_grad = torch.zeros_like(parameter, dtype=torch.float32)
+        return total
 
     def _see_that_weights_moved(self, before: Sequence[Tensor]) -> None:
         """Raise PrivacyError if the first step changed nothing: noise that reaches no weight protects nobody."""

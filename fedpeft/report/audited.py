@@ -1,4 +1,4 @@
-"""What an audit by canaries found, as ``fedpeft privacy audit`` prints it."""
+"""What an audit found, as ``fedpeft privacy audit`` prints it."""
 
 from __future__ import annotations
 
@@ -26,6 +26,38 @@ def audit_view(facts: Mapping[str, Any]) -> RenderableType:
             "epsilon is at least",
             f"{downwards(facts['epsilon_lower_bound'])} at {facts['confidence']:.0%} confidence "
             f"({downwards(facts['most'])} if every guess were right)",
+        ),
+    ]
+    return Group(pairs(rows), Text(), Text(facts["meaning"], style="bold red" if facts["violated"] else ""))
+
+
+def white_box_view(facts: Mapping[str, Any]) -> RenderableType:
+    """Lay out what `fedpeft.privacy.white_box.white_box_audit` returns."""
+    rows = [
+        ("client", f"{facts['client']}, noise multiplier {facts['noise_multiplier']:.4g}"),
+        (
+            "one row moves a sum by",
+            f"{facts['sensitivity']:.3f} of the clipping norm (before noise, the most of {facts['pairs']} batches)",
+        ),
+        (
+            "told by noised sums",
+            f"{facts['draws']} with the row, {facts['misses']} missed; {facts['draws']} without, "
+            f"{facts['false_alarms']} false alarms",
+        ),
+        (
+            "a step's mu is at least",
+            f"{downwards(facts['mu_lower_bound'])} at {facts['confidence']:.0%} confidence, "
+            f"and {facts['claimed_mu']:.4g} is claimed ({downwards(facts['most'])} if every guess were right)",
+        ),
+        (
+            "epsilon of such a step",
+            f"at least {downwards(facts['step_epsilon_lower_bound'])}, and {number(facts['claimed_step_epsilon'])} is "
+            f"claimed, at delta {facts['delta']:g}",
+        ),
+        (
+            "epsilon of all rounds",
+            f"{downwards(facts['epsilon_lower_bound'])} if every step were so, and "
+            f"{number(facts['planned_epsilon'])} as planned",
         ),
     ]
     return Group(pairs(rows), Text(), Text(facts["meaning"], style="bold red" if facts["violated"] else ""))
