@@ -334,7 +334,9 @@ class _Run:
             return {"epsilon_max": None, "guarantee": False, "statement": problem}
         told = {key: facts[key] for key in ("level", "epsilon_max", "delta", "guarantee", "statement")}
         with contextlib.suppress(OSError):  # of use to whoever is handed the adapter alone; the run has it whole
-            (self.directory.path / ADAPTER / PRIVACY).write_text(json.dumps(strict_json(told), indent=2) + "\n")
+            (self.directory.path / ADAPTER / PRIVACY).write_text(
+                json.dumps(strict_json(told), indent=2) + "\n", encoding="utf-8"
+            )
         return told
 
     def score_canaries(self) -> None:
