@@ -12,9 +12,9 @@ import os
 import select
 import sys
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, cast
 
-NARROW = 40  # columns: tables that are laid out for fewer lose what they hold; a terminal may break their lines
+NARROW = 60  # columns: tables that are laid out for fewer lose what they hold; a terminal may break their lines
 READER_GONE = 141  # what a shell makes of a program that SIGPIPE ended
 
 
@@ -50,7 +50,7 @@ def _secured(stream: TextIO | None, descriptor: int) -> tuple[TextIO, _Descripto
         descriptor = os.open(os.devnull, os.O_RDWR)
     raw = _Descriptor(descriptor)
     text = io.TextIOWrapper(
-        io.BufferedWriter(raw),
+        io.BufferedWriter(cast(io.RawIOBase, raw)),
         encoding="utf-8" if stream is None else stream.encoding,
         errors="backslashreplace",
         line_buffering=descriptor == 2 or raw.isatty(),

@@ -15,6 +15,7 @@ from fedpeft.config import RunConfig, cohort_size
 from fedpeft.presets import provenance
 from fedpeft.privacy.books import Books
 from fedpeft.privacy.mechanism import require_a_round
+from fedpeft.report.formats import one_line
 from fedpeft.resident import Resident, resident
 from fedpeft.runs import Listener, RunDirectory, folder_name
 from fedpeft.simulations.charging import Charging
@@ -59,14 +60,30 @@ def drive(config: RunConfig, out: Path, listener: Listener, grid: InlineGrid | R
         )
 
     numbers = itertools.count(1)
+    kept: dict[str, Path] = {}
+    grid.causes.clear()  # of a run before this one
 
     def keep_traceback(node: int, message: Message, text: str) -> None:
         # who took part in a round of clients' privacy is on no record
         hidden = config.privacy.level == "client"
         client = f"withheld-{next(numbers)}" if hidden else folder_name(client_ids[node])
-        directory.write_traceback(f"round-{int(message.metadata.group_id or 0):04d}-client-{client}", text)
+        path = directory.write_traceback(f"round-{int(message.metadata.group_id or 0):04d}-client-{client}", text)
+        if path is not None:
+            kept[client_ids[node]] = path
 
     grid.on_failure = keep_traceback
+    nodes = {client: node for node, client in client_ids.items()}
+
+    def explain(client: str) -> str:
+        """Say why a client raised, to who watches: of private rows, only what cannot quote or count them."""
+        cause = grid.causes.get(nodes[client])
+        told = config.privacy.level == "none" or (
+            cause is not None and cause.quotes_no_row and config.privacy.public_counts
+        )
+        if cause is None or not told:
+            return ""
+        return one_line(cause.text) + (f" (traceback: {kept[client]})" if client in kept else "")
+
     books, grid.on_dispatch = None, None
     if config.privacy.level == "client":  # of whole clients, their rows are of no interest
         books = Books(config, directory, {})
@@ -81,7 +98,16 @@ def drive(config: RunConfig, out: Path, listener: Listener, grid: InlineGrid | R
             if OWN_PERSONAL in context.state
         }
 
-    return federate(config, grid, directory, listener=listener, client_ids=client_ids, personal=personal, books=books)
+    return federate(
+        config,
+        grid,
+        directory,
+        listener=listener,
+        client_ids=client_ids,
+        personal=personal,
+        books=books,
+        explain=explain,
+    )
 
 
 def client_contexts(config: RunConfig, home: Resident) -> tuple[dict[int, Context], dict[int, str]]:

@@ -8,6 +8,7 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Self
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -17,11 +18,34 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedpeft.config import Scalar
+from fedpeft.errors import FedpeftError
 
 SERVER_NODE_ID = 0  # clients are numbered from 1
 FailureListener = Callable[[int, Message, str], None]
 # what is added to a client's node configuration for one message
 Dispatch = Callable[[int, Message], Mapping[str, Scalar]]
+
+
+@dataclass(frozen=True)
+class Cause:
+    """Why a client raised, in its exception's words, or those of its direct cause if it has one.
+
+    Parameters
+    ----------
+    text : str
+        May quote rows.
+    quotes_no_row : bool
+        That it does not, for certain.
+    """
+
+    text: str
+    quotes_no_row: bool
+
+    @classmethod
+    def of(cls, error: BaseException) -> Self:
+        """Take the words of an exception."""
+        said = error.__cause__ or error
+        return cls(str(said), isinstance(said, FedpeftError) and said.quotes_no_row)
 
 
 @dataclass(frozen=True)
@@ -34,10 +58,13 @@ class Answer:
         The client's reply, or one with an error.
     trace : str, optional
         The full traceback, causes included, where the client raised. It stays on this side of the wire.
+    cause : Cause, optional
+        The same in short.
     """
 
     reply: Message
     trace: str | None = None
+    cause: Cause | None = None
 
 
 def answer(app: ClientApp, message: Message, context: Context) -> Answer:
@@ -55,7 +82,7 @@ def answer(app: ClientApp, message: Message, context: Context) -> Answer:
     except (Exception, SystemExit) as error:
         reason = type(error.__cause__ or error).__name__
         reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
-        return Answer(reply, "".join(traceback.format_exception(error)))
+        return Answer(reply, "".join(traceback.format_exception(error)), Cause.of(error))
     return Answer(reply)
 
 
@@ -84,6 +111,8 @@ class SimulationGrid(Grid):
         Called with node id and message EVERY time a client is about to be given it, repeats after a worker's death
         included; returns what is added to the client's node configuration this once. May raise, and then nobody is
         given anything.
+    causes : dict of int to Cause
+        Why each client raised that did so, the last time, by node id.
     """
 
     def __init__(
@@ -92,6 +121,7 @@ class SimulationGrid(Grid):
         self.on_dispatch: Dispatch | None = None
         self.contexts: Mapping[int, Context] = contexts or {}
         self.on_failure = on_failure
+        self.causes: dict[int, Cause] = {}
         self._run = Run.create_empty(1)
         self._sent: Counter[str] = Counter()
         self._pushed: dict[str, Message] = {}
@@ -190,6 +220,9 @@ class SimulationGrid(Grid):
         if reply.has_content():
             if state is not None:
                 self.contexts[node_id].state = state
-        elif self.on_failure:
+            return reply
+        if answer.cause is not None:
+            self.causes[node_id] = answer.cause
+        if self.on_failure:
             self.on_failure(node_id, message, answer.trace or reply.error.reason or "")
         return reply

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, Metadata, MetricRecord, RecordDict
 from flwr.app.message import make_message
 
-from fedpeft.simulations.grid import Answer
+from fedpeft.simulations.grid import Answer, Cause
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -133,6 +133,7 @@ class ParcelledAnswer:
     content: PackedRecords | None
     error: Error | None
     trace: str | None
+    cause: Cause | None
     state: PackedRecords | None
 
     @classmethod
@@ -140,14 +141,14 @@ class ParcelledAnswer:
         """Pack."""
         reply = answer.reply
         if reply.has_error():
-            return cls(reply.metadata, None, reply.error, answer.trace, None)
-        return cls(reply.metadata, pack(reply.content), None, None, pack(state))
+            return cls(reply.metadata, None, reply.error, answer.trace, answer.cause, None)
+        return cls(reply.metadata, pack(reply.content), None, None, None, pack(state))
 
     def open(self) -> tuple[Answer, RecordDict | None]:
         """Unpack."""
         content = None if self.content is None else unpack(self.content)
         reply = make_message(self.metadata, content, self.error)
-        return Answer(reply, self.trace), None if self.state is None else unpack(self.state)
+        return Answer(reply, self.trace, self.cause), None if self.state is None else unpack(self.state)
 
 
 class _Identity:

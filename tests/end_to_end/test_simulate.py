@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 import fedpeft.clients.app
 import fedpeft.data.tokens
 from fedpeft.config import RunConfig, TrainConfig, nest, resolve
-from fedpeft.errors import ConfigError, RunDirectoryError, TooFewClientsError
+from fedpeft.errors import ConfigError, DataError, ModelError, PrivacyError, RunDirectoryError, TooFewClientsError
+from fedpeft.report.terminal import TerminalListener
 from fedpeft.rescoring import rescore
 from fedpeft.resident import _resident
 from fedpeft.runs import Event, read_config, read_events
@@ -273,12 +274,62 @@ def test_a_client_that_raises_is_reported_with_its_traceback_and_the_round_goes_
         return train(*args, **kwargs)
 
     monkeypatch.setattr(fedpeft.clients.app, "train_locally", failing)
-    run = simulate(text_config(federation__rounds=1), tmp_path / "run").path
+    seen: list[Event] = []
+    run = simulate(text_config(federation__rounds=1), tmp_path / "run", listener=seen.append).path
     (fault,) = events(run, "fault")
+    traceback = run / "faults" / "round-0001-client-site-1.txt"
+    (told,) = [event for event in seen if event["event"] == "fault"]
+    assert told == fault | {"why": f"a row that must not travel (traceback: {traceback})"}
     assert (fault["client"], fault["reason"]) == ("site-1", "raised twice: ValueError")
     assert events(run, "round")[0]["clients"] == 2
     assert "a row that must not travel" in (run / "faults" / "round-0001-client-site-1.txt").read_text()
     assert "a row that must not travel" not in (run / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "told"),
+    [
+        ({}, DataError("row 7 of his file: flu"), "row 7 of his file: flu"),
+        ({"privacy__level": "record"}, DataError("row 7 of his file: flu"), ""),
+        ({"privacy__level": "record"}, ModelError("the processor fails: flu"), ""),
+        ({"privacy__level": "record"}, PrivacyError("no gradient of each row"), "no gradient of each row"),
+        (
+            {"privacy__level": "record", "privacy__public_counts": False, "privacy__sample_rate": 0.2},
+            PrivacyError("of 40 rows"),
+            "",
+        ),
+        ({"privacy__level": "client", "strategy__name": "fedit"}, DataError("row 7 of his file: flu"), ""),
+    ],
+)
+def test_why_clients_raised_is_told_unless_it_may_quote_private_rows(
+    settings: dict[str, Any],
+    error: Exception,
+    told: str,
+    text_config: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(fedpeft.clients.app, "train_locally", failing)
+    noise = {"privacy__noise_multiplier": 1.0} if settings else {}
+    config = text_config(federation__rounds=1, **settings, **noise)
+    with TerminalListener(config) as listener:
+        outcome = simulate(config, tmp_path / "run", listener=listener)
+        listener.finish(outcome.path)
+    out, err = capsys.readouterr()
+    faults = [line for line in err.splitlines() if f"raised twice: {type(error).__name__}" in line]
+    assert len(faults) == 3
+    assert str(error) not in (outcome.path / "metrics.jsonl").read_text(encoding="utf-8")
+    if not told:
+        assert str(error) not in out + err + str(outcome.error)
+        return
+    assert [told in line for line in faults] == [True, False, False]  # once, and not for every client
+    (end,) = [line for line in out.splitlines() if line.startswith("stopped")]
+    assert told in end
+    assert told in str(outcome.error)
 
 
 def test_updates_that_overflow_are_refused_and_what_was_done_is_saved(text_config: Make, tmp_path: Path) -> None:
