@@ -311,7 +311,7 @@ class AdaptedModel:
             settings |= {"init_lora_weights": True, "eva_config": None, "lora_ga_config": None}
         factors = {layer: self._as_plain(layer, f) for layer, f in state.factors.items()}
         write_adapter(directory, settings, AdapterState(factors, state.dense))
-        (directory / LABELS).write_text(json.dumps(list(labels), ensure_ascii=False) + "\n")
+        (directory / LABELS).write_text(json.dumps(list(labels), ensure_ascii=False) + "\n", encoding="utf-8")
 
     def _as_plain(self, layer: str, f: LoraFactors) -> LoraFactors:
         """Return one layer's update of the original base, as A and B alone."""

@@ -27,6 +27,7 @@ from fedpeft.options import (
     quiet,
     show,
 )
+from fedpeft.output import saved, secure
 from fedpeft.privacy_commands import privacy_app
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ def simulate(
         outcome = run(config, out, listener=listener, verbose=verbose)
         _write_report(outcome.path, listener)
         listener.finish(outcome.path)
+    saved(outcome.path)
     if outcome.error is not None:
         raise typer.Exit(outcome.error.exit_code)  # the summary has said why
     if outcome.reason == "interrupted":
@@ -189,6 +191,7 @@ def merge(
         options={name.strip().removeprefix("strategy."): value.strip() for name, _, value in pairs},
         seed=seed,
     )
+    saved(out)
     show(merged.to_dict(), merged_table, json_lines)
 
 
@@ -236,6 +239,7 @@ def compare(
     jobs = plan_jobs(rows, config, seeds, folder)
     compared = run_jobs(jobs, config, tell=lambda line: print(line, file=sys.stderr, flush=True), verbose=verbose)
     facts = write_comparison(jobs, compared, folder)
+    saved(folder)
     if compared.runs or json_lines:
         show(facts, comparison_table, json_lines)
     if not json_lines:
@@ -349,14 +353,35 @@ def init(
 
 def main() -> None:
     """Run the command line; an error of the user's becomes one line and exit code 2."""
+    output = secure()
     try:
-        app()
-    except FedpeftError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        sys.exit(output.exit_code(_run()))
     finally:
         # Python would look through all objects of torch and its company once more, for over a second, before it leaves
         gc.freeze()
+
+
+def _run() -> int:
+    """Run the command that sys.argv names, and return its exit code."""
+    try:
+        _check_words(sys.argv[1:])
+        app()
+    except SystemExit as end:  # as every command ends
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except FedpeftError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _check_words(words: list[str]) -> None:
+    """Refuse words with bytes that the locale's encoding has no letters for: no file could keep them."""
+    for word in words:
+        if any("\udc80" <= letter <= "\udcff" for letter in word):
+            raise ConfigError(
+                f"'{ascii(word)[1:-1]}' is no text in this locale's encoding, {sys.getfilesystemencoding()}; set "
+                "PYTHONUTF8=1 or a UTF-8 locale, or give a name in plain letters."
+            )

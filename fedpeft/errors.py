@@ -14,6 +14,8 @@ class FedpeftError(Exception):
     """Base of every error that the command line prints as one line."""
 
     exit_code = 2
+    # whether its text speaks of settings, model and numbers of rows alone, and so may be shown where rows are private
+    quotes_no_row = False
 
 
 class ConfigError(FedpeftError):
@@ -35,6 +37,8 @@ class ModelError(FedpeftError):
 class AdapterError(FedpeftError):
     """An adapter that does not fit the base model."""
 
+    quotes_no_row = True
+
 
 class RunDirectoryError(FedpeftError):
     """A run directory that exists already, is no run, or cannot be written."""
@@ -50,6 +54,8 @@ class DeploymentError(FedpeftError):
 
 class PrivacyError(FedpeftError):
     """A privacy statement that cannot be made: a budget that no noise can meet, or a mechanism that does not fit."""
+
+    quotes_no_row = True
 
 
 class LedgerError(FedpeftError):

@@ -37,14 +37,16 @@ def write_adapter(directory: Path, peft_config: Mapping[str, Any], state: Adapte
     if isinstance(written.get("target_modules"), set | list | tuple):
         written["target_modules"] = sorted(written["target_modules"])  # a set's order is no order
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / ADAPTER_CONFIG).write_text(json.dumps(written, indent=2, sort_keys=True, default=str) + "\n")
+    (directory / ADAPTER_CONFIG).write_text(
+        json.dumps(written, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8"
+    )
     tensors = {name: tensor.contiguous() for name, tensor in sorted(state.to_tensors().items())}
     save_file(tensors, directory / ADAPTER_TENSORS, metadata={"format": "pt"})
 
 
 def write_labels(directory: Path, labels: Sequence[str]) -> None:
     """Write label names, in the order of their ids, beside an adapter."""
-    (directory / LABELS).write_text(json.dumps(list(labels), ensure_ascii=False) + "\n")
+    (directory / LABELS).write_text(json.dumps(list(labels), ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _ranks(state: AdapterState) -> dict[str, Any]:
@@ -128,7 +130,7 @@ def read_adapter(directory: Path) -> SavedAdapter:
 
 def _read_config(directory: Path) -> dict[str, Any]:
     try:
-        config = json.loads((directory / ADAPTER_CONFIG).read_text())
+        config = json.loads((directory / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     except FileNotFoundError:
         inner = directory / "adapter" / ADAPTER_CONFIG
         hint = f"do you mean '{inner.parent}'?" if inner.is_file() else "give a folder that save_pretrained wrote."
@@ -168,7 +170,7 @@ def _scaling(config: Mapping[str, Any], layer: str, rank: int) -> float:
 
 def _labels(directory: Path) -> list[str] | None:
     try:
-        labels = json.loads((directory / LABELS).read_text())
+        labels = json.loads((directory / LABELS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return labels if isinstance(labels, list) else None

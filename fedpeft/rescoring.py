@@ -57,7 +57,7 @@ def rescore(run: Path, overrides: Layer) -> Event:
     folders = sorted(run.glob(f"clients/*/{ADAPTER}")) or [run / ADAPTER]
     if not (folders[0] / "adapter_config.json").is_file():
         raise RunDirectoryError(f"'{run}' holds no adapter: the run is still going on, or was killed.")
-    labels = json.loads((folders[0] / LABELS).read_text())
+    labels = json.loads((folders[0] / LABELS).read_text(encoding="utf-8"))
     chosen = overrides.get("data", {})
     if "test" in chosen and "domain" not in chosen:  # other rows need not name their domain
         config = config.model_copy(update={"data": config.data.model_copy(update={"domain": None})})

@@ -85,10 +85,10 @@ def source_revision() -> str | None:
     ask = ["git", "-C", str(folder)]
     try:
         commit = subprocess.run(
-            [*ask, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10
+            [*ask, "rev-parse", "HEAD"], capture_output=True, encoding="utf-8", check=True, timeout=10
         ).stdout.strip()
         dirty = subprocess.run(
-            [*ask, "status", "--porcelain"], capture_output=True, text=True, check=True, timeout=10
+            [*ask, "status", "--porcelain"], capture_output=True, encoding="utf-8", check=True, timeout=10
         ).stdout
     except (OSError, subprocess.SubprocessError):
         return None
@@ -124,6 +124,10 @@ def default_directory(config: RunConfig) -> Path:
 def folder_name(client_id: str) -> str:
     """Return a client's id as the name of a file: what comes from a column of rows must not be a path."""
     name = re.sub(r"[^\w.\- ]", lambda found: quote(found[0], safe=""), client_id)
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:  # a locale that lacks its letters
+        name = quote(client_id, safe="")
     return quote(name, safe="").replace(".", "%2E") if name.strip(".") == "" else name
 
 
@@ -171,9 +175,9 @@ class RunDirectory:
                     f"'{path}' has {free / 1e6:.0f} MB free, and the run may write {needed / 1e6:.0f} MB; "
                     "make room, or give another --out."
                 )
-            (path / CONFIG).write_text(config.to_toml())
+            (path / CONFIG).write_text(config.to_toml(), encoding="utf-8")
             facts = environment() | {"seed": config.run.seed} | dict(details or {})
-            (path / ENVIRONMENT).write_text(json.dumps(facts, indent=2) + "\n")
+            (path / ENVIRONMENT).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
             (path / METRICS).touch()
             self._reserve(adapter_bytes * 2 + (1 << 20))
         except OSError as error:
@@ -197,7 +201,7 @@ class RunDirectory:
         """Add one line to metrics.jsonl and flush it."""
         self._pending.append(json.dumps(strict_json(event), allow_nan=False) + "\n")
         try:
-            with (self.path / METRICS).open("a") as file:
+            with (self.path / METRICS).open("a", encoding="utf-8") as file:
                 size = file.tell()
                 try:
                     file.write("".join(self._pending))
@@ -222,7 +226,9 @@ class RunDirectory:
         try:
             partial.mkdir(parents=True, exist_ok=True)
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / "state.safetensors")
-            (partial / "state.json").write_text(json.dumps({"round": server_round, **facts}, indent=2) + "\n")
+            (partial / "state.json").write_text(
+                json.dumps({"round": server_round, **facts}, indent=2) + "\n", encoding="utf-8"
+            )
             partial.replace(final)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
@@ -236,7 +242,7 @@ class RunDirectory:
         path = self.path / "faults" / f"{name}.txt"
         try:
             path.parent.mkdir(exist_ok=True)
-            path.write_text(text)
+            path.write_text(text, encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             self._problems.append(f"cannot write {path.name}: {error.strerror}")
             return None
@@ -269,7 +275,7 @@ def read_events(path: Path) -> list[Event]:
     if not file.is_file():
         return []
     events = []
-    for line in file.read_text().splitlines():
+    for line in file.read_text(encoding="utf-8").splitlines():
         try:
             events.append(json.loads(line))
         except json.JSONDecodeError:

@@ -112,12 +112,12 @@ def _own_directory() -> Iterator[Path]:
     # short, because the paths of sockets are limited
     parent = Path(os.environ.get("RAY_TMPDIR") or ("/tmp" if os.path.isdir("/tmp") else tempfile.gettempdir()))
     for left in parent.glob(f"{PREFIX}*/{LOCK}"):
-        with contextlib.suppress(OSError), left.open("w") as lock:
+        with contextlib.suppress(OSError), left.open("wb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(left.parent, ignore_errors=True)
     directory = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
     try:
-        with (directory / f"{LOCK}.new").open("w") as lock:
+        with (directory / f"{LOCK}.new").open("wb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             (directory / f"{LOCK}.new").rename(directory / LOCK)  # nobody sees the lock before it is held
             # one level down, because Ray opens the folder that it is given to everyone

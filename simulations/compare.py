@@ -258,7 +258,7 @@ def run_jobs(
                 tell(f"{name}  {_score(compared.runs[-1])}  {duration(now - begun)}{left}")
             else:
                 compared.failed[str(job.path)] = outcome.reason
-                tell(f"{name}  failed: {outcome.reason}{left}")
+                tell(f"{name}  failed: {outcome.error or outcome.reason}{left}")
     return compared
 
 

@@ -14,6 +14,7 @@ from fedpeft.config import RunConfig, cohort_size
 from fedpeft.presets import provenance
 from fedpeft.privacy.books import Books
 from fedpeft.privacy.mechanism import require_a_round
+from fedpeft.report.formats import one_line
 from fedpeft.resident import Resident, resident
 from fedpeft.runs import Listener, RunDirectory, folder_name
 from fedpeft.simulations.charging import Charging
@@ -69,11 +70,26 @@ def drive(config: RunConfig, out: Path, listener: Listener, grid: InlineGrid | R
             }
         )
 
+    kept: dict[str, Path] = {}
+    grid.causes.clear()  # of a run before this one
+
     def keep_traceback(node: int, message: Message, text: str) -> None:
         name = f"round-{int(message.metadata.group_id or 0):04d}-client-{folder_name(client_ids[node])}"
-        directory.write_traceback(name, text if tells else f"{text}{WITHHELD}\n")
+        path = directory.write_traceback(name, text if tells else f"{text}{WITHHELD}\n")
+        if path is not None:
+            kept[client_ids[node]] = path
 
     grid.on_failure, grid.withholds = None if of_clients else keep_traceback, not tells
+    nodes = {client: node for node, client in client_ids.items()}
+
+    def explain(client: str) -> str:
+        """Say why a client raised, to who watches: of private rows, only what cannot quote or count them."""
+        cause = grid.causes.get(nodes[client])
+        told = tells or (cause is not None and cause.quotes_no_row and config.privacy.public_counts)
+        if cause is None or not told:
+            return ""
+        return one_line(cause.text) + (f" (traceback: {kept[client]})" if client in kept else "")
+
     books, grid.on_dispatch = None, None
     if config.privacy.level == "client":  # of whole clients, their rows are of no interest
         books = Books(config, directory, {})
@@ -90,7 +106,16 @@ def drive(config: RunConfig, out: Path, listener: Listener, grid: InlineGrid | R
             if OWN_PERSONAL in context.state
         }
 
-    return federate(config, grid, directory, listener=listener, client_ids=client_ids, personal=personal, books=books)
+    return federate(
+        config,
+        grid,
+        directory,
+        listener=listener,
+        client_ids=client_ids,
+        personal=personal,
+        books=books,
+        explain=explain,
+    )
 
 
 def client_contexts(config: RunConfig, home: Resident) -> tuple[dict[int, Context], dict[int, str]]:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -18,12 +19,35 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedpeft.clients.verdicts import Verdict, simulated
+from fedpeft.errors import FedpeftError
 
 SERVER_NODE_ID = 0  # clients are numbered from 1
 FailureListener = Callable[[int, Message, str], None]
 # what is decided about one message, see `fedpeft.clients.verdicts`
 Dispatch = Callable[[int, Message], Verdict | None]
 OWN_CODE = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Cause:
+    """Why a client raised, in its exception's words, or those of its direct cause if it has one.
+
+    Parameters
+    ----------
+    text : str
+        May quote rows.
+    quotes_no_row : bool
+        That it does not, for certain.
+    """
+
+    text: str
+    quotes_no_row: bool
+
+    @classmethod
+    def of(cls, error: BaseException) -> Self:
+        """Take the words of an exception."""
+        said = error.__cause__ or error
+        return cls(str(said), isinstance(said, FedpeftError) and said.quotes_no_row)
 
 
 @dataclass(frozen=True)
@@ -38,11 +62,14 @@ class Answer:
         The full traceback, causes included, where the client raised. It stays on this side of the wire.
     place : str, optional
         What of it depends on no row's content: the classes of the errors, and where in fedpeft they were raised.
+    cause : Cause, optional
+        The same in short.
     """
 
     reply: Message
     trace: str | None = None
     place: str | None = None
+    cause: Cause | None = None
 
 
 def answer(app: ClientApp, message: Message, context: Context, verdict: Verdict | None = None) -> Answer:
@@ -61,7 +88,7 @@ def answer(app: ClientApp, message: Message, context: Context, verdict: Verdict 
     except (Exception, SystemExit) as error:
         reason = type(error.__cause__ or error).__name__
         reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
-        return Answer(reply, "".join(traceback.format_exception(error)), place_of(error))
+        return Answer(reply, "".join(traceback.format_exception(error)), place_of(error), Cause.of(error))
     return Answer(reply)
 
 
@@ -107,6 +134,8 @@ class SimulationGrid(Grid):
     on_dispatch : callable, optional
         Called with node id and message EVERY time a client is about to be given it, repeats after a worker's death
         included; returns what the client is told beside it. May raise, and then nobody is given anything.
+    causes : dict of int to Cause
+        Why each client raised that did so, the last time, by node id.
     """
 
     def __init__(
@@ -116,6 +145,7 @@ class SimulationGrid(Grid):
         self.contexts: Mapping[int, Context] = contexts or {}
         self.on_failure = on_failure
         self.withholds = False
+        self.causes: dict[int, Cause] = {}
         self._run = Run.create_empty(1)
         self._sent: Counter[str] = Counter()
         self._pushed: dict[str, Message] = {}
@@ -214,7 +244,10 @@ class SimulationGrid(Grid):
         if reply.has_content():
             if state is not None:
                 self.contexts[node_id].state = state
-        elif self.on_failure:
+            return reply
+        if answer.cause is not None:
+            self.causes[node_id] = answer.cause
+        if self.on_failure:
             told = answer.place if self.withholds else answer.trace
             self.on_failure(node_id, message, told or reply.error.reason or "")
         return reply

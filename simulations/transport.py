@@ -13,7 +13,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, 
 from flwr.app.message import make_message
 
 from fedpeft.clients.verdicts import Verdict
-from fedpeft.simulations.grid import Answer
+from fedpeft.simulations.grid import Answer, Cause
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -140,6 +140,7 @@ class ParcelledAnswer:
     error: Error | None
     trace: str | None
     place: str | None
+    cause: Cause | None
     state: PackedRecords | None
 
     @classmethod
@@ -147,14 +148,15 @@ class ParcelledAnswer:
         """Pack."""
         reply = answer.reply
         if reply.has_error():
-            return cls(reply.metadata, None, reply.error, answer.trace, answer.place, None)
-        return cls(reply.metadata, pack(reply.content), None, None, None, pack(state))
+            return cls(reply.metadata, None, reply.error, answer.trace, answer.place, answer.cause, None)
+        return cls(reply.metadata, pack(reply.content), None, None, None, None, pack(state))
 
     def open(self) -> tuple[Answer, RecordDict | None]:
         """Unpack."""
         content = None if self.content is None else unpack(self.content)
         reply = make_message(self.metadata, content, self.error)
-        return Answer(reply, self.trace, self.place), None if self.state is None else unpack(self.state)
+        answer = Answer(reply, self.trace, self.place, self.cause)
+        return answer, None if self.state is None else unpack(self.state)
 
 
 class _Identity:

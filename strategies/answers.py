@@ -119,8 +119,8 @@ class Answers:
             if reply is None:
                 report.faults.append(Fault(client, "no reply"))
             elif reply.has_error():
-                twice = "raised twice: " if raised else "failed: "
-                report.faults.append(Fault(client, twice + error_class(reply.error.reason or "no reason given")))
+                reason = error_class(reply.error.reason or "no reason given")
+                report.faults.append(Fault(client, f"{'raised twice' if raised else 'failed'}: {reason}", raised))
             elif _says(reply, BUDGET_SPENT):
                 self._out_of_budget(client, report)
             elif _says(reply, NEEDS_ARRAYS):

@@ -31,11 +31,12 @@ from fedpeft.strategies import find
 from fedpeft.strategies.base import AdapterStrategy
 from fedpeft.strategies.base_changes import exact_sum
 from fedpeft.strategies.client_privacy import client_privacy
-from fedpeft.strategies.rounds import RoundReport
+from fedpeft.strategies.rounds import Fault, RoundReport
 from fedpeft.wire import SECONDS, TRAIN_LOSS, to_record, to_tensors
 
 # the clients' personal tensors by client id; empty before a client has trained
 Personal = Callable[[], Mapping[str, Mapping[str, Tensor]]]
+Explain = Callable[[str], str]  # of a client id, why it raised; empty where nothing may be said
 
 
 @dataclass
@@ -117,6 +118,7 @@ def federate(
     personal: Personal | None = None,
     timeout: float | None = None,
     books: Books | None = None,
+    explain: Explain | None = None,
 ) -> Outcome:
     """Run all rounds on a grid, and leave a complete run directory whatever happens.
 
@@ -138,8 +140,10 @@ def federate(
         Seconds to wait for a round's replies; None waits for all.
     books : Books, optional
         Of what is spent, where the run is private.
+    explain : callable, optional
+        Says more of why a client raised than goes on record, where that may be known: in a simulation.
     """
-    return _Run(config, grid, directory, listener, client_ids, personal, books).go(timeout)
+    return _Run(config, grid, directory, listener, client_ids, personal, books, explain).go(timeout)
 
 
 class _Run:
@@ -152,6 +156,7 @@ class _Run:
         client_ids: Mapping[int, str] | None,
         personal: Personal | None,
         books: Books | None,
+        explain: Explain | None,
     ) -> None:
         self.config, self.grid, self.directory, self.listener, self.personal = (
             config,
@@ -160,7 +165,7 @@ class _Run:
             listener,
             personal,
         )
-        self.books = books
+        self.books, self.explain = books, explain
         self.home = resident(config)
         self.strategy = build_strategy(config, self.home, client_ids)
         self.strategy.on_update = self.client_done
@@ -187,8 +192,10 @@ class _Run:
             outcome.reason = "interrupted"
         except (TooFewClientsError, BudgetSpentError) as error:
             outcome.reason, outcome.error = str(error), error
-            if self.strategy.report is not None:
-                self.emit_faults(self.strategy.report)
+            if (report := self.strategy.report) is not None:
+                self.emit_faults(report)
+                if why := next(filter(None, map(self.why, report.faults)), ""):
+                    outcome.error = type(error)(f"{error} {why}")
         except BaseException as error:
             outcome.reason = "stopped" if isinstance(error, SystemExit) else type(error).__name__
             self.finish()
@@ -196,9 +203,10 @@ class _Run:
         self.finish()
         return outcome
 
-    def emit(self, event: Event) -> None:
+    def emit(self, event: Event, **aside: str) -> None:
+        """Record an event, and tell it; `aside` is for the listener's eyes."""
         self.directory.append(event)
-        self.listener(event)
+        self.listener(event | aside)
         for problem in self.directory.take_problems():
             self.listener({"event": "warning", "round": event["round"], "message": problem})
 
@@ -211,7 +219,12 @@ class _Run:
             return
         for fault in report.faults:
             event = {"event": "fault", "round": report.server_round, "client": fault.client_id, "reason": fault.reason}
-            self.emit(event)
+            aside = {"why": why} if (why := self.why(fault)) else {}
+            self.emit(event, **aside)
+
+    def why(self, fault: Fault) -> str:
+        """Say why a client raised, in words that are on no record, since they may quote its rows."""
+        return self.explain(fault.client_id) if fault.raised and self.explain is not None else ""
 
     def round_begins(self, server_round: int) -> None:
         """Charge everybody for the round, where it is clients that are protected."""
@@ -323,7 +336,8 @@ class _Run:
             self.emit({"event": "privacy", "round": outcome.rounds, **self.state_privacy(self.books)})
         if self.config.privacy.canaries:
             self.score_canaries()
-        self.emit({"event": "end", "round": outcome.rounds, "reason": outcome.reason})
+        aside = {} if outcome.error is None else {"why": str(outcome.error)}
+        self.emit({"event": "end", "round": outcome.rounds, "reason": outcome.reason}, **aside)
 
     def state_privacy(self, books: Books) -> Event:
         """Write the statement of what was spent; without it no epsilon is claimed."""
@@ -339,7 +353,9 @@ class _Run:
             return {"epsilon_max": None, "guarantee": False, "statement": problem}
         told = {key: facts[key] for key in ("level", "epsilon_max", "delta", "guarantee", "statement")}
         with contextlib.suppress(OSError):  # of use to whoever is handed the adapter alone; the run has it whole
-            (self.directory.path / ADAPTER / PRIVACY).write_text(json.dumps(strict_json(told), indent=2) + "\n")
+            (self.directory.path / ADAPTER / PRIVACY).write_text(
+                json.dumps(strict_json(told), indent=2) + "\n", encoding="utf-8"
+            )
         return told
 
     def score_canaries(self) -> None:

@@ -16,10 +16,11 @@ from fedpeft.wire import TRAIN_LOSS
 
 @dataclass(frozen=True)
 class Fault:
-    """A client whose answer does not count in a round, and why."""
+    """A client whose answer does not count in a round, and why; whether because its code raised an exception."""
 
     client_id: str
     reason: str
+    raised: bool = False
 
 
 @dataclass

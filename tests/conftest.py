@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 from hypothesis import settings
@@ -15,6 +16,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from fedpeft.chatter import silence
 from fedpeft.config import RunConfig, nest, resolve
+
+if TYPE_CHECKING:
+    from fedpeft.simulations.ray_grid import RayGrid
 
 silence()
 # how long an example takes says nothing on a machine that does other things too
@@ -157,6 +161,27 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             pixels = np.clip(draw.normal(bright, 30, (8, 8, 3)), 0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(folder / label / f"{index}.png")
     return folder
+
+
+class WatchedWorkers(NamedTuple):
+    """Ray workers for a file's runs, and the folder by which they are watched and killed: see `watched_clients`."""
+
+    grid: RayGrid
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def watched_workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WatchedWorkers]:
+    """Two for all tests of a file: Ray, and what its workers import, take longer to start than any tiny run takes."""
+    from fedpeft.simulations.ray_grid import RayGrid
+
+    folder = tmp_path_factory.mktemp("watch")
+    apps = Path(__file__).parent / "simulations" / "apps"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(apps), prepend=os.pathsep)
+        patch.setenv("FEDPEFT_TEST_WATCH", str(folder))
+        with RayGrid("watched_clients:app", workers=2) as grid:
+            yield WatchedWorkers(grid, folder)
 
 
 RunConfigMaker = Callable[..., RunConfig]

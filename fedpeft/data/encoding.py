@@ -187,7 +187,7 @@ def model_digest(model_dir: Path) -> str:
 
 def _model_fields(model_dir: Path) -> dict[str, Any]:
     try:
-        held = json.loads((model_dir / "config.json").read_text())
+        held = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
         return {name: held[name] for name in MODEL_FIELDS if name in held}
     except FileNotFoundError:
         return {}
@@ -198,7 +198,7 @@ def _model_fields(model_dir: Path) -> dict[str, Any]:
 def _open(folder: Path, task: Task) -> tuple[EncodedSplit, tuple[str, ...]] | None:
     """Map an entry into memory; None where there is none, or a damaged one."""
     try:
-        meta = json.loads((folder / _META).read_text())
+        meta = json.loads((folder / _META).read_text(encoding="utf-8"))
         tensors = load_file(folder / _TENSORS)
         if meta["pixels"]:
             tensors |= load_file(folder / _PIXELS)
@@ -245,7 +245,7 @@ def _make(
         for path in sorted(draft.iterdir()):
             with path.open("rb") as file:
                 contents.update(hashlib.file_digest(file, "sha256").digest())
-        (draft / _META).write_text(json.dumps(meta | {"fingerprint": contents.hexdigest()}))
+        (draft / _META).write_text(json.dumps(meta | {"fingerprint": contents.hexdigest()}), encoding="utf-8")
 
 
 def _columns(rows: datasets.Dataset) -> tuple[dict[str, Tensor], dict[str, list[str]]]:

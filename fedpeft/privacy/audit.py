@@ -264,7 +264,7 @@ def _read_canaries(path: Path) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
     if not file.is_file():
         raise PrivacyError(f"'{path}' holds no {CANARIES}: the run is still going on, or was killed. Let it end.")
     try:
-        held = json.loads(file.read_text())
+        held = json.loads(file.read_text(encoding="utf-8"))
         included = np.asarray([bool(coin) for coin in held["included"]])
         # a loss that JSON has no number for was written as null
         scores = np.asarray([math.nan if score is None else float(score) for score in held["scores"]])

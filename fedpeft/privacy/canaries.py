@@ -204,7 +204,7 @@ def write_scores(path: Path, home: Resident, before: Mapping[str, Tensor], after
         "loss_before": losses[0].tolist(),
         "loss_after": losses[1].tolist(),
     }
-    (path / CANARIES).write_text(json.dumps(strict_json(facts), allow_nan=False) + "\n")
+    (path / CANARIES).write_text(json.dumps(strict_json(facts), allow_nan=False) + "\n", encoding="utf-8")
 
 
 def _losses(home: Resident, planted: EncodedSplit, tensors: Mapping[str, Tensor]) -> NDArray[np.float64]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import sys
 import textwrap
@@ -135,6 +136,7 @@ class TerminalListener:
         self._marks: deque[tuple[int, float]] = deque([(0, self._started)], maxlen=ETA_ROUNDS + 1)
         self._held: Event | None = None
         self._answered: set[str] = set()
+        self._explained: set[tuple[str, str]] = set()
         self._finished = False
         self._spinner = Spinner("dots")
         self._status = _Moment()
@@ -209,6 +211,11 @@ class TerminalListener:
         if kind == "fault":
             who, why = one_line(event.get("client"), 80), one_line(event.get("reason"))
             what, style = ("did not train", "yellow") if why.startswith(OUT_OF_BUDGET) else ("failed", "red")
+            said = one_line(event.get("why", ""), 600)
+            # once of each kind: a fault of the settings is every client's
+            if said and (kind_of := (why, re.sub(r"'[^']*'|\d+|\(traceback: .*", "", said))) not in self._explained:
+                self._explained.add(kind_of)
+                why = f"{why}: {said}"
             self._progress.say(Text(f"round {event.get('round')}: client {who} {what}: {why}", style))
         elif kind == "warning":
             self._progress.say(Text(f"warning: {one_line(event.get('message'))}", "yellow"))
@@ -343,7 +350,7 @@ class TerminalListener:
             out.say(Text(f"interrupted after {spent}", "bold yellow"))
         else:
             # without a last record, the error that is on its way says why
-            reason = f": {one_line(history.end.get('reason'), 1000)}" if history.end else ""
+            reason = f": {one_line(history.end.get('why', history.end.get('reason')), 1000)}" if history.end else ""
             out.say(Text(f"stopped after {spent}{reason}", "bold red"))
         for name, value in [*self._facts(), *([("run directory", str(run))] if run is not None else [])]:
             out.say(Text(f"  {name:<13} {value}"))

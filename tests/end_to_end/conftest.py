@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -46,15 +48,14 @@ class FinishedRun:
 
 
 def free_ports(count: int) -> list[int]:
-    """Return ports that nobody listens on; held together while they are chosen, so that they differ."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for sock in sockets:
-            sock.bind(("127.0.0.1", 0))
-        return [sock.getsockname()[1] for sock in sockets]
-    finally:
-        for sock in sockets:
-            sock.close()
+    """Return ports that nobody listens on, below those that systems give to outgoing connections meanwhile."""
+    draw, found = random.SystemRandom(), set[int]()
+    while len(found) < count:
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            port = draw.randrange(15_000, 32_000)
+            sock.bind(("127.0.0.1", port))
+            found.add(port)
+    return list(found)
 
 
 class LoopbackFederation:
@@ -154,7 +155,7 @@ class LoopbackFederation:
         for index, (port, config) in enumerate(zip(nodes, self.node_configs, strict=True)):
             words = ("--superlink", address, "--port", str(port), "--node-config", config)
             self._launch(f"node-{index}", "flower-supernode", *here, *words)
-        deadline = time.monotonic() + 300.0
+        deadline = time.monotonic() + 900.0
         while True:
             for process in self._processes:
                 assert process.poll() is None, f"{process.args!r} exited with {process.returncode}\n{self.logs()}"
@@ -180,7 +181,7 @@ class LoopbackFederation:
             )
         self._processes.append(process)
 
-    def _command(self, *words: str, timeout: float = 120.0) -> str:
+    def _command(self, *words: str, timeout: float = 900.0) -> str:
         """Return what ``flwr`` prints, cut off after `timeout` seconds."""
         directory = self.directory / "user"
         with (directory / "output.txt").open("w+b") as output, (directory / "errors.txt").open("wb") as errors:
@@ -217,13 +218,13 @@ class LoopbackFederation:
                 process.terminate()
             for process in group:
                 try:
-                    process.wait(timeout=15)
+                    process.wait(timeout=60)
                 except subprocess.TimeoutExpired:
                     process.kill()
                     process.wait()
         self._processes.clear()
         # the apps' processes watch their parents and leave by themselves; those that hang get no choice
-        deadline = time.monotonic() + 15.0
+        deadline = time.monotonic() + 120.0
         while remaining := self._remaining():
             assert time.monotonic() < deadline, f"processes {remaining} cannot be ended"
             for pid in remaining:

@@ -100,7 +100,7 @@ def test_a_second_process_waits_and_then_sees_what_was_written(tmp_path: Path, m
         held.charge(ENTRY)
         time.sleep(0.3)
         assert other.poll() is None  # it waits
-    assert other.communicate(timeout=60)[0] == "True 2\n"
+    assert other.communicate(timeout=600)[0] == "True 2\n"
     assert len(held.entries()) == 2
     monkeypatch.setattr(module, "LOCK_SECONDS", 0.1)
     with Ledger(path).held(), pytest.raises(LedgerError, match="another process"):

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from fedpeft.config import RunConfig
@@ -21,6 +16,7 @@ from fedpeft.privacy.ledger import LEDGER, Entry, Ledger
 from fedpeft.resident import resident
 from fedpeft.runs import Event, read_events
 from fedpeft.simulations.simulate import simulate
+from tests.conftest import WatchedWorkers
 
 Make = Callable[..., RunConfig]
 
@@ -76,27 +72,15 @@ def test_calibration_takes_the_worst_case_of_rounds_that_a_client_may_be_drawn_i
 
 
 @pytest.mark.parametrize("rng", ["seeded", "secure"])
-def test_a_worker_that_is_killed_as_it_trains_has_been_paid_for(rng: str, text_config: Make, tmp_path: Path) -> None:
+def test_a_worker_that_is_killed_as_it_trains_has_been_paid_for(
+    rng: str, text_config: Make, tmp_path: Path, watched_workers: WatchedWorkers
+) -> None:
     """A repeat is the same release under a seed, and another one under secure randomness."""
-    settings: dict[str, Any] = {"train__local_steps": 60, "privacy__rng": rng, "simulation__workers": 2}
-    killed: list[int] = []
-
-    def kill() -> None:
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and not killed:
-            book = tmp_path / "run" / LEDGER
-            if book.exists() and len(book.read_text().splitlines()) >= 2:  # two workers are at it
-                time.sleep(0.3)
-                for process in psutil.Process().children(recursive=True):
-                    if "ray::Worker.answer" in " ".join(process.cmdline()):
-                        os.kill(process.pid, signal.SIGKILL)
-                        killed.append(process.pid)
-                        return
-            time.sleep(0.02)
-
-    threading.Thread(target=kill, daemon=True).start()
-    run = simulate(private(text_config, **settings), tmp_path / "run").path
-    assert killed
+    settings: dict[str, Any] = {"train__local_steps": 5, "privacy__rng": rng, "simulation__workers": 2}
+    death = watched_workers.folder / "death"
+    death.touch()
+    run = simulate(private(text_config, **settings), tmp_path / "run", grid=watched_workers.grid).path
+    assert not death.exists()
     if rng == "seeded":  # and the number of workers changes no byte
         alone = simulate(private(text_config, **settings | {"simulation__workers": 0}), tmp_path / "alone").path
         adapter = Path("adapter") / "adapter_model.safetensors"
@@ -105,7 +89,7 @@ def test_a_worker_that_is_killed_as_it_trains_has_been_paid_for(rng: str, text_c
     charges = len(entries(run))
     assert charges == (6 if rng == "seeded" else 7)
     steps = sum(found["steps"] for found in statement(run)["clients"].values())
-    assert steps == 60 * charges
+    assert steps == 5 * charges
 
 
 def test_a_client_that_raises_and_is_asked_again_has_paid_twice_only_if_its_numbers_differ(

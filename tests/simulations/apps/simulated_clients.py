@@ -14,6 +14,7 @@ from flwr.clientapp import ClientApp
 
 app = ClientApp()
 not_an_app = "text"
+FOR_EVER = 600.0  # seconds: what takes as long hangs, however slow the machine is
 _previous: list[ArrayRecord] = []
 
 
@@ -27,11 +28,15 @@ def _reply(message: Message, **values: str | int | float) -> Message:
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Take as long as told, then say who worked where."""
+    """Leave a file and wait for another one, if told, then say who worked where."""
     settings = message.content.config_records["config"]
     if "started" in settings:
         Path(str(settings["started"])).touch()
-    time.sleep(float(settings.get("seconds", 0.0)))  # type: ignore[arg-type]
+    if "awaited" in settings:
+        deadline = time.monotonic() + FOR_EVER
+        while not Path(str(settings["awaited"])).exists():
+            assert time.monotonic() < deadline, f"waited for {settings['awaited']} in vain"
+            time.sleep(0.01)
     return _reply(
         message, partition=context.node_config["partition-id"], pid=os.getpid(), rate=context.run_config["rate"]
     )
