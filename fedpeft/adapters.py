@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from fedpeft.base_change import BaseWeights
 from fedpeft.config import AdapterConfig, RunConfig, Task
 from fedpeft.draws import draw_a, first_ranks
 from fedpeft.errors import AdapterError, nearest
-from fedpeft.export import LABELS, write_adapter
+from fedpeft.export import write_adapter, write_labels
 from fedpeft.initial import adapt
 from fedpeft.kinds import ALL_KINDS, INITS_OF_BASE, WITHOUT_CONV1D, peft_config
 from fedpeft.lora_sb import R_IN_PEFT
@@ -311,7 +310,7 @@ class AdaptedModel:
             settings |= {"init_lora_weights": True, "eva_config": None, "lora_ga_config": None}
         factors = {layer: self._as_plain(layer, f) for layer, f in state.factors.items()}
         write_adapter(directory, settings, AdapterState(factors, state.dense))
-        (directory / LABELS).write_text(json.dumps(list(labels), ensure_ascii=False) + "\n")
+        write_labels(directory, labels)
 
     def _as_plain(self, layer: str, f: LoraFactors) -> LoraFactors:
         """Return one layer's update of the original base, as A and B alone."""

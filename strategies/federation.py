@@ -6,7 +6,6 @@ Simulation and deployment both come through `federate`; they differ in the grid 
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,12 +19,13 @@ from fedpeft.adapters import AdaptedModel
 from fedpeft.config import RunConfig
 from fedpeft.errors import BudgetSpentError, FedpeftError, TooFewClientsError
 from fedpeft.evaluation import Scores, client_metrics, mean_metrics, score, spread
+from fedpeft.jsons import to_json
 from fedpeft.kinds import ADDITIVE_KINDS
 from fedpeft.privacy.books import Books
 from fedpeft.privacy.canaries import write_scores
 from fedpeft.privacy.statement import PRIVACY
 from fedpeft.resident import Resident, resident
-from fedpeft.runs import ADAPTER, Event, Listener, RunDirectory, folder_name, strict_json
+from fedpeft.runs import ADAPTER, Event, Listener, RunDirectory, folder_name
 from fedpeft.state import AdapterState, ClientUpdate, num_bytes, role_of
 from fedpeft.strategies import find
 from fedpeft.strategies.base import AdapterStrategy
@@ -334,7 +334,7 @@ class _Run:
             return {"epsilon_max": None, "guarantee": False, "statement": problem}
         told = {key: facts[key] for key in ("level", "epsilon_max", "delta", "guarantee", "statement")}
         with contextlib.suppress(OSError):  # of use to whoever is handed the adapter alone; the run has it whole
-            (self.directory.path / ADAPTER / PRIVACY).write_text(json.dumps(strict_json(told), indent=2) + "\n")
+            (self.directory.path / ADAPTER / PRIVACY).write_text(to_json(told, indent=2) + "\n")
         return told
 
     def score_canaries(self) -> None:
