@@ -65,8 +65,10 @@ class Outcome:
 
 def build_strategy(config: RunConfig, home: Resident, client_ids: Mapping[int, str] | None) -> AdapterStrategy:
     """Make the configured method for this adapter."""
-    adapter = config.adapter
-    return find(config.strategy.name)(
+    adapter, method = config.adapter, find(config.strategy.name)
+    if method.capabilities.changes_base:
+        home.adapted.check_movable(f"strategy.name = '{method.name}'")
+    return method(
         fraction_train=config.federation.fraction,
         min_clients=config.federation.min_clients,
         seed=config.run.seed,
