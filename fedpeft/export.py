@@ -142,7 +142,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
         inner = directory / "adapter" / ADAPTER_CONFIG
         hint = f"do you mean '{inner.parent}'?" if inner.is_file() else "give a folder that save_pretrained wrote."
         raise AdapterError(f"'{directory}' is no adapter: it holds no {ADAPTER_CONFIG}; {hint}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"cannot read '{directory / ADAPTER_CONFIG}': {error}") from None
     if not isinstance(config, dict):
         raise AdapterError(f"'{directory / ADAPTER_CONFIG}' is no PEFT configuration.")
@@ -236,7 +236,7 @@ def _labels(directory: Path) -> list[str] | None:
         labels = json.loads((directory / LABELS).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"cannot read '{directory / LABELS}': {error}") from None
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
         raise AdapterError(f"'{directory / LABELS}' is no list of names; mend it, or remove it.")

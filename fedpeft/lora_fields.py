@@ -67,6 +67,7 @@ LORA_FIELDS: dict[str, Meaning] = {
     "arrow_config": Meaning.REFUSED,
     "kasa_config": Meaning.REFUSED,
 }
+NAMES = ("modules_to_save", "target_parameters")  # lists of names, on which the reading of tensors depends
 # what PEFT takes where a field is not said, if that is not nothing
 DEFAULTS: dict[str, Any] = {"bias": "none"}
 
@@ -91,6 +92,11 @@ def problems_of(config: Mapping[str, Any]) -> list[str]:
         f"{name} = {_shown(value)}, which is no field of LoRA that is known here"
         for name, value in config.items()
         if name not in LORA_FIELDS and canonical(name, value) is not None
+    ]
+    found += [
+        f"{name} = {_shown(config[name])}, which is no list of names (write [] in its place if it means none)"
+        for name in NAMES
+        if not isinstance(config.get(name) or [], list)
     ]
     init = str(config.get("init_lora_weights", True)).lower()
     if init.startswith(OF_BASE):

@@ -93,7 +93,7 @@ def weights_digest(folder: Path) -> str:
     """Return the SHA-256 of a folder's tensors by their names, however they are divided into files."""
     from safetensors import SafetensorError, safe_open
 
-    found = {}
+    found: dict[str, str] = {}
     for file in _weights(folder):
         try:
             with safe_open(file, framework="pt") as tensors:
