@@ -69,8 +69,10 @@ def check_base(adapters: Sequence[SavedAdapter], base: str) -> str:
     """
     named = list(dict.fromkeys(str(a.config[BASE]) for a in adapters if canonical(BASE, a.config.get(BASE))))
     folder = Path(base).expanduser()
-    if not folder.is_dir() and base not in named and HUB_ID.fullmatch(base) is None:
+    if not base.strip() or (not folder.is_dir() and base not in named and HUB_ID.fullmatch(base) is None):
         raise AdapterError(f"--base '{base}' is no folder here, no hub id, and no adapter's base; check its path.")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise AdapterError(f"--base '{base}' is not a transformers folder: it holds no config.json.")
     others = [name for name in named if name != base]
     here = [name for name in others if _weights(Path(name))]
     if not _weights(folder):

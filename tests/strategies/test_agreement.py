@@ -316,6 +316,8 @@ def test_a_base_of_two_paths_is_one_where_its_weights_are(pair: list[Path], tiny
         assert json.loads((out / ADAPTER_CONFIG).read_text())["base_model_name_or_path"] == str(place)
     refused([pair[0], moved[2]], tmp_path / "out", "hold different weights", base=str(tiny_llama))
     refused([pair[0], moved[3]], tmp_path / "out", "no folder here", base=str(tmp_path / "typo"))
+    refused(pair, tmp_path / "out", "no folder here", base="")
+    refused(pair, tmp_path / "out", r"no config\.json", base=str(tmp_path))
     named = merge_directories("flexlora", [pair[0], moved[3]], tmp_path / "hub", base="owner/llama")
     assert "without comparing weights" in named.base
     revised = changed(moved[0], tmp_path / "revised", revision="v2")
