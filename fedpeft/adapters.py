@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,11 +12,11 @@ from peft import PeftModel, TaskType, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from fedpeft.base_change import BaseWeights
+from fedpeft.base_change import BaseWeights, check_plain
 from fedpeft.config import AdapterConfig, RunConfig, Task
 from fedpeft.draws import draw_a, first_ranks
 from fedpeft.errors import AdapterError, nearest
-from fedpeft.export import LABELS, write_adapter
+from fedpeft.export import PEFT_PREFIX, write_adapter, write_labels
 from fedpeft.initial import adapt
 from fedpeft.kinds import ALL_KINDS, INITS_OF_BASE, WITHOUT_CONV1D, peft_config
 from fedpeft.lora_sb import R_IN_PEFT
@@ -118,6 +117,10 @@ def _check_layers(base: BaseModel, targets: Sequence[str], adapter: AdapterConfi
     from transformers.pytorch_utils import Conv1D
 
     modules = [(name, base.model.get_submodule(name)) for name in targets]
+    if adapter.init in INITS_OF_BASE:
+        check_plain(dict(modules), f"adapter.init = '{adapter.init}'")
+    elif FIXED.get(adapter.kind, frozenset()) >= {Role.A, Role.B}:  # which are then singular vectors of the weights
+        check_plain(dict(modules), f"adapter.kind = '{adapter.kind}'")
     conv1d = next((name for name, module in modules if isinstance(module, Conv1D)), None)
     if conv1d is not None and adapter.kind in WITHOUT_CONV1D:
         raise AdapterError(
@@ -213,6 +216,11 @@ class AdaptedModel:
         transposed = frozenset(name for name, layer in layers.items() if getattr(layer, "fan_in_fan_out", False))
         weights = {name: cast(nn.Parameter, layer.get_base_layer().weight) for name, layer in layers.items()}
         return BaseWeights(weights, transposed)
+
+    def check_movable(self, what: str) -> None:
+        """Raise AdapterError if the adapted layers' weights cannot be changed as the setting `what` does."""
+        layers = {name: cast(LoraLayer, self.model.get_submodule(PEFT_PREFIX + name)) for name in self.layers}
+        check_plain({name: layer.get_base_layer() for name, layer in layers.items()}, what)
 
     def _split(self, config: RunConfig) -> None:
         head = {name for name in self._tensors if role_of(name) is Role.HEAD}
@@ -311,7 +319,7 @@ class AdaptedModel:
             settings |= {"init_lora_weights": True, "eva_config": None, "lora_ga_config": None}
         factors = {layer: self._as_plain(layer, f) for layer, f in state.factors.items()}
         write_adapter(directory, settings, AdapterState(factors, state.dense))
-        (directory / LABELS).write_text(json.dumps(list(labels), ensure_ascii=False) + "\n", encoding="utf-8")
+        write_labels(directory, labels)
 
     def _as_plain(self, layer: str, f: LoraFactors) -> LoraFactors:
         """Return one layer's update of the original base, as A and B alone."""

@@ -7,8 +7,46 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from fedpeft.errors import AdapterError
 from fedpeft.models import num_threads
 from fedpeft.state import BaseChange, LoraFactors
+
+MOVABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # with digits to add a small change to
+
+
+def check_plain(layers: Mapping[str, nn.Module], what: str) -> None:
+    """Raise AdapterError if a layer's weight is no plain matrix of numbers, as those of quantised bases are not.
+
+    Parameters
+    ----------
+    layers : mapping of str to torch.nn.Module
+        By name, the base's own.
+    what : str
+        The setting that reads or changes the base's weights, for the error.
+    """
+    for name, layer in layers.items():
+        weight = getattr(layer, "weight", None)
+        kind = type(layer).__name__
+        if not isinstance(weight, Tensor):
+            held = "has no weight of its own"
+        elif type(weight.data) is not Tensor:  # torchao's claim to be float32
+            held = f"holds its weight as {type(weight.data).__name__}"
+        elif weight.dtype not in MOVABLE or tuple(weight.shape) != _shape(layer, weight):
+            held = f"holds its weight as {str(weight.dtype).removeprefix('torch.')} of shape {tuple(weight.shape)}"
+        else:
+            continue
+        raise AdapterError(
+            f"{what} needs the base's weights as plain matrices, to change them or to take a part out of them, and "
+            f"layer '{name}' ({kind}) {held}. Give a base that is not quantised, or a strategy and an adapter that "
+            "leave the base as it is, such as fedit with adapter.kind = 'lora' and adapter.init = 'default'."
+        )
+
+
+def _shape(layer: nn.Module, weight: Tensor) -> tuple[int, ...]:
+    """Return the shape that a layer's weight has by what the layer says of itself."""
+    if hasattr(layer, "in_features"):
+        return (int(layer.out_features), int(layer.in_features))  # type: ignore[arg-type]
+    return tuple(weight.shape) if weight.ndim == 2 else ()
 
 
 class BaseWeights:

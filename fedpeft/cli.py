@@ -168,6 +168,10 @@ def merge(
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="An option of the method; may be repeated.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Everything random follows from it.")] = 0,
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="The base of all adapters, if they name it by different paths."),
+    ] = None,
     json_lines: Json = False,
 ) -> None:
     """Merge PEFT's LoRA adapter folders DIR... into one, by a method of the federation.
@@ -190,6 +194,7 @@ def merge(
         rank=rank,
         options={name.strip().removeprefix("strategy."): value.strip() for name, _, value in pairs},
         seed=seed,
+        base=base,
     )
     saved(out)
     show(merged.to_dict(), merged_table, json_lines)

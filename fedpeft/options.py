@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from collections.abc import Callable
@@ -90,7 +89,9 @@ def quiet(verbose: bool) -> None:
 def show(facts: Any, table: Callable[[Any], RenderableType], json_lines: bool) -> None:
     """Print facts for machines, or the table that shows them."""
     if json_lines:
-        print(json.dumps(facts))
+        from fedpeft.jsons import to_json
+
+        print(to_json(facts))
         return
     from rich.console import Console
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import re
@@ -19,6 +18,8 @@ from urllib.parse import quote
 
 from fedpeft.config import RunConfig, read_toml, resolve
 from fedpeft.errors import RunDirectoryError
+from fedpeft.jsons import strict_json as strict_json
+from fedpeft.jsons import to_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,15 +56,6 @@ class Saveable(Protocol):
 
     def __call__(self, directory: Path) -> None:
         """Write into this folder."""
-
-
-def strict_json(value: Any) -> Any:
-    """Replace numbers that JSON does not know, NaN and infinity, by None at any depth."""
-    if isinstance(value, Mapping):
-        return {str(key): strict_json(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [strict_json(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def versions() -> dict[str, str]:
@@ -177,7 +169,7 @@ class RunDirectory:
                 )
             (path / CONFIG).write_text(config.to_toml(), encoding="utf-8")
             facts = environment() | {"seed": config.run.seed} | dict(details or {})
-            (path / ENVIRONMENT).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+            (path / ENVIRONMENT).write_text(to_json(facts, indent=2) + "\n", encoding="utf-8")
             (path / METRICS).touch()
             self._reserve(adapter_bytes * 2 + (1 << 20))
         except OSError as error:
@@ -199,7 +191,7 @@ class RunDirectory:
 
     def append(self, event: Event) -> None:
         """Add one line to metrics.jsonl and flush it."""
-        self._pending.append(json.dumps(strict_json(event), allow_nan=False) + "\n")
+        self._pending.append(to_json(event) + "\n")
         try:
             with (self.path / METRICS).open("a", encoding="utf-8") as file:
                 size = file.tell()
@@ -227,7 +219,7 @@ class RunDirectory:
             partial.mkdir(parents=True, exist_ok=True)
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / "state.safetensors")
             (partial / "state.json").write_text(
-                json.dumps({"round": server_round, **facts}, indent=2) + "\n", encoding="utf-8"
+                to_json({"round": server_round, **facts}, indent=2) + "\n", encoding="utf-8"
             )
             partial.replace(final)
         except (OSError, SafetensorError) as error:

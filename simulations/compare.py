@@ -5,7 +5,6 @@ Two rows are bounds rather than methods. `local` never sends anything. `centrali
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import time
@@ -17,13 +16,14 @@ from typing import Any
 
 from fedpeft.config import Layer, RunConfig, cohort_size, nest, resolve
 from fedpeft.errors import ConfigError, FedpeftError, RunDirectoryError, nearest
+from fedpeft.jsons import strict_json, to_json
 from fedpeft.privacy.statement import read_statement
 from fedpeft.report.comparison import BOUNDS, comparison, comparison_markdown
 from fedpeft.report.formats import duration, finite, number
 from fedpeft.report.history import History, domain_scores, main_metric, worst
 from fedpeft.report.privacy import epsilon
 from fedpeft.resident import resident
-from fedpeft.runs import CONFIG, check_vacant, read_config, strict_json
+from fedpeft.runs import CONFIG, check_vacant, read_config
 from fedpeft.simulations.simulate import ray_grid, simulate
 from fedpeft.strategies import available, with_typed_options
 
@@ -309,7 +309,7 @@ def write_comparison(jobs: Sequence[Job], compared: Compared, out: Path) -> Fact
     write_files(
         out,
         {
-            "comparison.json": (json.dumps(facts, indent=2) + "\n").encode(),
+            "comparison.json": (to_json(facts, indent=2) + "\n").encode(),
             "comparison.md": comparison_markdown(facts).encode(),
         },
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,12 +9,12 @@ from pathlib import Path
 
 from fedpeft.config import Layer, RunConfig, merge
 from fedpeft.errors import ConfigError
+from fedpeft.jsons import strict_json, to_json
 from fedpeft.privacy.rounding import as_given
 from fedpeft.privacy.settings import ANY_LEVEL, PrivacyConfig
 from fedpeft.privacy.statement import read_statement
 from fedpeft.report.sweep import sweep, sweep_markdown, sweep_plot
 from fedpeft.resident import resident
-from fedpeft.runs import strict_json
 from fedpeft.simulations.compare import (
     Compared,
     Facts,
@@ -228,7 +227,7 @@ def write_sweep(jobs: Sequence[Job], compared: Compared, out: Path) -> Facts:
     facts = sweep(asked, seeds, jobs[0].config.federation.rounds, compared.runs, statements)
     facts = dict(strict_json(facts | {"failed": compared.failed}))
     files = {
-        "sweep.json": (json.dumps(facts, indent=2) + "\n").encode(),
+        "sweep.json": (to_json(facts, indent=2) + "\n").encode(),
         "sweep.md": sweep_markdown(facts).encode(),
     }
     if (png := sweep_plot(facts)) is not None:

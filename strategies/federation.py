@@ -6,7 +6,6 @@ Simulation and deployment both come through `federate`; they differ in the grid 
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,12 +19,13 @@ from fedpeft.adapters import AdaptedModel
 from fedpeft.config import RunConfig
 from fedpeft.errors import BudgetSpentError, FedpeftError, TooFewClientsError
 from fedpeft.evaluation import Scores, client_metrics, mean_metrics, score, spread
+from fedpeft.jsons import to_json
 from fedpeft.kinds import ADDITIVE_KINDS
 from fedpeft.privacy.books import Books
 from fedpeft.privacy.canaries import write_scores
 from fedpeft.privacy.statement import PRIVACY
 from fedpeft.resident import Resident, resident
-from fedpeft.runs import ADAPTER, Event, Listener, RunDirectory, folder_name, strict_json
+from fedpeft.runs import ADAPTER, Event, Listener, RunDirectory, folder_name
 from fedpeft.state import AdapterState, ClientUpdate, num_bytes, role_of
 from fedpeft.strategies import find
 from fedpeft.strategies.base import AdapterStrategy
@@ -66,8 +66,10 @@ class Outcome:
 
 def build_strategy(config: RunConfig, home: Resident, client_ids: Mapping[int, str] | None) -> AdapterStrategy:
     """Make the configured method for this adapter."""
-    adapter = config.adapter
-    return find(config.strategy.name)(
+    adapter, method = config.adapter, find(config.strategy.name)
+    if method.capabilities.changes_base:
+        home.adapted.check_movable(f"strategy.name = '{method.name}'")
+    return method(
         fraction_train=config.federation.fraction,
         min_clients=config.federation.min_clients,
         seed=config.run.seed,
@@ -353,9 +355,8 @@ class _Run:
             return {"epsilon_max": None, "guarantee": False, "statement": problem}
         told = {key: facts[key] for key in ("level", "epsilon_max", "delta", "guarantee", "statement")}
         with contextlib.suppress(OSError):  # of use to whoever is handed the adapter alone; the run has it whole
-            (self.directory.path / ADAPTER / PRIVACY).write_text(
-                json.dumps(strict_json(told), indent=2) + "\n", encoding="utf-8"
-            )
+            text = to_json(told, indent=2) + "\n"
+            (self.directory.path / ADAPTER / PRIVACY).write_text(text, encoding="utf-8")
         return told
 
     def score_canaries(self) -> None:

@@ -7,15 +7,21 @@ its place one with the A of the first adapter, cut or filled up with drawn rows 
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
+import re
+import shutil
+import uuid
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from fedpeft.errors import AdapterError, ConfigError, RunDirectoryError
@@ -24,6 +30,7 @@ from fedpeft.runs import check_vacant
 from fedpeft.seeds import generator
 from fedpeft.state import A_SUFFIX, AdapterState, ClientUpdate, LoraFactors
 from fedpeft.strategies import available, find
+from fedpeft.strategies.agreement import check_alike, check_base
 from fedpeft.strategies.base import AdapterStrategy
 from fedpeft.strategies.base_changes import exact_sum
 from fedpeft.strategies.factors import aggregation_error
@@ -41,17 +48,8 @@ ANY_RANK = ("lora-lego", "flexlora", "flora", "fedex-lora")  # can write any ran
 NEEDS_START = {"server_optimizer": ("avgm", "adagrad", "adam", "yogi"), "robust": ("norm-clip",)}
 EXACT = 1e-6  # relative; what is beyond is a method's error, not the rounding of those that compute in float32
 MOST = 2**62  # sum of the weights as whole numbers
+EXPONENT = re.compile(r"[eE][+-]?0*[1-9]\d{2,}")  # of a number that only fills the memory
 ALIGNING_ROUND = 3  # not the first, in which fedrot-lora rotates nothing; an odd one, whose rotations align A
-
-# what adapters must agree on, besides layers and shapes, and what PEFT takes where it is not said
-COMMON: dict[str, Any] = {
-    "base_model_name_or_path": None,
-    "revision": None,
-    "task_type": None,
-    "bias": "none",
-    "fan_in_fan_out": False,
-    "modules_to_save": None,
-}
 
 
 @dataclass(frozen=True)
@@ -74,8 +72,12 @@ class Merged:
         ``|DW - merged| / |DW|`` of what is written.
     exact : bool
         Whether nothing but rounding to the type is wrong with it.
+    dtype : str
+        The types that tensors are written in.
     note : str
         How the result was made to fit, if it had to be.
+    base : str
+        How the base that was given compares with those that the adapters name.
     out : Path or None
         Where it was written.
     """
@@ -87,13 +89,16 @@ class Merged:
     ranks: list[int]
     error: float
     exact: bool
+    dtype: str
     note: str = ""
+    base: str = ""
     out: Path | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return all but the tensors, for JSON."""
         found = {name: getattr(self, name) for name in ("method", "options", "inputs", "ranks", "error", "exact")}
-        return found | {"note": self.note, "out": None if self.out is None else str(self.out)}
+        found |= {"dtype": self.dtype, "note": self.note, "base": self.base or None}
+        return found | {"out": None if self.out is None else str(self.out)}
 
 
 def merge_directories(
@@ -105,6 +110,7 @@ def merge_directories(
     rank: int | None = None,
     options: Mapping[str, Any] | None = None,
     seed: int = 0,
+    base: str | None = None,
 ) -> Merged:
     """Merge adapters on disk into one that ``PeftModel.from_pretrained`` loads.
 
@@ -124,6 +130,9 @@ def merge_directories(
         The method's own.
     seed : int
         What is drawn follows from it.
+    base : str, optional
+        The base of all adapters, under whatever path each of them names it; compared by its weights where they are
+        here, and named in what is written.
 
     Raises
     ------
@@ -135,16 +144,37 @@ def merge_directories(
     check_vacant(out)
     check_method(method)
     adapters = [read_adapter(directory) for directory in directories]
-    check_alike(adapters)
+    config = check_alike(adapters, base)
+    compared = check_base(adapters, base) if base is not None else ""
     merged = merge_adapters(method, adapters, weights, rank, options or {}, seed)
     labels = adapters[0].labels
-    try:
-        write_adapter(out, {**adapters[0].config, "init_lora_weights": True}, merged.state)
+    with _whole_or_not_at_all(out) as draft:
+        write_adapter(draft, config, merged.state)
         if labels is not None and all(adapter.labels == labels for adapter in adapters):
-            write_labels(out, labels)
-    except OSError as error:
-        raise RunDirectoryError(f"cannot write '{out}': {error.strerror or error}; give another --out.") from None
-    return replace(merged, out=out)
+            write_labels(draft, labels)
+    return replace(merged, out=out, base=compared)
+
+
+@contextlib.contextmanager
+def _whole_or_not_at_all(out: Path) -> Iterator[Path]:
+    """Yield an empty folder, which becomes `out` when the block ends well and vanishes when it does not.
+
+    Raises
+    ------
+    RunDirectoryError
+        Something in the block, or the folder, cannot be written.
+    """
+    final = out.resolve()  # of a link, what it leads to
+    draft = final.with_name(f".{final.name}.{uuid.uuid4().hex}")
+    try:
+        draft.mkdir(parents=True)
+        yield draft
+        os.replace(draft, final)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RunDirectoryError(f"cannot write '{out}': {reason}; give another --out.") from None
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def check_method(name: str) -> None:
@@ -180,6 +210,9 @@ def merge_adapters(
         merged, note = as_one_adapter(merged, rank, current)
     dtypes = _dtypes(updates)
     written = _cast(merged, dtypes)
+    for name, tensor in written.to_tensors().items():
+        if not torch.isfinite(tensor).all():
+            raise AdapterError(f"merged tensor {name} is too large for {tensor.dtype}; save the adapters as float32.")
     return Merged(
         method,
         strategy.options.model_dump(mode="json", exclude_none=True),
@@ -188,6 +221,7 @@ def merge_adapters(
         sorted({f.rank for f in written.factors.values()}),
         aggregation_error(updates, written.factors),
         aggregation_error(updates, merged.factors) < EXACT,
+        ", ".join(sorted({str(dtype).removeprefix("torch.") for dtype in dtypes.values()})),
         note,
     )
 
@@ -218,7 +252,7 @@ def whole_weights(words: Sequence[str] | None, count: int) -> list[int]:
     exact = []
     for word in words:
         try:
-            weight = Fraction(word.strip())
+            weight = Fraction(word.strip()) if EXPONENT.search(word) is None else Fraction(0)
         except (ValueError, ZeroDivisionError):
             weight = Fraction(0)
         if weight <= 0:
@@ -230,42 +264,6 @@ def whole_weights(words: Sequence[str] | None, count: int) -> list[int]:
     if sum(whole) > MOST:
         raise ConfigError(f"--weights {','.join(words)} need more than 18 digits to be held exactly; round them.")
     return whole
-
-
-def check_alike(adapters: Sequence[SavedAdapter]) -> None:
-    """Raise AdapterError that lists what adapters differ in, and which folder has what."""
-    first = adapters[0]
-    found = []
-    for key, default in COMMON.items():
-        values = {str(adapter.path): _comparable(adapter.config.get(key, default)) for adapter in adapters}
-        if len(set(values.values())) > 1:
-            found.append(f"{key}: " + ", ".join(f"'{path}' has {value}" for path, value in values.items()))
-    for other in adapters[1:]:
-        ours, theirs = _shapes(first.state), _shapes(other.state)
-        for one, mine, yours in ((first, ours, theirs), (other, theirs, ours)):
-            if odd := sorted(mine.keys() - yours.keys()):
-                rest = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
-                found.append(f"'{one.path}' alone of '{first.path}' and '{other.path}' has {odd[0]}{rest}")
-        for name in sorted(ours.keys() & theirs.keys()):
-            if ours[name] != theirs[name]:
-                found.append(f"{name}: '{first.path}' has {ours[name]}, '{other.path}' has {theirs[name]}")
-                break
-    if found:
-        raise AdapterError(f"these adapters are no adapters of one model: {'; '.join(found)}. Merge those that agree.")
-
-
-def _comparable(value: Any) -> str:
-    if isinstance(value, list):
-        return ", ".join(sorted(map(str, value))) or "None"
-    if isinstance(value, str) and Path(value).is_dir():
-        return str(Path(value).resolve())
-    return str(value)
-
-
-def _shapes(state: AdapterState) -> dict[str, tuple[int, ...]]:
-    """Return (d_out, d_in) of each layer, and the shape of every other tensor."""
-    layers = {layer: (f.B.shape[0], f.A.shape[1]) for layer, f in state.factors.items()}
-    return {**layers, **{name: tuple(tensor.shape) for name, tensor in state.dense.items()}}
 
 
 def check_ranks(method: str, updates: Sequence[ClientUpdate], rank: int | None) -> None:

@@ -19,6 +19,7 @@ from typing import Any, Protocol, TypeGuard, cast
 from fedpeft.cache import cache_dir, locked, publishing
 from fedpeft.config import Layer, RunConfig, Task
 from fedpeft.errors import ConfigError, nearest
+from fedpeft.jsons import to_json
 
 PREFIX = "preset:"  # before a preset's name, as a model or a source of rows
 PROVENANCE = "provenance.json"
@@ -210,7 +211,7 @@ def _made(preset: Preset, folder: Path) -> PresetFiles:
                     made = preset.builder.build(draft)
                     provenance = {"preset": preset.name, **made, "ingredients": dict(preset.builder.ingredients())}
                     (draft / PROVENANCE).write_text(
-                        json.dumps(provenance, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+                        to_json(provenance, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
                     )
     provenance = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
     return PresetFiles(folder / "model", folder / "data", provenance)

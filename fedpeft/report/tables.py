@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
+from fedpeft.jsons import to_json
 from fedpeft.report.formats import NONE, number, one_line
 from fedpeft.report.history import METRICS
 from fedpeft.report.layout import as_typed, cell, new_table, pairs
@@ -163,7 +163,7 @@ def environment_rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
         if isinstance(value, list | tuple):
             shown = ", ".join(map(str, value)) or "none"
         elif isinstance(value, Mapping):
-            shown = json.dumps(value, ensure_ascii=False)
+            shown = to_json(value, ensure_ascii=False)
         else:
             shown = NONE if value is None else str(value)
         rows.append((str(name).replace("_", " "), shown))
@@ -205,6 +205,8 @@ def merged_table(facts: Mapping[str, Any]) -> RenderableType:
         ("merged rank", ", ".join(map(str, facts["ranks"]))),
         ("relative error", f"{number(facts['error'])}, {error}"),
         ("result", facts["note"] or None),
+        ("type", facts["dtype"]),
+        ("base", facts["base"]),
         ("written", facts["out"]),
     ]
     return Group(table, Text(), pairs(row for row in rows if row[1]))

@@ -205,7 +205,11 @@ def test_configuration_types_and_labels_are_carried_over(adapters: dict[str, Pat
     assert saved.labels == ["a", "b", "c"]
     assert saved.config["task_type"] == "SEQ_CLS"
     assert {f.A.dtype for f in saved.state.factors.values()} == {torch.bfloat16}
+    assert merged.dtype == "bfloat16"
     (halves[1] / "labels.json").write_text('["c", "b", "a"]\n')
+    with pytest.raises(AdapterError, match=r"labels\.json: .*small' has a, b, c, .*equal' has c, b, a"):
+        merge("flora", halves, tmp_path / "other")
+    (halves[1] / "labels.json").unlink()
     merge("flora", halves, tmp_path / "other")
     assert not (tmp_path / "other" / "labels.json").exists()
 
