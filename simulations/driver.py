@@ -52,6 +52,8 @@ def drive(config: RunConfig, out: Path, listener: Listener, grid: InlineGrid | R
         require_a_round(config, rows.values())
     adapter_bytes = exported_bytes(find(config.strategy.name), home.adapted)
     directory = RunDirectory(out, config, adapter_bytes, {"presets": provenance(config)})
+    for note in home.adapted.notes:
+        listener({"event": "note", "message": note})
     grid.contexts = contexts
     if isinstance(grid, RayGrid):
         grid.on_worker_death = lambda node, deaths: listener(

@@ -210,6 +210,8 @@ class TerminalListener:
             who, why = one_line(event.get("client"), 80), one_line(event.get("reason"))
             what, style = ("did not train", "yellow") if why.startswith(OUT_OF_BUDGET) else ("failed", "red")
             self._progress.say(Text(f"round {event.get('round')}: client {who} {what}: {why}", style))
+        elif kind == "note":
+            self._progress.say(Text(f"note: {one_line(event.get('message'), 300)}", "dim"))
         elif kind == "warning":
             self._progress.say(Text(f"warning: {one_line(event.get('message'))}", "yellow"))
         for round_event, evaluation in lines:
