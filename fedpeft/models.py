@@ -178,7 +178,7 @@ def load_base(config: RunConfig, folder: Path, labels: Sequence[str]) -> BaseMod
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(f"cannot load '{folder}' for {config.task}: {first_line(error)}") from None
     text = model.config.get_text_config()
-    if config.task == "sequence-classification" and text.pad_token_id is None:
+    if config.task == "sequence-classification" and getattr(text, "pad_token_id", 0) is None:
         # Llama-like classifiers read the last token that is not padding
         text.pad_token_id = load_tokenizer(config, folder)[1]
     head = _head_modules(model, info, config.task, folder)
