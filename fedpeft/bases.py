@@ -33,12 +33,15 @@ class Inputs:
         Kinds of token types; 0 where the model takes none, None where it does not say how many.
     channels : int
         Of its images.
+    end : int or None
+        Id of the token that a classifier reads its scores at, where every row must hold as many as any other.
     """
 
     tokens: int | None
     vocabulary: int | None
     types: int | None
     channels: int
+    end: int | None = None
 
 
 def check_folder(folder: Path) -> None:
@@ -165,6 +168,7 @@ def inputs_of(config: RunConfig, folder: Path) -> Inputs:
         vocabulary=_number(text, "vocab_size"),
         types=_number(text, "type_vocab_size") if takes_types else 0,
         channels=_number(held, "num_channels") or _number(vision, "num_channels") or 3,
+        end=_number(text, "eos_token_id") if getattr(held, "is_encoder_decoder", False) else None,
     )
 
 

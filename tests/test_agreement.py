@@ -182,7 +182,9 @@ def test_padding_that_leaks_into_scores_is_found(base: Callable[..., Path]) -> N
     assert "beside longer rows" in refused(base(transformers.XLNetModel(xlnet)))
 
 
-def test_encoder_decoders_classify_but_are_no_language_models(base: Callable[..., Path]) -> None:
+def test_encoder_decoders_classify_but_are_no_language_models(base: Callable[..., Path], tmp_path: Path) -> None:
+    rows = tmp_path / "rows.csv"
+    rows.write_text("text,label\nw1 w2,a\nw3 [EOS] w4,b\n")
     t5 = transformers.T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, **BOTH)
     bart = transformers.BartConfig(vocab_size=40, d_model=16, max_position_embeddings=32, **BART, **BOTH)
     for model in (
@@ -191,6 +193,8 @@ def test_encoder_decoders_classify_but_are_no_language_models(base: Callable[...
     ):
         folder = base(model, ends=True)
         assert agreed(folder).head == ("classification_head",)
+        with pytest.raises(DataError, match=r"row 2 of .* holds an end token \('\[EOS\]'\) in its own text"):
+            encode_rows(configure(folder), folder, rows)
         assert "its decoder alone would be trained" in refused(folder, "causal-lm")
     tokenizer(folder)  # which writes no end token, that BART reads its scores at
     assert "<eos>" in refused(folder)

@@ -41,7 +41,7 @@ MODEL_FILES = (
 MODEL_FIELDS = (
     *("model_type", "architectures", "is_encoder_decoder", "text_config", "vision_config", "num_channels"),
     *("max_position_embeddings", "n_positions", "position_biased_input", "vocab_size", "type_vocab_size"),
-    "pad_token_id",
+    *("pad_token_id", "eos_token_id"),
 )
 LIBRARIES = ("transformers", "tokenizers", "pillow")
 _META, _TENSORS, _PIXELS = "meta.json", "rows.safetensors", "pixels.safetensors"

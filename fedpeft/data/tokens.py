@@ -61,6 +61,7 @@ def encode_texts(
     types: list[NDArray[np.uint8]] = []
     lengths: list[int] = []
     prompts: list[int] = []
+    ends = None if inputs.end is None else _ends(tokenizer, inputs.end, rows, max_length)
     for batch in plain_batches(rows, BATCH_ROWS):
         encoded = tokenise(tokenizer, batch, max_length)
         ids = encoded["input_ids"]
@@ -68,6 +69,11 @@ def encode_texts(
         for row, whole, head in zip(batch["row"], ids, heads, strict=True):
             if len(whole) == head:
                 raise DataError(f"row {row} of {place} becomes no tokens. Remove it, or write it in other characters.")
+            if ends is not None and whole.count(inputs.end) != ends:
+                raise DataError(
+                    f"row {row} of {place} holds an end token ({tokenizer.convert_ids_to_tokens(inputs.end)!r}) in its "
+                    "own text, and the model takes its scores from the last one of each row. Remove it from the text."
+                )
         lengths += [len(whole) for whole in ids]
         tokens += [np.array(whole, dtype=np.int32) for whole in ids]
         types += [np.array(kinds, dtype=np.uint8) for kinds in encoded.get("token_type_ids", ())]
@@ -122,6 +128,12 @@ def _checked_length(config: RunConfig, inputs: Inputs, tokenizer: Any) -> int:
         if given <= added:
             raise DataError(f"data.max_length = {given}, but the tokenizer alone adds {added} tokens. Set it to more.")
     return given
+
+
+def _ends(tokenizer: Any, end: int, rows: datasets.Dataset, max_length: int) -> int:
+    """Return how many end tokens the tokenizer adds to a row of its own accord."""
+    empty = {name: [""] for name in rows.column_names if name in ("text", "text_pair")}
+    return tokenise(tokenizer, empty, max_length)["input_ids"][0].count(end)
 
 
 def _check_vocabulary(model_dir: Path, inputs: Inputs, tokenizer: Any, largest: int) -> None:
