@@ -18,6 +18,7 @@ from fedpeft.data.splits import EncodedSplit, Normalisation
 from fedpeft.errors import DataError, ModelError
 
 BATCH_ROWS = 64
+MODES = {1: "L", 3: "RGB"}  # of images, by the model's channels
 
 
 class ImageEncoder:
@@ -73,9 +74,6 @@ class ImageEncoder:
             ) from None
 
 
-MODES = {1: "L", 3: "RGB"}  # of images, by the model's channels
-
-
 def load_processor(config: RunConfig, model_dir: Path, channels: int) -> tuple[Any, str]:
     """Load a base's image processor, and say how images are to be opened for it.
 
@@ -108,7 +106,7 @@ def load_processor(config: RunConfig, model_dir: Path, channels: int) -> tuple[A
         processor.do_convert_rgb = False
     for name in ("image_mean", "image_std") if getattr(processor, "do_normalize", False) else ():
         values = np.atleast_1d(getattr(processor, name)).tolist()
-        if len(values) != channels:
+        if len(values) != channels and None not in values:
             if len(set(values)) > 1:
                 raise ModelError(
                     f"the image processor in '{model_dir}' has {len(values)} different values of {name}, {values}, but "
