@@ -81,9 +81,15 @@ def choose_targets(base: BaseModel, targets: Sequence[str] | None, rank: int) ->
     Raises
     ------
     AdapterError
-        A target that matches nothing, or a rank larger than a layer.
+        A target that matches nothing, or a rank larger than a layer that is named. ``all-linear`` leaves such layers
+        out, see `left_out`.
     """
     modules = adaptable_modules(base)
+    if not modules:
+        raise AdapterError(
+            f"'{base.folder}' ({type(base.model).__name__}) has no linear layers outside its head, and every "
+            "adapter.kind needs some. Take a base that has, such as ViT, Swin or ConvNeXt for images."
+        )
     leaves = Counter(name.rpartition(".")[2] for name in modules)
     if targets is None:
         known = [names for names in QUERY_VALUE if all(name in leaves for name in names)]
@@ -94,15 +100,16 @@ def choose_targets(base: BaseModel, targets: Sequence[str] | None, rank: int) ->
             )
         targets = known[0]
     if tuple(targets) == (ALL_LINEAR,):
-        chosen = list(modules)
-    else:
-        for target in targets:
-            if not any(name == target or name.endswith(f".{target}") for name in modules):
-                raise AdapterError(
-                    f"adapter.targets: '{target}' matches no linear module of '{base.folder}'. "
-                    f"{nearest(target, leaves)}"
-                )
-        chosen = [n for n in modules if any(n == target or n.endswith(f".{target}") for target in targets)]
+        if chosen := [name for name, shape in modules.items() if rank <= min(shape)]:
+            return chosen
+        largest = max(min(shape) for shape in modules.values())
+        raise AdapterError(f"adapter.rank = {rank} is larger than every layer of '{base.folder}'; at most {largest}.")
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in modules):
+            raise AdapterError(
+                f"adapter.targets: '{target}' matches no linear module of '{base.folder}'. {nearest(target, leaves)}"
+            )
+    chosen = [n for n in modules if any(n == target or n.endswith(f".{target}") for target in targets)]
     for name in chosen:
         if rank > min(modules[name]):
             raise AdapterError(
@@ -110,6 +117,39 @@ def choose_targets(base: BaseModel, targets: Sequence[str] | None, rank: int) ->
                 f"at most {min(modules[name])} is allowed here."
             )
     return chosen
+
+
+def left_out(base: BaseModel, rank: int) -> list[str]:
+    """Say what ``all-linear`` does not adapt: layers smaller than the rank, and weights that are no linear layers.
+
+    A gate or router that is a linear layer is adapted like any other, as PEFT does it.
+    """
+    small = [name for name, shape in adaptable_modules(base).items() if rank > min(shape)]
+    blocks = sorted(
+        name
+        for name, tensor in base.model.named_parameters()
+        if not any(name.startswith(f"{head}.") for head in base.head) and tensor.ndim == 3 and _of_experts(name)
+    )
+    said = []
+    if small:
+        said.append(
+            f"all-linear leaves out {_counted(small, 'layer')} smaller than adapter.rank = {rank}: "
+            f"{', '.join(sorted({name.rpartition('.')[2] for name in small}))}"
+        )
+    if blocks:
+        said.append(
+            f"all-linear leaves out the experts, which are {_counted(blocks, 'tensor')} of all experts together "
+            f"({', '.join(sorted({name.rpartition('.')[2] for name in blocks}))}) and no linear layers"
+        )
+    return said
+
+
+def _of_experts(name: str) -> bool:
+    return "experts" in name.split(".")
+
+
+def _counted(names: Sequence[str], what: str) -> str:
+    return f"{len(names)} {what}" + ("s" if len(names) > 1 else "")
 
 
 def _check_layers(base: BaseModel, targets: Sequence[str], adapter: AdapterConfig) -> None:
@@ -175,6 +215,8 @@ class AdaptedModel:
         Those of `trained` that never leave their client: a local head.
     layers : tuple of str
         Names of the adapted modules in the base.
+    notes : tuple of str
+        What a user should know of base and adapter, in words.
     offset : mapping of str to LoraFactors
         By layer, what the initialisation took out of the base, which it put into the adapter; mostly empty.
     """
@@ -183,8 +225,12 @@ class AdaptedModel:
         adapter = config.adapter
         self.base = base
         self.scaling = adapter.scaling
-        targets = choose_targets(base, adapter.targets, adapter.rank)
+        everything = tuple(adapter.targets or ()) == (ALL_LINEAR,)
+        # LoRA-GA takes twice the rank out of a layer's gradient
+        needed = 2 * adapter.rank if everything and adapter.init == "lora-ga" else adapter.rank
+        targets = choose_targets(base, adapter.targets, needed)
         _check_layers(base, targets, adapter)
+        self.notes = (*base.notes, *(left_out(base, needed) if everything else ()))
         self.layers = tuple(targets)
         self.peft_config = peft_config(
             adapter,

@@ -7,11 +7,12 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
+from fedpeft.bases import AUTO_CLASSES, check_folder, first_line, model_class, read_config
 from fedpeft.config import ModelConfig, RunConfig, Task
 from fedpeft.data.tokens import load_tokenizer
 from fedpeft.errors import ConfigError, ModelError
@@ -36,11 +37,14 @@ class BaseModel:
     head : tuple of str
         Names of the modules that turn features into scores, and of those that the checkpoint does not hold: these are
         drawn from the run's seed.
+    notes : tuple of str
+        What the folder says of an earlier use that does not count here, in words.
     """
 
     model: nn.Module
     folder: Path
     head: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def device() -> torch.device:
@@ -113,6 +117,7 @@ def _fetch(model: ModelConfig) -> Path:
 
 
 def _checked(folder: Path) -> Path:
+    check_folder(folder)
     if not (folder / "config.json").is_file():
         raise ModelError(f"'{folder}' is not a transformers folder: it holds no config.json.")
     if not any(folder.glob("*.safetensors")):
@@ -145,11 +150,6 @@ def load_base(config: RunConfig, folder: Path, labels: Sequence[str]) -> BaseMod
     import transformers
     from safetensors import SafetensorError
 
-    kinds: dict[Task, Any] = {
-        "sequence-classification": transformers.AutoModelForSequenceClassification,
-        "image-classification": transformers.AutoModelForImageClassification,
-        "causal-lm": transformers.AutoModelForCausalLM,
-    }
     bf16 = config.train.precision == "bf16"
     on = device()
     options: dict[str, Any] = {
@@ -161,50 +161,154 @@ def load_base(config: RunConfig, folder: Path, labels: Sequence[str]) -> BaseMod
     }
     if bf16 and on.type == "cpu":
         options["attn_implementation"] = "eager"  # bf16 attention's fused backward is slower on CPUs than the plain one
+    saved, held = read_config(config, folder), read_config(config, folder, **_of_this_run(labels))
+    model_class(config, held)
+    for part in (held, held.get_text_config()):
+        for name in BESIDES:
+            if getattr(part, name, None):
+                setattr(part, name, False)
     if labels:
-        options |= {
-            "num_labels": len(labels),
-            "id2label": dict(enumerate(labels)),
-            "label2id": {name: index for index, name in enumerate(labels)},
-            "ignore_mismatched_sizes": True,  # a saved head for other labels is drawn anew
-        }
+        options["ignore_mismatched_sizes"] = True  # a saved head for other labels is drawn anew
     transformers.utils.logging.disable_progress_bar()  # it would spoil the run's own lines
     try:
         with seeded(config.run.seed, "head"):
-            model, info = kinds[config.task].from_pretrained(folder, **options)
+            model, info = getattr(transformers, AUTO_CLASSES[config.task]).from_pretrained(
+                folder, config=held, **options
+            )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        what = str(error).strip().splitlines()[0][:300]
-        raise ModelError(f"cannot load '{folder}' for {config.task}: {what}") from None
-    if config.task == "sequence-classification" and model.config.get_text_config().pad_token_id is None:
+        raise ModelError(f"cannot load '{folder}' for {config.task}: {first_line(error)}") from None
+    text = model.config.get_text_config()
+    if config.task == "sequence-classification" and getattr(text, "pad_token_id", 0) is None:
         # Llama-like classifiers read the last token that is not padding
-        model.config.pad_token_id = load_tokenizer(config, folder)[1]
-    head = _head_modules(model, info, config.task)
+        text.pad_token_id = load_tokenizer(config, folder)[1]
+    head = _head_modules(model, info, config.task, folder)
+    notes = [*_earlier_use(saved, labels)]
+    if labels:
+        notes += _to_labels(model, _scorers(model), saved, labels, config.run.seed)
     model.requires_grad_(False)
     model.eval()
-    return BaseModel(model.to(on), folder, head)
+    return BaseModel(model.to(on), folder, head, tuple(notes))
 
 
-def _head_modules(model: nn.Module, info: dict[str, Any], task: Task) -> tuple[str, ...]:
+# what a model may do besides its scores: a run neither reads nor trains it
+BESIDES = ("use_cache", "output_hidden_states", "output_attentions", "output_router_logits")
+
+
+def _of_this_run(labels: Sequence[str]) -> dict[str, Any]:
+    """Return what counts in place of a folder's own configuration, which may be of another use."""
+    settings: dict[str, Any] = {"return_dict": True, "output_attentions": False, "problem_type": None}
+    if labels:
+        settings |= {
+            "num_labels": len(labels),
+            "id2label": dict(enumerate(labels)),
+            "label2id": {name: index for index, name in enumerate(labels)},
+        }
+    if len(labels) > 1:
+        settings["problem_type"] = "single_label_classification"
+    return settings
+
+
+def _earlier_use(saved: Any, labels: Sequence[str]) -> Iterator[str]:
+    kind = getattr(saved, "problem_type", None)
+    if labels and kind not in (None, "single_label_classification"):
+        yield (
+            f"config.json says problem_type = '{kind}', from an earlier use; this run trains the cross-entropy of "
+            f"{len(labels)} labels"
+        )
+
+
+def _to_labels(model: Any, head: Sequence[str], saved: Any, labels: Sequence[str], seed: int) -> list[str]:
+    """Bring a saved head to the run's labels: its rows into their order, or all of them drawn anew for other labels.
+
+    Names that are mere numbers, on either side, say nothing: then the head counts as it is.
+    """
+    before = [str(name) for _, name in sorted((saved.id2label or {}).items())]
+    old, new = ([name.strip().casefold() for name in names] for names in (before, labels))
+    if len(old) != len(new) or old == new or any(GENERIC.fullmatch(name) for name in [*old, *new]):
+        return []
+    # of each part of the head the last: inner layers may happen to be as wide
+    last = {name.partition(".")[0]: module for name, module in _scoring(model, len(labels)) if _inside(name, head)}
+    scoring = list(last.values())
+    said = f"the saved head is for the labels {', '.join(before)[:200]}"
+    if sorted(old) == sorted(new) and len(set(new)) == len(new):
+        order = torch.tensor([old.index(name) for name in new])
+        for tensor in (t for module in scoring for t in module.parameters(recurse=False) if len(t) == len(labels)):
+            tensor.data = tensor.data[order]
+        return [f"{said} in another order; its rows are put into that of the run's"]
+    with seeded(seed, "head"):
+        for module in scoring:
+            for held in (module, *module.parameters(recurse=False)):
+                held._is_hf_initialized = False  # type: ignore[assignment]
+            model._init_weights(module)
+    return [f"{said}, others than the run's; its last layer is drawn anew"]
+
+
+GENERIC = re.compile(r"(label_?)?\d+")
+
+
+def _scoring(model: nn.Module, num_labels: int) -> list[tuple[str, nn.Module]]:
+    """Return the layers that give one number a label, in the model's order."""
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if any(tensor.ndim and len(tensor) == num_labels for tensor in module.parameters(recurse=False))
+    ]
+
+
+def _inside(name: str, modules: Sequence[str]) -> bool:
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+def _head_modules(model: nn.Module, info: dict[str, Any], task: Task, folder: Path) -> tuple[str, ...]:
     """Name the scoring modules, and any that the checkpoint lacks: a random frozen layer would be lost on export."""
-    head: list[str] = []
+    head = [] if task == "causal-lm" else _scorers(model)
     if task != "causal-lm":
-        trunk = getattr(model, "base_model_prefix", "")
-        head = [
-            name for name, child in model.named_children() if name != trunk and any(True for _ in child.parameters())
-        ]
         head += [
             name for name, module in model.named_modules() if name.endswith(".pooler.dense") and _untrained(module)
         ]
     mismatched = [entry[0] if isinstance(entry, tuple) else entry for entry in info.get("mismatched_keys", ())]
+    _check_weights(folder, head, info, mismatched)
     for key in [*info.get("missing_keys", ()), *mismatched]:
         module = key.rpartition(".")[0]
-        if not any(module == known or module.startswith(f"{known}.") for known in head):
+        if not _inside(module, head):
             head.append(module)
     if task == "causal-lm" and head:
-        raise ModelError(
-            f"'{model.name_or_path}' lacks weights for {', '.join(head)}; it is no complete causal language model."
-        )
+        raise ModelError(f"'{folder}' lacks weights for {', '.join(head)}; it is no complete causal language model.")
     return tuple(head)
+
+
+def _scorers(model: nn.Module) -> list[str]:
+    """Name what turns features into scores: the part beside the trunk, where a child is said to be the trunk.
+
+    CLIP's classifiers, and others, say that it is a child which they do not have.
+    """
+    children = {name: child for name, child in model.named_children() if any(True for _ in child.parameters())}
+    trunk = getattr(model, "base_model_prefix", "")
+    scoring = [name for name, _ in _scoring(model, cast(Any, model).config.num_labels)][-1:]
+    if trunk in children:
+        head = [name for name in children if name != trunk]
+        return head or scoring  # Perceiver scores inside its trunk
+    # a lone child holds all there is
+    return [name.partition(".")[0] if len(children) > 1 else name for name in scoring]
+
+
+def _check_weights(folder: Path, head: Sequence[str], info: dict[str, Any], mismatched: Sequence[str]) -> None:
+    """Raise ModelError where the weights are not those of the trunk that config.json describes."""
+    extra = [key for key in info.get("unexpected_keys", ()) if ".lora_" in key or ".base_layer." in key]
+    if extra:
+        raise ModelError(
+            f"the weights in '{folder}' hold an adapter's layers, such as {min(extra)}. Merge it into them "
+            "(merge_and_unload, save_pretrained) and give the result."
+        )
+    wrong = [key for key in mismatched if not _inside(key, head)]
+    # of a block, such as layer.3; what stands alone may be a pooler that was never saved
+    wrong += [key for key in info.get("missing_keys", ()) if re.search(r"\.\d+\.", key) and not _inside(key, head)]
+    if wrong:
+        raise ModelError(
+            f"the weights in '{folder}' are not those that its config.json describes: {len(wrong)} of its tensors are "
+            f"missing or of another shape, such as {min(wrong)}. Save model and configuration together, with "
+            "save_pretrained."
+        )
 
 
 def _untrained(module: nn.Module) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from peft import PeftModel
 
+from fedpeft.agreement import agree
 from fedpeft.config import Layer, resolve
 from fedpeft.data.encoding import encode_rows
 from fedpeft.data.splits import EncodedSplit
@@ -64,6 +65,7 @@ def rescore(run: Path, overrides: Layer) -> Event:
     home = Resident(config)
     split = encode_rows(home.config, home.folder, chosen["test"], labels, test=True) if "test" in chosen else home.test
     base = load_base(home.config, home.folder, labels)
+    agree(base, home.config, split.image_shape)
     every = []
     for folder in folders:
         model = PeftModel.from_pretrained(base.model, str(folder))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedpeft.adapters import AdaptedModel
+from fedpeft.agreement import agree
 from fedpeft.config import FederationConfig, RunConfig, RunSection, SimulationConfig, StrategyConfig
 from fedpeft.data.encoding import EncodedData, EncodedSplit, encode, encode_rows
 from fedpeft.data.partition import Partition, partition
@@ -93,7 +94,14 @@ class Resident:
     @cached_property
     def adapted(self) -> AdaptedModel:
         """The base and its adapter, as drawn from the run's seed."""
-        return AdaptedModel(load_base(self.config, self.folder, self.labels), self.config)
+        base = load_base(self.config, self.folder, self.labels)
+        agree(base, self.config, self.test.image_shape if self._knows_rows else None)
+        return AdaptedModel(base, self.config)
+
+    @property
+    def _knows_rows(self) -> bool:
+        data = self.config.data
+        return data.source is not None or data.test is not None
 
     @cached_property
     def row_engine(self) -> RowEngine:

@@ -42,6 +42,8 @@ def main(grid: Grid, context: Context) -> None:
     expected = len(home.partition.client_ids) if config.federation.clients is None else config.federation.clients
     adapter_bytes = exported_bytes(find(config.strategy.name), home.adapted)
     directory = RunDirectory(out, config, adapter_bytes, {"presets": provenance(config)})
+    for note in home.adapted.notes:
+        _log_event({"event": "note", "message": note})
     _wait_for_nodes(grid, expected, config.federation.round_timeout)
     books = Books(config, directory, {}, told=True) if config.privacy.level != "none" else None
     timeout = config.federation.round_timeout
@@ -64,7 +66,7 @@ def _wait_for_nodes(grid: Grid, expected: int, timeout: float) -> None:
 
 def _log_event(event: Event) -> None:
     """Print what a person watching ``flwr log`` wants to see."""
-    if event["event"] in ("round", "evaluate", "fault", "warning", "privacy", "end"):
+    if event["event"] in ("round", "evaluate", "fault", "note", "warning", "privacy", "end"):
         shown = {key: value for key, value in event.items() if not isinstance(value, dict)}
         print(
             " ".join(f"{key}={_shown(key, value)}" for key, value in shown.items()),

@@ -58,6 +58,8 @@ def drive(config: RunConfig, out: Path, listener: Listener, grid: InlineGrid | R
         _ = home.row_engine  # shows that rows are independent, which every worker does for itself as well
     adapter_bytes = exported_bytes(find(config.strategy.name), home.adapted)
     directory = RunDirectory(out, config, adapter_bytes, {"presets": provenance(config)})
+    for note in home.adapted.notes:
+        listener({"event": "note", "message": note})
     grid.contexts = contexts
     tells = config.privacy.level == "none" or config.privacy.release_metrics
     of_clients = config.privacy.level == "client" and not tells  # then who took part is on no record

@@ -143,6 +143,65 @@ def test_a_base_for_another_task_is_refused_in_one_line(bases: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["CLIP", "Siglip", "MetaClip2"])
+def test_a_whole_trunk_is_no_head_though_no_child_is_named_as_the_trunk(name: str, tmp_path: Path) -> None:
+    vision = {**SMALL, "image_size": 8, "patch_size": 4}
+    torch.manual_seed(0)
+    made = getattr(transformers, f"{name}ForImageClassification")(
+        getattr(transformers, f"{name}Config")(vision_config=vision)
+    )
+    made.save_pretrained(tmp_path)
+    live, _ = adapted(tmp_path, "image-classification")
+    assert live.base.head == ("classifier",)
+    assert [layer.rpartition(".")[2] for layer in live.layers] == ["v_proj", "q_proj"]
+    live.save(tmp_path / "adapter", AdapterState.from_tensors(live.initial, 1.0), ("a", "b", "c"))
+    base = load_base(
+        resolve([nest({"model.name": str(tmp_path), "model.task": "image-classification"})]), tmp_path, "abc"
+    )
+    loaded = PeftModel.from_pretrained(base.model, str(tmp_path / "adapter"))
+    assert torch.equal(logits(loaded, "image"), logits(live.model, "image"))
+
+
+def test_a_scoring_layer_inside_the_trunk_is_found(tmp_path: Path) -> None:
+    config = transformers.PerceiverConfig(
+        vocab_size=40, num_latents=4, d_latents=16, d_model=8, num_self_attends_per_block=1,
+        num_self_attention_heads=2, num_cross_attention_heads=2, max_position_embeddings=16,
+    )  # fmt: skip
+    transformers.PerceiverForSequenceClassification(config).save_pretrained(tmp_path)
+    live, _ = adapted(tmp_path, "sequence-classification")
+    assert live.base.head == ("perceiver.decoder.decoder.final_layer",)
+
+
+def test_a_model_without_linear_layers_is_named_and_nothing_in_vain_is_advised(tmp_path: Path) -> None:
+    config = transformers.ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1], layer_type="basic")
+    transformers.ResNetForImageClassification(config).save_pretrained(tmp_path)
+    for targets in (None, "all-linear", "q_proj"):
+        with pytest.raises(AdapterError, match="has no linear layers outside its head") as caught:
+            adapted(tmp_path, "image-classification", **({"adapter__targets": targets} if targets else {}))
+        assert "all-linear" not in str(caught.value)
+
+
+def test_all_linear_leaves_out_what_is_smaller_than_the_rank_and_says_so(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.Qwen2MoeConfig(
+        vocab_size=40, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8,
+        shared_expert_intermediate_size=8, pad_token_id=0, **SMALL,
+    )  # fmt: skip
+    transformers.Qwen2MoeForCausalLM(config).save_pretrained(tmp_path)
+    live, _ = adapted(tmp_path, "causal-lm", adapter__targets="all-linear")
+    assert {layer.rpartition(".")[2] for layer in live.layers} == {
+        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    }
+    small, experts = live.notes
+    assert "1 layer smaller than adapter.rank = 2: shared_expert_gate" in small
+    assert "2 tensors of all experts together (down_proj, gate_up_proj)" in experts
+    with pytest.raises(AdapterError, match=r"rank = 2 is larger than layer .*shared_expert_gate.* at most 1"):
+        adapted(tmp_path, "causal-lm", adapter__targets="shared_expert_gate")
+    with pytest.raises(AdapterError, match="rank = 99 is larger than every layer"):
+        adapted(tmp_path, "causal-lm", adapter__targets="all-linear", adapter__rank=99)
+    assert adapted(tmp_path, "causal-lm")[0].notes == ()
+
+
 def test_an_unknown_tensor_is_not_loaded(bases: Path) -> None:
     live, _ = adapted(bases / "bert", "sequence-classification")
     with pytest.raises(AdapterError, match="does not belong to this adapter"):

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fedpeft.bases import inputs_of
 from fedpeft.cache import cache_dir, locked, publishing
 from fedpeft.config import RunConfig, Task
 from fedpeft.data.pixels import ImageEncoder
@@ -33,13 +34,17 @@ from fedpeft.errors import DataError, ModelError
 
 __all__ = ["EncodedData", "EncodedSplit", "encode", "encode_rows", "encode_table", "encode_what_can_be", "model_digest"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # what the tensors depend on in a model's folder
 MODEL_FILES = (
     *("tokenizer*", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json", "*.model", "*.tiktoken"),
     *("chat_template*", "additional_chat_templates/*", "preprocessor_config.json", "processor_config.json", "*.py"),
 )
-MODEL_FIELDS = ("model_type", "num_channels", "max_position_embeddings", "n_positions")
+MODEL_FIELDS = (
+    *("model_type", "architectures", "is_encoder_decoder", "text_config", "vision_config", "num_channels"),
+    *("max_position_embeddings", "n_positions", "position_biased_input", "vocab_size", "type_vocab_size"),
+    *("pad_token_id", "eos_token_id"),
+)
 LIBRARIES = ("transformers", "tokenizers", "pillow")
 _META, _TENSORS, _PIXELS = "meta.json", "rows.safetensors", "pixels.safetensors"
 
@@ -220,15 +225,15 @@ def _make(
     config: RunConfig, model_dir: Path, place: Place, rows: datasets.Dataset, labels: Sequence[str], folder: Path
 ) -> None:
     tensors, names = _columns(rows)
-    fields = _model_fields(model_dir)
+    inputs = inputs_of(config, model_dir)
     pad_token_id: int | None = None
     scaling: Normalisation | None = None
     write_pixels: Callable[[Path], None] | None = None
     if config.task == "image-classification":
-        images = ImageEncoder(config, model_dir, fields, place, rows)
+        images = ImageEncoder(config, model_dir, inputs.channels, place, rows)
         scaling, write_pixels = images.normalisation, images.write
     else:
-        texts, pad_token_id = encode_texts(config, model_dir, fields, place, rows)
+        texts, pad_token_id = encode_texts(config, model_dir, inputs, place, rows)
         tensors |= texts
     meta = {
         "labels": list(labels),

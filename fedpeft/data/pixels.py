@@ -18,6 +18,7 @@ from fedpeft.data.splits import EncodedSplit, Normalisation
 from fedpeft.errors import DataError, ModelError
 
 BATCH_ROWS = 64
+MODES = {1: "L", 3: "RGB"}  # of images, by the model's channels
 
 
 class ImageEncoder:
@@ -29,8 +30,8 @@ class ImageEncoder:
         Says whether code of the model's folder may run.
     model_dir : Path
         Folder of the image processor.
-    fields : mapping
-        What the model's configuration says of its channels.
+    channels : int
+        Of the model's images.
     place : Place
         Where the rows lie, for messages.
     rows : datasets.Dataset
@@ -46,12 +47,9 @@ class ImageEncoder:
 
     normalisation: Normalisation | None
 
-    def __init__(
-        self, config: RunConfig, model_dir: Path, fields: Mapping[str, Any], place: Place, rows: datasets.Dataset
-    ) -> None:
+    def __init__(self, config: RunConfig, model_dir: Path, channels: int, place: Place, rows: datasets.Dataset) -> None:
         self._place, self._rows = place, rows
-        self._mode = "L" if fields.get("num_channels") == 1 else "RGB"
-        self._processor = _load_processor(config, model_dir)
+        self._processor, self._mode = load_processor(config, model_dir, channels)
         first = next(plain_batches(rows, BATCH_ROWS))
         self.normalisation = _find_normalisation(self._processor, decode(place, first, self._mode))
 
@@ -76,12 +74,27 @@ class ImageEncoder:
             ) from None
 
 
-def _load_processor(config: RunConfig, model_dir: Path) -> Any:
+def load_processor(config: RunConfig, model_dir: Path, channels: int) -> tuple[Any, str]:
+    """Load a base's image processor, and say how images are to be opened for it.
+
+    A processor for another number of channels is brought to the model's where that changes no value: grey images are
+    not made colour ones, and one mean that all channels share is that of any number of them.
+
+    Raises
+    ------
+    ModelError
+        There is no processor, or it cannot make images of so many channels.
+    """
     import transformers
 
+    if channels not in MODES:
+        raise ModelError(
+            f"'{model_dir}' reads images of {channels} channels (num_channels). Files of images have 1 or 3: take a "
+            "model for one of these."
+        )
     try:
         # one backend everywhere: torchvision's, where that is installed, resizes to other values
-        return transformers.AutoImageProcessor.from_pretrained(
+        processor = transformers.AutoImageProcessor.from_pretrained(
             model_dir, local_files_only=True, backend="pil", trust_remote_code=config.model.trust_remote_code
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -89,6 +102,19 @@ def _load_processor(config: RunConfig, model_dir: Path) -> Any:
         raise ModelError(
             f"'{model_dir}' has no image processor that can be loaded ({what}). Save one there with save_pretrained."
         ) from None
+    if channels == 1 and getattr(processor, "do_convert_rgb", None):
+        processor.do_convert_rgb = False
+    for name in ("image_mean", "image_std") if getattr(processor, "do_normalize", False) else ():
+        values = np.atleast_1d(getattr(processor, name)).tolist()
+        if len(values) != channels and None not in values:
+            if len(set(values)) > 1:
+                raise ModelError(
+                    f"the image processor in '{model_dir}' has {len(values)} different values of {name}, {values}, but "
+                    f"the model reads images of {channels} channel{'s' * (channels > 1)}. Give it as many in "
+                    "preprocessor_config.json."
+                )
+            setattr(processor, name, values[:1] * channels)
+    return processor, MODES[channels]
 
 
 def decode(place: Place, batch: Mapping[str, list[Any]], mode: str) -> list[Any]:

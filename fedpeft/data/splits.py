@@ -102,6 +102,11 @@ class EncodedSplit:
         lengths: NDArray[np.int64] = np.diff(self.tensors["offsets"].numpy())[self._index]
         return lengths
 
+    @property
+    def image_shape(self) -> tuple[int, ...] | None:
+        """Shape ``(C, H, W)`` of an image; None for texts."""
+        return tuple(self.tensors["pixels"].shape[1:]) if "pixels" in self.tensors else None
+
     def take(self, indices: Sequence[int] | NDArray[np.integer[Any]]) -> EncodedSplit:
         """Return some of the rows, without copying what is stored."""
         return replace(self, rows=self._index[np.asarray(indices, dtype=np.int64)])

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedpeft.bases import Inputs
 from fedpeft.config import RunConfig
 from fedpeft.data.readers import Place, plain_batches
 from fedpeft.errors import DataError, ModelError
@@ -22,7 +23,7 @@ Tokens = dict[str, list[list[int]]]
 
 
 def encode_texts(
-    config: RunConfig, model_dir: Path, fields: Mapping[str, Any], place: Place, rows: datasets.Dataset
+    config: RunConfig, model_dir: Path, inputs: Inputs, place: Place, rows: datasets.Dataset
 ) -> tuple[dict[str, Tensor], int]:
     """Tokenise all rows of a place.
 
@@ -32,8 +33,8 @@ def encode_texts(
         Names task and length.
     model_dir : Path
         Folder of the tokenizer.
-    fields : mapping
-        What the model's configuration says of its size.
+    inputs : Inputs
+        What the model can be given.
     place : Place
         Where the rows lie, for messages.
     rows : datasets.Dataset
@@ -51,14 +52,16 @@ def encode_texts(
     DataError
         The length fits neither model nor tokenizer, or a row becomes no tokens.
     ModelError
-        There is no tokenizer, or one without a token that can pad, or its chat template refuses plain turns.
+        There is no tokenizer, or one without a token that can pad, or its chat template refuses plain turns, or what it
+        makes is not what the model can be given.
     """
     tokenizer, pad_token_id = load_tokenizer(config, model_dir)
-    max_length = _checked_length(config, fields, tokenizer)
+    max_length = _checked_length(config, inputs, tokenizer)
     tokens: list[NDArray[np.int32]] = []
     types: list[NDArray[np.uint8]] = []
     lengths: list[int] = []
     prompts: list[int] = []
+    ends = None if inputs.end is None else _ends(tokenizer, inputs.end, rows, max_length)
     for batch in plain_batches(rows, BATCH_ROWS):
         encoded = tokenise(tokenizer, batch, max_length)
         ids = encoded["input_ids"]
@@ -66,6 +69,11 @@ def encode_texts(
         for row, whole, head in zip(batch["row"], ids, heads, strict=True):
             if len(whole) == head:
                 raise DataError(f"row {row} of {place} becomes no tokens. Remove it, or write it in other characters.")
+            if ends is not None and whole.count(inputs.end) != ends:
+                raise DataError(
+                    f"row {row} of {place} holds an end token ({tokenizer.convert_ids_to_tokens(inputs.end)!r}) in its "
+                    "own text, and the model takes its scores from the last one of each row. Remove it from the text."
+                )
         lengths += [len(whole) for whole in ids]
         tokens += [np.array(whole, dtype=np.int32) for whole in ids]
         types += [np.array(kinds, dtype=np.uint8) for kinds in encoded.get("token_type_ids", ())]
@@ -75,8 +83,10 @@ def encode_texts(
         "tokens": torch.from_numpy(np.concatenate(tokens)),
         "offsets": torch.from_numpy(np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])),
     }
-    if types:
+    _check_vocabulary(model_dir, inputs, tokenizer, max(pad_token_id, int(tensors["tokens"].max())))
+    if types and inputs.types != 0:  # else the model reads none, whatever they are
         tensors["types"] = torch.from_numpy(np.concatenate(types))
+        _check_types(model_dir, inputs, int(tensors["types"].max()))
     if prompts:
         tensors["prompts"] = torch.tensor(prompts, dtype=torch.int32)
     return tensors, pad_token_id
@@ -107,13 +117,10 @@ def load_tokenizer(config: RunConfig, model_dir: Path) -> tuple[Any, int]:
     return tokenizer, int(pad)
 
 
-def _checked_length(config: RunConfig, fields: Mapping[str, Any], tokenizer: Any) -> int:
+def _checked_length(config: RunConfig, inputs: Inputs, tokenizer: Any) -> int:
     """Return data.max_length if the model can read as many tokens, and some of them are the row's own."""
     given = config.data.max_length
-    limit = fields.get("max_position_embeddings") or fields.get("n_positions")
-    # RoBERTa counts positions from 2, and only its tokenizer says how many tokens that leaves
-    if limit is not None and 0 < limit - tokenizer.model_max_length <= 2:
-        limit = tokenizer.model_max_length
+    limit = inputs.tokens
     if limit is not None and given > limit:
         raise DataError(f"data.max_length = {given}, but the model reads {limit} tokens. Set it to {limit} or less.")
     if config.task == "sequence-classification":
@@ -121,6 +128,31 @@ def _checked_length(config: RunConfig, fields: Mapping[str, Any], tokenizer: Any
         if given <= added:
             raise DataError(f"data.max_length = {given}, but the tokenizer alone adds {added} tokens. Set it to more.")
     return given
+
+
+def _ends(tokenizer: Any, end: int, rows: datasets.Dataset, max_length: int) -> int:
+    """Return how many end tokens the tokenizer adds to a row of its own accord."""
+    empty = {name: [""] for name in rows.column_names if name in ("text", "text_pair")}
+    return tokenise(tokenizer, empty, max_length)["input_ids"][0].count(end)
+
+
+def _check_vocabulary(model_dir: Path, inputs: Inputs, tokenizer: Any, largest: int) -> None:
+    """Raise ModelError for a token that the model has no embedding of, such as one added after it was made."""
+    if inputs.vocabulary is not None and largest >= inputs.vocabulary:
+        raise ModelError(
+            f"the tokenizer in '{model_dir}' makes token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), but "
+            f"the model has {inputs.vocabulary} embeddings, 0 to {inputs.vocabulary - 1}. Save the tokenizer that "
+            f"belongs to it, or the model after resize_token_embeddings({len(tokenizer)})."
+        )
+
+
+def _check_types(model_dir: Path, inputs: Inputs, largest: int) -> None:
+    if inputs.types is not None and largest >= inputs.types:
+        raise ModelError(
+            f"the tokenizer in '{model_dir}' makes token type {largest}, but the model has {inputs.types} "
+            f"(type_vocab_size), 0 to {inputs.types - 1}. Save the tokenizer that belongs to it, or one whose "
+            "model_input_names lack token_type_ids."
+        )
 
 
 def tokenise(tokenizer: Any, batch: Mapping[str, list[Any]], max_length: int) -> Tokens:

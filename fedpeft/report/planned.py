@@ -63,6 +63,8 @@ class DryRun:
         Whether clients are also sent what became of the base before the last round, which `bytes_down` leaves out.
     privacy : mapping, optional
         What may be said of a private run beforehand, see `fedpeft.strategies.plan.plan_privacy`.
+    notes : tuple of str
+        What a user should know of base and adapter, see `fedpeft.adapters.AdaptedModel`.
     """
 
     config: RunConfig
@@ -82,6 +84,7 @@ class DryRun:
     personal: tuple[str, ...] = ()
     changes_base: bool = False
     privacy: Mapping[str, Any] | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def cohort(self) -> int:
@@ -124,6 +127,7 @@ class DryRun:
             "changes_rank": self.changes_rank,
             "personal": list(self.personal),
             "changes_base": self.changes_base,
+            "notes": list(self.notes),
             **({} if self.privacy is None else {"privacy": strict_json(self.privacy)}),
         }
 
@@ -158,6 +162,7 @@ def dry_run_table(planned: DryRun) -> RenderableType:
             f"{adapter.kind}, rank {ranks}, alpha {adapter.alpha:g}, {planned.layers} layers ({targets})",
         ),
         ("trainable", f"{planned.trainable:,} parameters a client ({share:.2g} % of the base)"),
+        *(("note", note) for note in planned.notes),
         ("head", f"{planned.head}" + (f" ({planned.head_parameters:,} parameters)" if planned.head_parameters else "")),
         (
             "a round trains",

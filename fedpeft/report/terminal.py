@@ -217,6 +217,8 @@ class TerminalListener:
                 self._explained.add(kind_of)
                 why = f"{why}: {said}"
             self._progress.say(Text(f"round {event.get('round')}: client {who} {what}: {why}", style))
+        elif kind == "note":
+            self._progress.say(Text(f"note: {one_line(event.get('message'), 300)}", "dim"))
         elif kind == "warning":
             self._progress.say(Text(f"warning: {one_line(event.get('message'))}", "yellow"))
         for round_event, evaluation in lines:

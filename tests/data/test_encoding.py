@@ -387,11 +387,10 @@ def test_lengths_that_fit_neither_model_nor_tokenizer_are_refused(rows_csv: Path
         encode(configure(rows_csv, data__max_length=2), MINILM)
 
 
-def test_roberta_reads_two_tokens_less_than_it_has_positions(
-    tmp_path: Path, rows_csv: Path, words: Callable[..., Path]
-) -> None:
-    folder = words(None, eos_token="</s>", model_max_length=12)
-    (folder / "config.json").write_text(json.dumps({"max_position_embeddings": 14}))
+def test_roberta_reads_two_tokens_less_than_it_has_positions(rows_csv: Path, words: Callable[..., Path]) -> None:
+    folder = words(None, eos_token="</s>")
+    model = {"model_type": "roberta", "max_position_embeddings": 14, "pad_token_id": 1}
+    (folder / "config.json").write_text(json.dumps(model))
     assert len(encode(configure(rows_csv, data__max_length=12), folder).train) == 24
     with pytest.raises(DataError, match="reads 12 tokens"):
         encode(configure(rows_csv, data__max_length=13), folder)
@@ -471,7 +470,7 @@ def test_pixels_are_what_the_processor_itself_makes_of_them(tmp_path: Path, mode
 def test_a_model_of_one_channel_gets_grey_images(tmp_path: Path) -> None:
     source = images(tmp_path / "images")
     folder = processor_folder(tmp_path, image_mean=[0.5], image_std=[0.25])
-    (folder / "config.json").write_text(json.dumps({"num_channels": 1}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "vit", "num_channels": 1}))
     _, everything = encoded_images(source, folder)
     pixel_values = everything.batch([0, 9, 4])["pixel_values"]
     assert pixel_values.shape == (3, 1, 8, 6)
