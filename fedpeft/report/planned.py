@@ -63,6 +63,8 @@ class DryRun:
         Whether clients are also sent what became of the base before the last round, which `bytes_down` leaves out.
     privacy : mapping, optional
         What may be said of a private run beforehand, see `fedpeft.strategies.plan.plan_privacy`.
+    notes : tuple of str
+        What should be known of how the rows were read.
     """
 
     config: RunConfig
@@ -82,6 +84,7 @@ class DryRun:
     personal: tuple[str, ...] = ()
     changes_base: bool = False
     privacy: Mapping[str, Any] | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def cohort(self) -> int:
@@ -124,6 +127,7 @@ class DryRun:
             "changes_rank": self.changes_rank,
             "personal": list(self.personal),
             "changes_base": self.changes_base,
+            "notes": list(self.notes),
             **({} if self.privacy is None else {"privacy": strict_json(self.privacy)}),
         }
 
@@ -149,6 +153,7 @@ def dry_run_table(planned: DryRun) -> RenderableType:
             f"{config.model.name or NONE} ({config.task}, {planned.parameters:,} parameters, on {planned.device})",
         ),
         ("data", f"{config.data.source or NONE} ({sum(rows):,} training rows, {planned.test_rows:,} test rows)"),
+        *(("", note) for note in planned.notes),
         ("strategy", f"{config.strategy.name}{options}"),
         ("", f"{planned.paper}; exact: {planned.exact}"),
         ("server", sees),
