@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import io
 import math
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -85,7 +86,7 @@ class DataConfig(Section):
     def _is_of_text(cls, name: str) -> str:
         try:
             found = codecs.lookup(name)
-            b"".decode(name)  # which codecs that make no text refuse
+            io.TextIOWrapper(io.BytesIO(), name)  # which refuses codecs that make no text
         except (LookupError, ValueError):
             raise ValueError(
                 f"data.encoding = '{name}' is no encoding of text. Give utf-8, utf-16, cp1252, latin-1, gb18030, "

@@ -48,6 +48,11 @@ def text_or_number(place: Place, column: str, cells: pa.ChunkedArray) -> pa.Chun
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
         return _decoded(place, column, cells)
     is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    if is_text:
+        try:
+            cells.validate(full=True)
+        except pa.ArrowException:  # what wrote the file did not look
+            return _decoded(place, column, cells.cast(pa.large_binary()))
     is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
     if is_text or is_number or pa.types.is_boolean(kind):
         return cells

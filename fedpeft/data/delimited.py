@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 
 from fedpeft.data.places import Place, Wanted
-from fedpeft.data.text_files import opened, table
+from fedpeft.data.text_files import opened, refuse_nul, table
 from fedpeft.errors import DataError
 
 SEPARATORS = {",": "a comma", "\t": "a tab", ";": "a semicolon", "|": "a bar"}
@@ -56,11 +56,7 @@ def _header(place: Place, wanted: Wanted, file: Any) -> tuple[Any, list[str]]:
             reader, header = _parsed(file, mark)
         except csv.Error:
             continue  # quotes that only another separator explains
-        if "\0" in "".join(header):
-            raise DataError(
-                f"the first line of {place} holds NUL characters, as UTF-16 without its mark does. "
-                "Set data.encoding=utf-16-le or utf-16-be, or save it as UTF-8."
-            )
+        refuse_nul(place, "".join(header))
         if header and wanted.fit(header):
             return reader, header
         found[mark] = header

@@ -12,7 +12,7 @@ from typing import Any, TextIO
 import datasets
 
 from fedpeft.data.places import Place, Wanted
-from fedpeft.data.text_files import opened, table
+from fedpeft.data.text_files import opened, refuse_nul, table
 from fedpeft.errors import DataError
 
 KEPT_DEPTH = 8  # rows and their cells lie less deep than this in every layout that is read
@@ -64,6 +64,7 @@ def read_json(place: Place, wanted: Wanted) -> datasets.Dataset:
 def _records(place: Place, wanted: Wanted) -> Iterator[tuple[str, object]]:
     with opened(place, wanted.encoding) as file:
         first = next((line for line in file if line.strip()), "")
+        refuse_nul(place, first)
         file.seek(0)
         if _is_whole(first):
             lines = _lines(place, file)

@@ -111,12 +111,11 @@ def _plain_schema(place: Place, names: Sequence[str], held: pa.Schema) -> pa.Sch
             datasets.Features.from_arrow_schema(pa.schema([schema.field(name)]))
         except (ValueError, NotImplementedError, pa.ArrowException):
             raise not_read(place, name, kinds[name], "texts, numbers or images") from None
-    described = schema.with_metadata(held.metadata)
     try:
-        truly = datasets.Features.from_arrow_schema(described).arrow_schema.types == schema.types
+        described: pa.Schema = datasets.Features.from_arrow_schema(schema.with_metadata(held.metadata)).arrow_schema
     except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, pa.ArrowException):
-        truly = False
-    return described if truly else schema
+        return schema
+    return described if described.types == schema.types and described.names == schema.names else schema
 
 
 def _parquet_batches(place: Place, file: pq.ParquetFile, names: Sequence[str]) -> Iterator[pa.RecordBatch]:

@@ -72,6 +72,15 @@ def table(place: Place, rows: Iterable[Sequence[str | None]], names: Sequence[st
     return datasets.Dataset(pa.Table.from_batches(batches, schema))
 
 
+def refuse_nul(place: Place, first: str) -> None:
+    """Refuse a file whose first line shows that it is UTF-16 without the mark that would say so."""
+    if "\0" in first:
+        raise DataError(
+            f"the first line of {place} holds NUL characters, as UTF-16 without its mark does. "
+            "Set data.encoding=utf-16-le or utf-16-be, or save it as UTF-8."
+        )
+
+
 @contextlib.contextmanager
 def _unpacked(place: Place) -> Iterator[BinaryIO]:
     assert place.path is not None

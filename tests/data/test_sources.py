@@ -339,9 +339,13 @@ def lists(path: Path) -> Path:
 @pytest.mark.parametrize(
     ("name", "make", "message"),
     [
-        ("rows.csv", binary(b"text,label\n\xff\xfe,x\n"), "is not UTF-8 text"),
+        (
+            "rows.csv",
+            binary(b"text,label\n\xff\xfe,x\n"),
+            r"byte 0xff in line 2 .*Set data\.encoding",
+        ),
         ("rows.parquet", binary(b"no parquet"), "cannot be read as Parquet"),
-        ("rows.xlsx", binary(b""), r"suffix is '.xlsx', allowed are .csv, .json, .jsonl, .parquet"),
+        ("rows.xlsx", binary(b""), r"suffix is .\.xlsx., allowed are \.csv, \.tsv, \.json"),
         ("saved", saved_then_broken, "cannot be read as a saved dataset"),
         ("folder", empty_folder, r"of no kind that is read \(it holds nothing\)"),
         ("splits", unnamed_splits, "has the splits one, two, but none is named 'train'"),
