@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,6 +15,8 @@ from fedpeft.config import Scalar
 from fedpeft.data.encoding import EncodedSplit, encode_rows
 from fedpeft.errors import DeploymentError
 from fedpeft.resident import Resident
+
+log = logging.getLogger("flwr")
 
 PARTITION_ID, NUM_PARTITIONS, DATA, NODE_CLIENT_ID = "partition-id", "num-partitions", "data", "client-id"
 
@@ -106,4 +109,7 @@ def _own_rows(home: Resident, path: Path) -> EncodedSplit:
             "a site with rows of its own needs data.labels, the comma-separated names of all labels: "
             "its own rows may not hold every one."
         )
-    return encode_rows(home.config, home.folder, path, labels or ())
+    split = encode_rows(home.config, home.folder, path, labels or ())
+    for note in split.notes:  # in the site's own log, and nowhere else
+        log.warning("%s", note)
+    return split

@@ -10,6 +10,7 @@ import codecs
 import csv
 import io
 import math
+import os
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from fedpeft.data.places import divided_name, is_image_folder
+from fedpeft.data.places import at, divided_name, is_image_folder
 from fedpeft.errors import ConfigError, nearest
 from fedpeft.kinds import INITS, INITS_FROM_DATA, INITS_OF_BASE, WITHOUT_DROPOUT, AdapterInit, AdapterKind
 from fedpeft.privacy.settings import PrivacyConfig
@@ -471,8 +472,8 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         if not value:
             return value
         name, parts = divided_name(value)
-        path = Path(name).expanduser()
-        return ":".join([str(path.resolve()), *parts]) if path.exists() else value
+        path = at(name)
+        return ":".join([str(path.resolve()), *parts]) if os.path.exists(path) else value
 
     data, named = config.data, (config.data.text, config.data.image, config.data.prompt, config.data.completion)
     if config.model.task is None and not any(named) and is_image_folder(data.source or data.test):

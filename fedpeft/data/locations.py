@@ -15,6 +15,7 @@ from fedpeft.data.places import (
     PACKED,
     TEST_PARTS,
     Place,
+    at,
     divided_name,
     image_folders,
     table_kind,
@@ -62,7 +63,7 @@ def locate(source: str | Path | None) -> Location:
         raise DataError(f"no rows are named. Give data.source: {KINDS}.")
     whole = str(source)
     name, asked = divided_name(whole)
-    path = Path(name).expanduser()
+    path = at(name)
     try:
         if path.is_file():
             if asked:

@@ -6,6 +6,7 @@ Nothing heavy is imported, so that a command may ask what a path is before anyth
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,12 +150,17 @@ def unreadable(what: object, error: OSError) -> DataError:
     return DataError(f"cannot read {what}: {error.strerror or error}. Check the path and its permissions.")
 
 
+def at(name: str) -> Path:
+    """Return a name as a path, a user's home folder spelled out where there is one."""
+    return Path(os.path.expanduser(name))
+
+
 def divided_name(name: str) -> tuple[str, tuple[str, ...]]:
     """Divide ``source:split`` and ``source:configuration:split``; what exists as a path is whole."""
-    if Path(name).expanduser().exists():
+    if os.path.exists(at(name)):
         return name, ()
     source, *parts = name.split(":")
-    if parts and Path(name.rpartition(":")[0]).expanduser().exists():  # whose own name may hold colons
+    if parts and os.path.exists(at(name.rpartition(":")[0])):  # whose own name may hold colons
         source, _, part = name.rpartition(":")
         return source, (part,)
     return (source, tuple(parts)) if source and all(parts) and 0 < len(parts) < 3 else (name, ())
@@ -194,7 +200,7 @@ def is_image_folder(source: str | None) -> bool:
     """Say whether a source is a folder of images in one sub-folder per class, and nothing else that is read."""
     if source is None:
         return False
-    folder = Path(divided_name(source)[0]).expanduser()
+    folder = at(divided_name(source)[0])
     try:
         if not folder.is_dir() or any((folder / name).exists() for name in ("dataset_dict.json", "state.json")):
             return False

@@ -162,7 +162,7 @@ def folder_notes(place: Place) -> tuple[str, ...]:
         notes.append(f"files in {place} that are no images and no rows: {len(files)} ({listed(files, base)})")
     if folders:
         notes.append(
-            f"folders in {place} that hold no images and are no classes: {len(folders)} ({listed(folders, base)})"
+            f"folders in {place} without images, which are no classes: {len(folders)} ({listed(folders, base)})"
         )
     return tuple(notes)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -227,13 +228,15 @@ def _text(place: Place, column: str, cells: pa.ChunkedArray) -> pa.ChunkedArray:
 
 def _images(place: Place, column: str, cells: pa.ChunkedArray) -> pa.ChunkedArray:
     cells = stored(place, column, cells)
+    if _is_string(cells.type):
+        cells = text_or_number(place, column, cells)
     missing = pc.is_null(cells).to_numpy()
     if _is_string(cells.type):
         missing |= pc.fill_null(pc.equal(cells, ""), True).to_numpy()
         refuse_missing(place, column, missing, "no image")
         paths = _resolved(place, cells.to_pylist())
         for row, path in enumerate(paths, start=1):
-            if not path.is_file():
+            if not os.path.isfile(path):
                 raise DataError(
                     f"row {row} of {place} names the image '{path}', which is not a file. Correct the path."
                 )
@@ -274,7 +277,10 @@ def linked_files(place: Place, data: DataConfig, task: Task) -> list[Path]:
             return []
     wanted = Wanted({"data.image": column}, encoding=data.encoding)
     cells = read(place, wanted).with_format("arrow")[:][column]
-    return _resolved(place, [path for path in cells.to_pylist() if path]) if _is_string(cells.type) else []
+    if not _is_string(cells.type):
+        return []
+    paths = _resolved(place, [path for path in text_or_number(place, column, cells).to_pylist() if path])
+    return [path for path in paths if os.path.isfile(path)]  # reading the rows says which are missing
 
 
 def digest(place: Place, data: DataConfig, task: Task) -> str:
