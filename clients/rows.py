@@ -115,8 +115,11 @@ def _own_rows(home: Resident, path: Path) -> tuple[EncodedSplit, int]:
             "its own rows may not hold every one."
         )
     if home.config.privacy.level != "record":
-        return encode_rows(home.config, home.folder, path, labels or ()), 0
-    split, problems = encode_what_can_be(home.config, home.folder, path, labels or ())
+        split, problems = encode_rows(home.config, home.folder, path, labels or ()), dict[int, str]()
+    else:
+        split, problems = encode_what_can_be(home.config, home.folder, path, labels or ())
+    for note in split.notes:
+        log.warning("%s", note)
     for row, what in problems.items():
         log.warning("row %d of '%s' cannot be encoded and counts as one with a gradient of zero: %s", row, path, what)
     return split, len(problems)

@@ -271,6 +271,8 @@ def partition(
 
     home = resident(config)
     table = partition_table(home.partition, home.data.train, home.data.labels)
+    for note in home.data.notes:
+        print(f"note: {note}", file=sys.stderr)
     show(table, partition_view, json_lines)
     if plot is not None:
         try:

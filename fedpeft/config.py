@@ -6,15 +6,19 @@ an error that names the nearest key that does.
 
 from __future__ import annotations
 
+import codecs
 import csv
+import io
 import math
+import os
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from fedpeft.data.places import at, divided_name, is_image_folder
 from fedpeft.errors import ConfigError, nearest
 from fedpeft.kinds import INITS, INITS_FROM_DATA, INITS_OF_BASE, WITHOUT_DROPOUT, AdapterInit, AdapterKind
 from fedpeft.privacy.settings import PrivacyConfig
@@ -42,6 +46,9 @@ class ModelConfig(Section):
     trust_remote_code: bool = Field(False, description="run code that a hub repository brings")
 
 
+Truncate = Literal["longest", "prompt", "completion"]
+
+
 class DataConfig(Section):
     """The rows, and which columns hold what."""
 
@@ -61,6 +68,12 @@ class DataConfig(Section):
     )
     domain: str | None = Field(None, description="column by which test scores are also reported")
     max_length: int = Field(128, ge=1, description="tokens kept of each row")
+    truncate: Truncate | None = Field(
+        None,
+        description="what is cut of prompt and completion that are too long together: longest (if unset), the longer "
+        "of both; prompt, at its beginning and wholly if need be; completion, at its end",
+    )
+    encoding: str = Field("utf-8", description="of CSV and JSON files, such as cp1252, latin-1, utf-16")
 
     @property
     def label_names(self) -> tuple[str, ...] | None:
@@ -68,6 +81,19 @@ class DataConfig(Section):
         if self.labels is None:
             return None
         return tuple(name.strip() for name in next(csv.reader([self.labels], skipinitialspace=True)))
+
+    @field_validator("encoding")
+    @classmethod
+    def _is_of_text(cls, name: str) -> str:
+        try:
+            found = codecs.lookup(name)
+            io.TextIOWrapper(io.BytesIO(), name)  # which refuses codecs that make no text
+        except (LookupError, ValueError):
+            raise ValueError(
+                f"data.encoding = '{name}' is no encoding of text. Give utf-8, utf-16, cp1252, latin-1, gb18030, "
+                "shift_jis or any other that Python knows"
+            ) from None
+        return found.name
 
     @model_validator(mode="after")
     def _labels_differ(self) -> Self:
@@ -297,6 +323,15 @@ class RunConfig(Section):
     simulation: SimulationConfig = SimulationConfig()
     run: RunSection = RunSection()
 
+    @model_validator(mode="after")
+    def _truncation_is_of_prompts(self) -> Self:
+        if self.data.truncate is not None and self.task != "causal-lm":
+            raise ValueError(
+                f"data.truncate = '{self.data.truncate}' is for prompts and completions, but the task is "
+                f"'{self.task}'; drop it"
+            )
+        return self
+
     @property
     def task(self) -> Task:
         """The task named, or the one that the data's columns speak of."""
@@ -428,11 +463,21 @@ def resolve(layers: Iterable[Layer]) -> RunConfig:
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
-    """Make paths of existing files and folders absolute, so that a saved configuration works from any folder."""
+    """Make paths of existing files and folders absolute, so that a saved configuration works from any folder.
+
+    Where rows lie in a folder of images and no column is named, that of the images is, from which follows the task.
+    """
 
     def absolute(value: str | None) -> str | None:
-        return str(Path(value).expanduser().resolve()) if value and Path(value).expanduser().exists() else value
+        if not value:
+            return value
+        name, parts = divided_name(value)
+        path = at(name)
+        return ":".join([str(path.resolve()), *parts]) if os.path.exists(path) else value
 
+    data, named = config.data, (config.data.text, config.data.image, config.data.prompt, config.data.completion)
+    if config.model.task is None and not any(named) and is_image_folder(data.source or data.test):
+        config = config.model_copy(update={"data": data.model_copy(update={"image": "image"})})
     return config.model_copy(
         update={
             "model": config.model.model_copy(update={"name": absolute(config.model.name)}),

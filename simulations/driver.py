@@ -47,6 +47,9 @@ def drive(config: RunConfig, out: Path, listener: Listener, grid: InlineGrid | R
     """
     home = resident(config)
     home.check()
+    if config.privacy.level == "none":  # else what is told of rows would need noise
+        for note in home.data.notes:
+            listener({"event": "warning", "round": 0, "message": note})
     contexts, client_ids = client_contexts(config, home)
     federation = config.federation
     require_enough(len(contexts), federation.min_clients)

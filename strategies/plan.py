@@ -70,7 +70,7 @@ def plan(config: RunConfig) -> DryRun:
         personal=tuple(sorted({str(role_of(name)) for name in personal_names(method, adapted)})),
         changes_base=facts.changes_base,
         privacy=plan_privacy(config, home),
-        notes=adapted.notes,
+        notes=(*adapted.notes, *home.data.notes),
     )
 
 

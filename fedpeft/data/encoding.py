@@ -26,10 +26,10 @@ from fedpeft.bases import inputs_of
 from fedpeft.cache import cache_dir, locked, publishing
 from fedpeft.config import RunConfig, Task
 from fedpeft.data.pixels import ImageEncoder
-from fedpeft.data.readers import Place, read
+from fedpeft.data.readers import Place, folder_notes, read
 from fedpeft.data.sources import CLIENT, DOMAIN, digest, hold_out, locate, places, read_rows, test_place, wanted_columns
 from fedpeft.data.splits import EncodedData, EncodedSplit, Normalisation
-from fedpeft.data.tokens import encode_texts
+from fedpeft.data.tokens import Cuts, cut_notes, encode_texts
 from fedpeft.errors import DataError, ModelError
 
 __all__ = ["EncodedData", "EncodedSplit", "encode", "encode_rows", "encode_table", "encode_what_can_be", "model_digest"]
@@ -155,13 +155,15 @@ def _entry(
         rows=digest(place, config.data, config.task),
         columns=dict(wanted.columns),
         labels=labels,
+        encoding=config.data.encoding,
         max_length=None if config.task == "image-classification" else config.data.max_length,
+        truncate=config.data.truncate or "longest",
         model=model_digest(model_dir),
         versions=[importlib.metadata.version(name) for name in LIBRARIES],
     )
     folder = cache_dir() / "encoded" / key
     if (found := _open(folder, config.task)) is not None:
-        return found
+        return _noted(config, place, found)
     with locked(folder):
         if (found := _open(folder, config.task)) is None:  # another process may have been first
             table = read_rows(
@@ -171,7 +173,15 @@ def _entry(
             found = _open(folder, config.task)
     if found is None:
         raise DataError(f"the cache entry '{folder}' was written but cannot be read. Remove the folder and run again.")
-    return found
+    return _noted(config, place, found)
+
+
+def _noted(
+    config: RunConfig, place: Place, found: tuple[EncodedSplit, tuple[str, ...], Cuts]
+) -> tuple[EncodedSplit, tuple[str, ...]]:
+    split, labels, cuts = found
+    notes = folder_notes(place) if place.kind == "image-folder" else cut_notes(config, place, len(split), cuts)
+    return replace(split, notes=notes), labels
 
 
 def _key(**parts: Any) -> str:
@@ -200,7 +210,7 @@ def _model_fields(model_dir: Path) -> dict[str, Any]:
         raise ModelError(f"'{model_dir / 'config.json'}' cannot be read: {error}. Save the model again.") from None
 
 
-def _open(folder: Path, task: Task) -> tuple[EncodedSplit, tuple[str, ...]] | None:
+def _open(folder: Path, task: Task) -> tuple[EncodedSplit, tuple[str, ...], Cuts] | None:
     """Map an entry into memory; None where there is none, or a damaged one."""
     try:
         meta = json.loads((folder / _META).read_text(encoding="utf-8"))
@@ -216,7 +226,7 @@ def _open(folder: Path, task: Task) -> tuple[EncodedSplit, tuple[str, ...]] | No
             scaling and Normalisation(scaling["scale"], tuple(scaling["mean"]), tuple(scaling["std"])),
             meta["fingerprint"],
         )
-        return split, tuple(meta["labels"])
+        return split, tuple(meta["labels"]), {"prompt": 0, "whole prompt": 0, "completion": 0} | meta["cuts"]
     except (OSError, ValueError, KeyError, TypeError, SafetensorError):
         return None
 
@@ -229,16 +239,18 @@ def _make(
     pad_token_id: int | None = None
     scaling: Normalisation | None = None
     write_pixels: Callable[[Path], None] | None = None
+    cuts: Cuts = {}
     if config.task == "image-classification":
         images = ImageEncoder(config, model_dir, inputs.channels, place, rows)
         scaling, write_pixels = images.normalisation, images.write
     else:
-        texts, pad_token_id = encode_texts(config, model_dir, inputs, place, rows)
+        texts, pad_token_id, cuts = encode_texts(config, model_dir, inputs, place, rows)
         tensors |= texts
     meta = {
         "labels": list(labels),
         "names": names,
         "pad_token_id": pad_token_id,
+        "cuts": cuts,
         "pixels": write_pixels is not None,
         "normalisation": scaling and {"scale": scaling.scale, "mean": scaling.mean, "std": scaling.std},
     }
@@ -250,7 +262,8 @@ def _make(
         for path in sorted(draft.iterdir()):
             with path.open("rb") as file:
                 contents.update(hashlib.file_digest(file, "sha256").digest())
-        (draft / _META).write_text(json.dumps(meta | {"fingerprint": contents.hexdigest()}), encoding="utf-8")
+        text = json.dumps(meta | {"fingerprint": contents.hexdigest()})
+        (draft / _META).write_text(text, encoding="utf-8")
 
 
 def _columns(rows: datasets.Dataset) -> tuple[dict[str, Tensor], dict[str, list[str]]]:

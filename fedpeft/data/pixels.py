@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import json
+import struct
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+import PIL.Image
 import torch
 from torch import Tensor
 
 from fedpeft.config import RunConfig
-from fedpeft.data.readers import Place, plain_batches
+from fedpeft.data.readers import Place, listed, plain_batches
 from fedpeft.data.splits import EncodedSplit, Normalisation
 from fedpeft.errors import DataError, ModelError
 
 BATCH_ROWS = 64
 MODES = {1: "L", 3: "RGB"}  # of images, by the model's channels
+# what the library's decoders raise at damaged files of one kind or another
+UNREADABLE: tuple[type[Exception], ...] = (
+    *(OSError, ValueError, SyntaxError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError),
+    *(EOFError, struct.error, zlib.error, PIL.Image.DecompressionBombError),
+)
+
+
+class BrokenImageError(DataError):
+    """An image that cannot be opened, or not to its end."""
 
 
 class ImageEncoder:
@@ -51,7 +63,7 @@ class ImageEncoder:
         self._place, self._rows = place, rows
         self._processor, self._mode = load_processor(config, model_dir, channels)
         first = next(plain_batches(rows, BATCH_ROWS))
-        self.normalisation = _find_normalisation(self._processor, decode(place, first, self._mode))
+        self.normalisation = _find_normalisation(self._processor, self._decoded(first))
 
     def write(self, path: Path) -> None:
         """Write all images as the tensor ``pixels``, a few at a time, since all of them may not fit in memory.
@@ -63,7 +75,7 @@ class ImageEncoder:
         """
         raw = self.normalisation is not None
         chunks = (
-            preprocess(self._processor, decode(self._place, batch, self._mode), raw=raw)
+            preprocess(self._processor, self._decoded(batch), raw=raw)
             for batch in plain_batches(self._rows, BATCH_ROWS)
         )
         try:
@@ -72,6 +84,41 @@ class ImageEncoder:
             raise DataError(
                 f"the images of {self._place}: {error}. Give the model's processor one size or a crop."
             ) from None
+
+    def _decoded(self, batch: Mapping[str, list[Any]]) -> list[Any]:
+        """Open a few images; where one is broken, look for all that are before saying so."""
+        try:
+            return decode(self._place, batch, self._mode)
+        except BrokenImageError:
+            raise broken_images(self._place, self._rows) from None
+
+
+def broken_images(place: Place, rows: datasets.Dataset) -> DataError:
+    """Return the error that names the first few images that cannot be read, and counts all of them."""
+    found: list[int] = []
+    names: list[str] = []
+    why = ""
+    for batch in plain_batches(rows, BATCH_ROWS):
+        for row, stored in zip(batch["row"], batch["image"], strict=True):
+            try:
+                _opened(stored)
+            except UNREADABLE as error:
+                found.append(row)
+                why = why or _reason(error)
+                names += [stored["path"]] if stored.get("path") else []
+    more = f" and {len(found) - 1} more hold" if len(found) > 1 else " holds"
+    named = f" ({listed([Path(name) for name in names], place.path.resolve())})" if names and place.path else ""
+    return DataError(
+        f"row {found[0]} of {place}{more} no image that can be read{named}: {why}. Replace or remove what is broken."
+    )
+
+
+def _opened(stored: Any) -> Any:
+    return datasets.Image().decode_example(stored)
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def load_processor(config: RunConfig, model_dir: Path, channels: int) -> tuple[Any, str]:
@@ -122,18 +169,18 @@ def decode(place: Place, batch: Mapping[str, list[Any]], mode: str) -> list[Any]
 
     Raises
     ------
+    BrokenImageError
+        One cannot be read.
     DataError
-        One cannot be read, or has more than 8 bits a channel.
+        One has more than 8 bits a channel.
     """
-    import PIL.Image
-
-    feature, images = datasets.Image(), []
+    images = []
     for row, stored in zip(batch["row"], batch["image"], strict=True):
         try:
-            image = feature.decode_example(stored)
-        except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
-            raise DataError(
-                f"row {row} of {place} holds no image that can be read: {error}. Replace it or remove the row."
+            image = _opened(stored)
+        except UNREADABLE as error:
+            raise BrokenImageError(
+                f"row {row} of {place} holds no image that can be read: {_reason(error)}. Replace it or remove the row."
             ) from None
         if image.mode[0] in "IF":  # would be cut off at 255, not scaled
             raise DataError(f"row {row} of {place} holds an image of more than 8 bits a channel. Convert it to 8 bits.")

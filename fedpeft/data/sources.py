@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import re
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,35 +17,28 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from fedpeft.config import DataConfig, Task
+from fedpeft.data.cells import stored, text_or_number
 from fedpeft.data.labels import column_codes, label_ids
-from fedpeft.data.readers import Kind, Place, Wanted, class_folders, hub_dataset, read, refuse_missing, unreadable
+from fedpeft.data.locations import Location, locate, places, test_place
+from fedpeft.data.places import files_in
+from fedpeft.data.readers import Place, Wanted, hub_rows, read, refuse_missing, unreadable
 from fedpeft.errors import DataError
 from fedpeft.seeds import generator
 
-KIND_BY_SUFFIX: Mapping[str, Kind] = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-KINDS = (
-    "a CSV, JSON lines or Parquet file, a folder of such files named train and test, a folder of images in one "
-    "sub-folder per class, a folder written by save_to_disk, or a dataset of the hub"
-)
-TEST_PARTS = ("test", "validation")
-HUB_ID = r"\w[\w.-]*(/\w[\w.-]*)?"
-FILE_SUFFIX = r"\.[A-Za-z]+$"  # not .v2, which ids end with
-
-
-@dataclass(frozen=True)
-class Location:
-    """A source that exists.
-
-    Parameters
-    ----------
-    train : Place
-        Its training rows, or all rows of a source that is not divided.
-    test : Place, optional
-        Its own test rows.
-    """
-
-    train: Place
-    test: Place | None = None
+__all__ = [
+    "Location",
+    "SourceRows",
+    "Table",
+    "digest",
+    "hold_out",
+    "linked_files",
+    "load_rows",
+    "locate",
+    "places",
+    "read_rows",
+    "test_place",
+    "wanted_columns",
+]
 
 
 @dataclass(frozen=True)
@@ -73,94 +65,6 @@ class Table:
 
     rows: datasets.Dataset
     labels: tuple[str, ...]
-
-
-def locate(source: str | Path | None) -> Location:
-    """Find a source by its path, or failing that by its id on the hub.
-
-    Only a plain ``name`` or ``owner/name`` without a file suffix can be a hub id, so that a mistyped path is never
-    asked for on the network.
-
-    Raises
-    ------
-    DataError
-        There is no such file or folder, it is of none of the kinds read here, or the hub does not have it.
-    """
-    if source is None:
-        raise DataError(f"no rows are named. Give data.source: {KINDS}.")
-    name, path = str(source), Path(source).expanduser()
-    try:
-        if path.is_file():
-            return Location(_file(name, path))
-        if path.is_dir():
-            return _folder(name, path)
-    except OSError as error:
-        raise unreadable(f"'{name}'", error) from None
-    if isinstance(source, Path) or not re.fullmatch(HUB_ID, name) or re.search(FILE_SUFFIX, name):
-        raise DataError(f"there is no file or folder '{name}'. Give the path of {KINDS}.")
-    parts = hub_dataset(name)
-    return _divided({part: Place(name, "hub", None, part) for part in parts}, name)
-
-
-def _file(name: str, path: Path) -> Place:
-    kind = KIND_BY_SUFFIX.get(path.suffix.lower())
-    if kind is None:
-        allowed = ", ".join(KIND_BY_SUFFIX)
-        raise DataError(f"'{name}' is of no kind that is read: its suffix is '{path.suffix}', allowed are {allowed}.")
-    return Place(name, kind, path)
-
-
-def _folder(name: str, folder: Path) -> Location:
-    index = folder / "dataset_dict.json"
-    if index.is_file():
-        try:
-            parts = list(json.loads(index.read_text(encoding="utf-8"))["splits"])
-        except (ValueError, KeyError, TypeError):
-            raise DataError(f"'{index}' does not list splits. Save the dataset again with save_to_disk.") from None
-        return _divided({part: Place(name, "saved", folder / part, part) for part in parts}, name)
-    if (folder / "state.json").is_file():
-        return Location(Place(name, "saved", folder))
-    files = {
-        path.stem: _file(str(Path(name) / path.name), path)
-        for path in sorted(folder.iterdir())
-        if path.stem in ("train", *TEST_PARTS) and path.suffix.lower() in KIND_BY_SUFFIX and path.is_file()
-    }
-    if files:
-        return _divided(files, name)
-    # train/ without class folders below it is itself a class
-    divided = {
-        part: Place(name, "image-folder", folder / part, part)
-        for part in ("train", *TEST_PARTS)
-        if (folder / part).is_dir() and class_folders(folder / part)
-    }
-    if "train" in divided:
-        return _divided(divided, name)
-    if class_folders(folder):
-        return Location(Place(name, "image-folder", folder))
-    held = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
-    raise DataError(f"the folder '{name}' is of no kind that is read (it holds {held}). Give {KINDS}.")
-
-
-def _divided(places: Mapping[str, Place], name: str) -> Location:
-    train = places.get("train") or (next(iter(places.values())) if len(places) == 1 else None)
-    if train is None:
-        raise DataError(f"'{name}' has the splits {', '.join(places)}, but none is named 'train'. Rename one of them.")
-    tests = [places[part] for part in TEST_PARTS if part in places and places[part] != train]
-    return Location(train, tests[0] if tests else None)
-
-
-def places(data: DataConfig) -> tuple[Place, Place | None]:
-    """Return where training rows lie, and test rows; None if these must be held out of the former."""
-    location = locate(data.source)
-    if data.test is None:
-        return location.train, location.test
-    return location.train, test_place(data.test)
-
-
-def test_place(source: str | Path) -> Place:
-    """Return where the test rows of a source lie: its test split, or all of it."""
-    location = locate(source)
-    return location.test or location.train
 
 
 def load_rows(data: DataConfig, task: Task, *, client_column: str | None, seed: int) -> SourceRows:
@@ -252,7 +156,7 @@ def wanted_columns(
             "data.label": data.label or "label",
         }
     columns |= {"data.domain": data.domain, "partition.by": client_column}
-    return Wanted({key: column for key, column in columns.items() if column is not None}, optional)
+    return Wanted({key: column for key, column in columns.items() if column is not None}, optional, data.encoding)
 
 
 def read_rows(
@@ -322,22 +226,23 @@ def read_rows(
 
 
 def _text(place: Place, column: str, cells: pa.ChunkedArray) -> pa.ChunkedArray:
-    if pa.types.is_nested(cells.type) or pa.types.is_binary(cells.type) or pa.types.is_large_binary(cells.type):
-        raise DataError(f"column '{column}' of {place} holds {cells.type}, not text. Name a column of text.")
-    text = cells.cast(pa.large_string())
+    text = text_or_number(place, column, cells).cast(pa.large_string())
     blank = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(text), ""), True)
     refuse_missing(place, column, blank.to_numpy(), "no text")
     return text
 
 
 def _images(place: Place, column: str, cells: pa.ChunkedArray) -> pa.ChunkedArray:
+    cells = stored(place, column, cells)
+    if _is_string(cells.type):
+        cells = text_or_number(place, column, cells)
     missing = pc.is_null(cells).to_numpy()
     if _is_string(cells.type):
         missing |= pc.fill_null(pc.equal(cells, ""), True).to_numpy()
         refuse_missing(place, column, missing, "no image")
         paths = _resolved(place, cells.to_pylist())
         for row, path in enumerate(paths, start=1):
-            if not path.is_file():
+            if not os.path.isfile(path):
                 raise DataError(
                     f"row {row} of {place} names the image '{path}', which is not a file. Correct the path."
                 )
@@ -376,8 +281,12 @@ def linked_files(place: Place, data: DataConfig, task: Task) -> list[Path]:
             return []  # reading the rows says what is wrong
         if column not in schema.names or not _is_string(schema.field(column).type):
             return []
-    cells = read(place, Wanted({"data.image": column})).with_format("arrow")[:][column]
-    return _resolved(place, [path for path in cells.to_pylist() if path]) if _is_string(cells.type) else []
+    wanted = Wanted({"data.image": column}, encoding=data.encoding)
+    cells = read(place, wanted).with_format("arrow")[:][column]
+    if not _is_string(cells.type):
+        return []
+    paths = _resolved(place, [path for path in text_or_number(place, column, cells).to_pylist() if path])
+    return [path for path in paths if os.path.isfile(path)]  # reading the rows says which are missing
 
 
 def digest(place: Place, data: DataConfig, task: Task) -> str:
@@ -389,8 +298,10 @@ def digest(place: Place, data: DataConfig, task: Task) -> str:
         A file cannot be read.
     """
     if place.path is None:
-        return str(hub_dataset(place.name)[place.part]._fingerprint)
-    files = sorted(path for path in place.path.rglob("*") if path.is_file()) if place.path.is_dir() else [place.path]
+        return str(hub_rows(place)._fingerprint)
+    files = [place.path]
+    if place.path.is_dir():
+        files = sorted(path for path in files_in(place.path) if path.is_file())
     total = hashlib.sha256()
     for path in [*files, *linked_files(place, data, task)]:
         named = str(path.relative_to(place.path)) if place.path.is_dir() and path.is_relative_to(place.path) else ""

@@ -48,6 +48,8 @@ class EncodedSplit:
         SHA-256 of the stored contents.
     rows : array of int64, optional
         Which of the stored rows these are; all if None.
+    notes : tuple of str
+        What whoever holds the rows should know of how they were read, in one line each.
     """
 
     task: Task
@@ -57,6 +59,7 @@ class EncodedSplit:
     normalisation: Normalisation | None = None
     fingerprint: str = ""
     rows: NDArray[np.int64] | None = None
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self._index)
@@ -204,3 +207,8 @@ class EncodedData:
     fingerprint: str
     task: Task
     pad_token_id: int | None = None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What should be known of how the rows were read; no record of a private run may hold it."""
+        return tuple(dict.fromkeys([*self.train.notes, *self.test.notes]))

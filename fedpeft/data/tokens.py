@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import datasets
 import numpy as np
@@ -13,18 +13,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedpeft.bases import Inputs
-from fedpeft.config import RunConfig
+from fedpeft.config import RunConfig, Truncate
 from fedpeft.data.readers import Place, plain_batches
 from fedpeft.errors import DataError, ModelError
 
 BATCH_ROWS = 1000
 
 Tokens = dict[str, list[list[int]]]
+Cuts = dict[str, int]  # rows that were cut, by what they lost
 
 
 def encode_texts(
     config: RunConfig, model_dir: Path, inputs: Inputs, place: Place, rows: datasets.Dataset
-) -> tuple[dict[str, Tensor], int]:
+) -> tuple[dict[str, Tensor], int, Cuts]:
     """Tokenise all rows of a place.
 
     Parameters
@@ -46,11 +47,13 @@ def encode_texts(
         ``tokens``, ``offsets`` and perhaps ``types`` and ``prompts``, as `EncodedSplit` holds them.
     int
         What pads.
+    Cuts
+        How many rows lost what; see `cut_notes`.
 
     Raises
     ------
     DataError
-        The length fits neither model nor tokenizer, or a row becomes no tokens.
+        The length fits neither model nor tokenizer, or a row becomes no tokens that count.
     ModelError
         There is no tokenizer, or one without a token that can pad, or its chat template refuses plain turns, or what it
         makes is not what the model can be given.
@@ -62,18 +65,27 @@ def encode_texts(
     lengths: list[int] = []
     prompts: list[int] = []
     ends = None if inputs.end is None else _ends(tokenizer, inputs.end, rows, max_length)
+    cuts: Cuts = {"prompt": 0, "whole prompt": 0, "completion": 0}
     for batch in plain_batches(rows, BATCH_ROWS):
-        encoded = tokenise(tokenizer, batch, max_length)
+        encoded = tokenise(tokenizer, batch, max_length, config.data.truncate or "longest")
         ids = encoded["input_ids"]
         heads = [length for (length,) in encoded.get("prompt_lengths", [[0]] * len(ids))]
         for row, whole, head in zip(batch["row"], ids, heads, strict=True):
-            if len(whole) == head:
-                raise DataError(f"row {row} of {place} becomes no tokens. Remove it, or write it in other characters.")
+            # nothing comes before a first token that could tell it
+            if len(whole) <= (max(head, 1) if "prompt_lengths" in encoded else 0):
+                raise DataError(
+                    f"row {row} of {place} becomes no tokens{' that the loss could count' if len(whole) else ''}. "
+                    "Remove it, or write it in other characters."
+                )
             if ends is not None and whole.count(inputs.end) != ends:
                 raise DataError(
                     f"row {row} of {place} holds an end token ({tokenizer.convert_ids_to_tokens(inputs.end)!r}) in its "
                     "own text, and the model takes its scores from the last one of each row. Remove it from the text."
                 )
+        for (prompt, completion), head in zip(encoded.get("lost", ()), heads, strict=False):
+            cuts["prompt"] += prompt > 0 and head > 0
+            cuts["whole prompt"] += prompt > 0 and head == 0
+            cuts["completion"] += completion > 0
         lengths += [len(whole) for whole in ids]
         tokens += [np.array(whole, dtype=np.int32) for whole in ids]
         types += [np.array(kinds, dtype=np.uint8) for kinds in encoded.get("token_type_ids", ())]
@@ -89,7 +101,25 @@ def encode_texts(
         _check_types(model_dir, inputs, int(tensors["types"].max()))
     if prompts:
         tensors["prompts"] = torch.tensor(prompts, dtype=torch.int32)
-    return tensors, pad_token_id
+    return tensors, pad_token_id, cuts
+
+
+def cut_notes(config: RunConfig, place: Place, count: int, cuts: Cuts) -> tuple[str, ...]:
+    """Say in one line how many of a place's rows were cut, and what changes that; nothing where none was."""
+    whole, part, ends = cuts["whole prompt"], cuts["prompt"], cuts["completion"]
+    lost = [
+        *([f"{whole:,} lose the whole prompt"] if whole else []),
+        *([f"{part:,} lose the beginning of the prompt"] if part else []),
+        *([f"{ends:,} lose the end of the completion"] if ends else []),
+    ]
+    if not lost:
+        return ()
+    data = config.data
+    others = [repr(name) for name in get_args(Truncate) if name != (data.truncate or "longest")]
+    return (
+        f"of {count:,} rows of {place} {', '.join(lost)}, cut to data.max_length = {data.max_length} with "
+        f"data.truncate = '{data.truncate or 'longest'}'; set more, or {' or '.join(others)}",
+    )
 
 
 def load_tokenizer(config: RunConfig, model_dir: Path) -> tuple[Any, int]:
@@ -123,6 +153,8 @@ def _checked_length(config: RunConfig, inputs: Inputs, tokenizer: Any) -> int:
     limit = inputs.tokens
     if limit is not None and given > limit:
         raise DataError(f"data.max_length = {given}, but the model reads {limit} tokens. Set it to {limit} or less.")
+    if config.task == "causal-lm" and given < 2:
+        raise DataError(f"data.max_length = {given}, but a prompt and a completion are two tokens. Set it to more.")
     if config.task == "sequence-classification":
         added = tokenizer.num_special_tokens_to_add(pair=config.data.text_pair is not None)
         if given <= added:
@@ -155,7 +187,7 @@ def _check_types(model_dir: Path, inputs: Inputs, largest: int) -> None:
         )
 
 
-def tokenise(tokenizer: Any, batch: Mapping[str, list[Any]], max_length: int) -> Tokens:
+def tokenise(tokenizer: Any, batch: Mapping[str, list[Any]], max_length: int, truncate: Truncate = "longest") -> Tokens:
     """Tokenise a few rows; the one place where texts become tokens.
 
     Parameters
@@ -166,15 +198,19 @@ def tokenise(tokenizer: Any, batch: Mapping[str, list[Any]], max_length: int) ->
         Columns ``text`` and perhaps ``text_pair``, or ``prompt`` and ``completion``.
     max_length : int
         Tokens kept of each row. Texts are cut at their end, of a pair the longer one first. A prompt is cut at its
-        BEGINNING to make room for the completion, which is cut at its end only where it is too long alone.
+        BEGINNING, a completion at its end.
+    truncate : Truncate
+        Which of the two gives way: ``longest``, the longer one until both are equal; ``prompt``, so that a completion
+        of `max_length` or more leaves nothing of it; ``completion``, of which one token stays.
 
     Returns
     -------
     dict of str to list of list of int
-        ``input_ids``, ``token_type_ids`` where the tokenizer makes them, and ``prompt_lengths``, one number a row.
+        ``input_ids``, ``token_type_ids`` where the tokenizer makes them, ``prompt_lengths``, one number a row, and
+        ``lost``, the tokens cut off a row's prompt and completion.
     """
     if "prompt" in batch:
-        return _tokenise_completions(tokenizer, batch["prompt"], batch["completion"], max_length)
+        return _tokenise_completions(tokenizer, batch["prompt"], batch["completion"], max_length, truncate)
     tokenizer.truncation_side = "right"
     encoded = tokenizer(
         batch["text"],
@@ -186,7 +222,9 @@ def tokenise(tokenizer: Any, batch: Mapping[str, list[Any]], max_length: int) ->
     return {name: encoded[name] for name in ("input_ids", "token_type_ids") if name in encoded}
 
 
-def _tokenise_completions(tokenizer: Any, prompts: list[str], completions: list[str], max_length: int) -> Tokens:
+def _tokenise_completions(
+    tokenizer: Any, prompts: list[str], completions: list[str], max_length: int, truncate: Truncate
+) -> Tokens:
     """Tokenise prompts and completions.
 
     With a chat template, the prompt is the user's turn and the completion the assistant's. Without one, a row is
@@ -206,7 +244,7 @@ def _tokenise_completions(tokenizer: Any, prompts: list[str], completions: list[
         for part in ([head for head, _ in texts], [head + tail for head, tail in texts], [tail for _, tail in texts])
     )
     eos = tokenizer.eos_token_id
-    encoded: Tokens = {"input_ids": [], "prompt_lengths": []}
+    encoded: Tokens = {"input_ids": [], "prompt_lengths": [], "lost": []}
     for head, whole, tail in zip(heads, wholes, tails, strict=True):
         # a model that answers sees the prompt alone: where a token would span the border, both are tokenised apart
         rest = whole[len(head) :] if whole[: len(head)] == head and len(whole) > len(head) else tail
@@ -214,11 +252,14 @@ def _tokenise_completions(tokenizer: Any, prompts: list[str], completions: list[
             rest = [*rest, eos]
         elif eos in rest:
             rest = rest[: len(rest) - rest[::-1].index(eos)]
-        rest = rest[:max_length]
-        room = max_length - len(rest)
-        kept = [*start, *head][-room:] if room else []
-        encoded["input_ids"].append([*kept, *rest])
+        before = [*start, *head]
+        # the least that the prompt may keep, whatever the completion's length
+        least = {"longest": max_length // 2, "prompt": 0, "completion": max_length - 1}[truncate]
+        room = min(len(before), max(max_length - len(rest), least))
+        kept, told = before[len(before) - room :], rest[: max_length - room]
+        encoded["input_ids"].append([*kept, *told])
         encoded["prompt_lengths"].append([len(kept)])
+        encoded["lost"].append([len(before) - len(kept), len(rest) - len(told)])
     return encoded
 
 

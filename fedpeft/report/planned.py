@@ -64,7 +64,7 @@ class DryRun:
     privacy : mapping, optional
         What may be said of a private run beforehand, see `fedpeft.strategies.plan.plan_privacy`.
     notes : tuple of str
-        What a user should know of base and adapter, see `fedpeft.adapters.AdaptedModel`.
+        What should be known of base and adapter, and of how the rows were read.
     """
 
     config: RunConfig
@@ -153,6 +153,7 @@ def dry_run_table(planned: DryRun) -> RenderableType:
             f"{config.model.name or NONE} ({config.task}, {planned.parameters:,} parameters, on {planned.device})",
         ),
         ("data", f"{config.data.source or NONE} ({sum(rows):,} training rows, {planned.test_rows:,} test rows)"),
+        *(("", note) for note in planned.notes),
         ("strategy", f"{config.strategy.name}{options}"),
         ("", f"{planned.paper}; exact: {planned.exact}"),
         ("server", sees),

@@ -6,7 +6,6 @@ away, or a full disk behind a redirection, ends the output but not the run: the 
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -27,9 +26,9 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from fedpeft.jsons import to_json
 from fedpeft.report.formats import duration, finite, number, one_line, size
 from fedpeft.report.history import Event, History, domain_scores, main_metric, worst
-from fedpeft.runs import strict_json
 
 if TYPE_CHECKING:
     from fedpeft.config import RunConfig
@@ -449,7 +448,7 @@ class JsonListener:
         if self._stream is None:
             return
         try:
-            print(json.dumps(strict_json(event), allow_nan=False), file=self._stream, flush=True)
+            print(to_json(event), file=self._stream, flush=True)
         except OSError:
             _discard(self._stream)
             self._stream = None

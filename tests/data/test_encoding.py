@@ -69,9 +69,9 @@ def tokenised(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     sizes: list[int] = []
     original = tokens.tokenise
 
-    def counted(tokenizer: Any, batch: Any, max_length: int) -> tokens.Tokens:
+    def counted(tokenizer: Any, batch: Any, *how: Any) -> tokens.Tokens:
         sizes.append(len(batch["row"]))
-        return original(tokenizer, batch, max_length)
+        return original(tokenizer, batch, *how)
 
     monkeypatch.setattr(tokens, "tokenise", counted)
     return sizes
@@ -219,7 +219,7 @@ def test_the_loss_counts_the_completion_and_its_end_token_only(
 ) -> None:
     path, pairs = pairs_file(tmp_path, SIZES)
     folder = words(TEMPLATE if templated else None, eos_token="</s>")
-    config = configure(path, model__task="causal-lm", data__max_length=max_length)
+    config = configure(path, model__task="causal-lm", data__max_length=max_length, data__truncate="prompt")
     split = encode_rows(config, folder, path)
     for (ignored, counted), (prompt, completion) in zip(decoded(folder, split), pairs, strict=True):
         head = ["user", ":", *prompt, "</s>", "\n", "bot", ":"] if templated else [*prompt, "\n"]

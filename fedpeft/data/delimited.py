@@ -1,0 +1,84 @@
+"""Tables with a separator: CSV and its relations, all cells as text."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import datasets
+
+from fedpeft.data.places import Place, Wanted
+from fedpeft.data.text_files import opened, refuse_nul, table
+from fedpeft.errors import DataError
+
+SEPARATORS = {",": "a comma", "\t": "a tab", ";": "a semicolon", "|": "a bar"}
+
+
+def read_delimited(place: Place, wanted: Wanted) -> datasets.Dataset:
+    """Read a file whose first line names the columns, by the separator that makes the wanted ones of that line."""
+    limit = csv.field_size_limit(sys.maxsize)  # the default refuses texts above 128 KiB
+    begun = 1
+    try:
+        with opened(place, wanted.encoding) as file:
+            reader, header = _header(place, wanted, file)
+            names = wanted.present(place, header)
+            chosen = [header.index(name) for name in names]
+
+            def cells() -> Iterator[list[str]]:
+                nonlocal begun
+                begun = reader.line_num + 1
+                for row in reader:
+                    if "".join(row).strip() or len(row) > 1:
+                        _check_width(place, reader, row, header)
+                        yield [row[index] for index in chosen]
+                    begun = reader.line_num + 1
+
+            return table(place, cells(), names)
+    except csv.Error as error:
+        raise DataError(
+            f"the row that begins in line {begun} of {place} is malformed: {error}. "
+            "Close every quote, and double those inside a field."
+        ) from None
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _header(place: Place, wanted: Wanted, file: Any) -> tuple[Any, list[str]]:
+    """Return the reader past the header, and the header's names."""
+    assert place.path is not None
+    tabs_first = ".tsv" in [suffix.lower() for suffix in place.path.suffixes[-2:]]
+    order = sorted(SEPARATORS, key=lambda mark: mark != "\t") if tabs_first else list(SEPARATORS)
+    found: dict[str, list[str]] = {}
+    for mark in order:
+        try:
+            reader, header = _parsed(file, mark)
+        except csv.Error:
+            continue  # quotes that only another separator explains
+        refuse_nul(place, "".join(header))
+        if header and wanted.fit(header):
+            return reader, header
+        found[mark] = header
+    best = max(found, key=lambda mark: len(found[mark]), default=order[0])
+    reader, header = _parsed(file, best)
+    if not header:
+        raise DataError(f"{place} is empty. Its first line must name the columns.")
+    return reader, header
+
+
+def _parsed(file: Any, mark: str) -> tuple[Any, list[str]]:
+    """Return a reader at the first line that is not blank, and that line's cells."""
+    file.seek(0)
+    reader = csv.reader(file, delimiter=mark, strict=True)
+    names = ([name.strip() for name in row] for row in reader)
+    return reader, next(filter(any, names), [])
+
+
+def _check_width(place: Place, reader: Any, row: Sequence[str], header: Sequence[str]) -> None:
+    if len(row) != len(header):
+        mark = reader.dialect.delimiter
+        raise DataError(
+            f"line {reader.line_num} of {place} has {len(row)} fields, but the header has {len(header)} "
+            f"(divided by {SEPARATORS[mark]}). Quote fields that hold {SEPARATORS[mark]} or line breaks."
+        )

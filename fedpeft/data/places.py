@@ -1,0 +1,258 @@
+"""Where rows lie: sources by name, what files and folders are taken for, and which columns are asked of them.
+
+Nothing heavy is imported, so that a command may ask what a path is before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedpeft.errors import DataError
+
+Kind = Literal["csv", "json", "parquet", "image-folder", "saved", "hub"]
+
+KIND_BY_SUFFIX: Mapping[str, Kind] = {
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".json": "json",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".parquet": "parquet",
+}
+PACKED = ".gz"
+SHOWN = 30  # columns that a message lists
+TEST_PARTS = ("test", "validation")
+IMAGE_SUFFIXES = frozenset(
+    {".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga"}
+    | {".tif", ".tiff", ".webp"}
+)
+# pictures all the same: whoever has one among the rows does not mean it to be left out
+FOREIGN_IMAGE_SUFFIXES = frozenset(
+    {".arw", ".cr2", ".cr3", ".dcm", ".dng", ".heic", ".heif", ".jxl", ".nef", ".psd", ".raw", ".svg"}
+)
+NOT_OURS = frozenset({"__macosx", "thumbs.db", "desktop.ini"})  # what systems leave in folders, beside hidden files
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one table of rows lies.
+
+    Parameters
+    ----------
+    name : str
+        What the user called the source.
+    kind : Kind
+        How it is read.
+    path : Path, optional
+        File or folder; None for a hub id.
+    part : str, optional
+        Split of a source that has several.
+    configuration : str, optional
+        That of a hub id which has several.
+    parts : tuple of str
+        All splits of the source.
+    """
+
+    name: str
+    kind: Kind
+    path: Path | None
+    part: str | None = None
+    configuration: str | None = None
+    parts: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"'{self.name}'" if self.part is None else f"split '{self.part}' of '{self.name}'"
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """What names the source's other splits, in words that `data.test` understands."""
+        between = f":{self.configuration}" if self.configuration else ""
+        return tuple(f"{self.name}{between}:{part}" for part in self.parts if part not in ("train", self.part))
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The columns to read.
+
+    Parameters
+    ----------
+    columns : mapping of str to str
+        Configuration key to the column that it names.
+    optional : frozenset of str
+        Keys whose column may be missing.
+    encoding : str
+        Of CSV and JSON files.
+    """
+
+    columns: Mapping[str, str]
+    optional: frozenset[str] = frozenset()
+    encoding: str = "utf-8"
+
+    def fit(self, names: Sequence[str]) -> bool:
+        """Say whether a source with these columns has all that must be there."""
+        return all(column in names for key, column in self.columns.items() if key not in self.optional)
+
+    def present(self, place: Place, names: Sequence[str]) -> list[str]:
+        """Return those that a source has.
+
+        Raises
+        ------
+        DataError
+            One that must be there is not, or is there twice.
+        """
+        for key, column in self.columns.items():
+            if column not in names and key not in self.optional:
+                near = sorted(names, key=lambda name: -difflib.SequenceMatcher(None, column, name).ratio())
+                shown = ", ".join(near[:SHOWN]) + (", ..." if len(near) > SHOWN else "")
+                raise DataError(
+                    f"{place} has no column '{column}' ({key}). It has: {shown}. {self._advice(place, key, names)}"
+                )
+        found = [name for name in dict.fromkeys(self.columns.values()) if name in names]
+        for name in found:
+            if names.count(name) > 1:
+                raise DataError(f"{place} has {names.count(name)} columns named '{name}'. Rename all but one.")
+        return found
+
+    def _advice(self, place: Place, key: str, names: Sequence[str]) -> str:
+        """Say which setting finds the columns; another task's, where its columns are there."""
+        if key in ("data.text", "data.prompt", "data.completion") and "image" in names:
+            only = "" if place.kind == "image-folder" else f", or {key} to one of them"
+            return f"To classify images set data.image=image{only}."
+        if key in ("data.text", "data.image") and {"prompt", "completion"} <= set(names):
+            return "To train on completions set data.prompt=prompt and data.completion=completion."
+        return f"Set {key} to one of them."
+
+
+def refuse_missing(place: Place, column: str, missing: NDArray[np.bool_], what: str) -> None:
+    """Raise for the first row that a mask marks, if any.
+
+    Raises
+    ------
+    DataError
+        Naming row, column and what is missing.
+    """
+    if missing.any():
+        row = int(missing.argmax()) + 1
+        more = f" (and {int(missing.sum()) - 1} more)" if missing.sum() > 1 else ""
+        raise DataError(f"row {row} of {place}{more} has {what} in column '{column}'. Fill it in or remove the row.")
+
+
+def unreadable(what: object, error: OSError) -> DataError:
+    """Return the error for a file that exists but cannot be opened."""
+    return DataError(f"cannot read {what}: {error.strerror or error}. Check the path and its permissions.")
+
+
+def at(name: str) -> Path:
+    """Return a name as a path, a user's home folder spelled out where there is one."""
+    return Path(os.path.expanduser(name))
+
+
+def divided_name(name: str) -> tuple[str, tuple[str, ...]]:
+    """Divide ``source:split`` and ``source:configuration:split``; what exists as a path is whole."""
+    if os.path.exists(at(name)):
+        return name, ()
+    source, *parts = name.split(":")
+    if parts and os.path.exists(at(name.rpartition(":")[0])):  # whose own name may hold colons
+        source, _, part = name.rpartition(":")
+        return source, (part,)
+    return (source, tuple(parts)) if source and all(parts) and 0 < len(parts) < 3 else (name, ())
+
+
+def table_kind(path: Path) -> tuple[str, Kind | None]:
+    """Return the stem of a table's file name, and what its suffixes say; None where they say nothing."""
+    plain = path.with_suffix("") if path.suffix.lower() == PACKED else path
+    kind = KIND_BY_SUFFIX.get(plain.suffix.lower())
+    return plain.stem, None if kind == "parquet" and plain != path else kind
+
+
+def tables_in(folder: Path) -> dict[str, list[Path]]:
+    """Return a folder's files named train, test and validation."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(folder.iterdir()):
+        stem, kind = table_kind(path)
+        if kind is not None and stem in ("train", *TEST_PARTS) and path.is_file():
+            found.setdefault(stem, []).append(path)
+    return found
+
+
+def image_folders(folder: Path) -> dict[str | None, Path]:
+    """Return where classes of images lie: below ``train`` and its company, or below the folder itself (None)."""
+    # train/ without class folders below it is itself a class
+    divided: dict[str | None, Path] = {
+        part: folder / part
+        for part in ("train", *TEST_PARTS)
+        if (folder / part).is_dir() and class_folders(folder / part)
+    }
+    if "train" in divided:
+        return divided
+    return {None: folder} if class_folders(folder) else {}
+
+
+def is_image_folder(source: str | None) -> bool:
+    """Say whether a source is a folder of images in one sub-folder per class, and nothing else that is read."""
+    if source is None:
+        return False
+    folder = at(divided_name(source)[0])
+    try:
+        if not folder.is_dir() or any((folder / name).exists() for name in ("dataset_dict.json", "state.json")):
+            return False
+        return not tables_in(folder) and bool(image_folders(folder))
+    except OSError:
+        return False  # finding the rows says what is wrong
+
+
+def class_folders(folder: Path) -> list[Path]:
+    """Return the sub-folders that hold images, by name."""
+    return sorted(path for path in folder.iterdir() if _counts(path) and path.is_dir() and _holds_images(path))
+
+
+def images_in(folder: Path) -> list[Path]:
+    """Return the images anywhere below a folder, by path."""
+    return sorted(path for path in files_in(folder) if path.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def not_images(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Return what below a folder of images becomes no row: files that are no images, and folders without any."""
+    files = sorted(path for path in files_in(folder) if not _is_image(path))
+    return files, sorted(
+        path for path in folder.iterdir() if _counts(path) and path.is_dir() and not _holds_images(path)
+    )
+
+
+def foreign_images(folder: Path) -> list[Path]:
+    """Return the images below a folder of kinds that are not read."""
+    return sorted(path for path in files_in(folder) if path.suffix.lower() in FOREIGN_IMAGE_SUFFIXES)
+
+
+def files_in(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
+    """Yield the files anywhere below a folder, links followed, without those hidden or in hidden folders."""
+    here = folder.resolve()
+    if here in above:
+        return  # a link to a folder that holds it
+    for path in folder.iterdir():
+        if not _counts(path):
+            continue
+        if path.is_dir():
+            yield from files_in(path, above | {here})
+        else:
+            yield path
+
+
+def _counts(path: Path) -> bool:
+    return not path.name.startswith(".") and path.name.lower() not in NOT_OURS
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES | FOREIGN_IMAGE_SUFFIXES
+
+
+def _holds_images(folder: Path) -> bool:
+    return any(_is_image(path) for path in files_in(folder))

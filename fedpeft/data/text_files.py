@@ -1,0 +1,134 @@
+"""Text files, packed or not, in any encoding; and tables of what they hold."""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import gzip
+import io
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import BinaryIO, TextIO, cast
+
+import datasets
+import pyarrow as pa
+
+from fedpeft.data.places import Place, unreadable
+from fedpeft.errors import DataError
+
+CHUNK_ROWS = 4096
+GZIP_MARK = b"\x1f\x8b"
+CHUNK_BYTES = 1 << 16
+
+
+@contextlib.contextmanager
+def opened(place: Place, encoding: str) -> Iterator[TextIO]:
+    """Open a file of text; one that begins like gzip is unpacked, whatever its name.
+
+    Raises
+    ------
+    DataError
+        It cannot be read, or holds what the encoding does not know, or the packed data is damaged.
+    """
+    try:
+        try:
+            with _unpacked(place) as file, io.TextIOWrapper(file, _past_mark(encoding), newline="") as text:
+                yield text
+        except UnicodeError as error:
+            raise _undecodable(place, encoding, error) from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{place} is no whole gzip file: {error}. Fetch or pack it again.") from None
+    except OSError as error:
+        raise unreadable(place, error) from None
+
+
+def table(place: Place, rows: Iterable[Sequence[str | None]], names: Sequence[str]) -> datasets.Dataset:
+    """Build a table of text chunk by chunk, so that Python objects exist for one chunk only.
+
+    Raises
+    ------
+    DataError
+        A cell holds half a character.
+    """
+    schema = pa.schema([(name, pa.large_string()) for name in names])
+    batches: list[pa.RecordBatch] = []
+    chunk: list[Sequence[str | None]] = []
+    done = 0
+
+    def close() -> None:
+        columns = [[row[index] for row in chunk] for index in range(len(names))]
+        try:
+            arrays = [pa.array(column, pa.large_string()) for column in columns]
+        except UnicodeEncodeError:
+            raise _halved(place, names, columns, done) from None
+        batches.append(pa.record_batch(arrays, schema))
+
+    for row in rows:
+        chunk.append(row)
+        if len(chunk) == CHUNK_ROWS:
+            close()
+            done, chunk = done + len(chunk), []
+    close()
+    return datasets.Dataset(pa.Table.from_batches(batches, schema))
+
+
+def refuse_nul(place: Place, first: str) -> None:
+    """Refuse a file whose first line shows that it is UTF-16 without the mark that would say so."""
+    if "\0" in first:
+        raise DataError(
+            f"the first line of {place} holds NUL characters, as UTF-16 without its mark does. "
+            "Set data.encoding=utf-16-le or utf-16-be, or save it as UTF-8."
+        )
+
+
+@contextlib.contextmanager
+def _unpacked(place: Place) -> Iterator[BinaryIO]:
+    assert place.path is not None
+    with place.path.open("rb") as file:
+        # browsers unpack what they fetch without taking the suffix off, and servers pack what has none
+        packed = file.read(2) == GZIP_MARK
+        file.seek(0)
+        yield cast(BinaryIO, gzip.GzipFile(fileobj=file)) if packed else file
+
+
+def _past_mark(encoding: str) -> str:
+    """Return the codec that leaves out a byte order mark."""
+    return "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
+
+
+def _undecodable(place: Place, encoding: str, error: UnicodeError) -> DataError:
+    """Say where the first byte is that the encoding does not know."""
+    decoder = codecs.getincrementaldecoder(_past_mark(encoding))()
+    line, what = 1, str(error)
+    with _unpacked(place) as file:
+        if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            return DataError(
+                f"{place} is not text in {encoding}: it begins with the mark of UTF-16. Set data.encoding=utf-16."
+            )
+        file.seek(0)
+        try:
+            while chunk := file.read(CHUNK_BYTES):
+                line += decoder.decode(chunk).count("\n")
+            decoder.decode(b"", final=True)
+        except UnicodeDecodeError as found:
+            line += found.object[: found.start].decode(encoding, "ignore").count("\n")
+            what = f"byte 0x{found.object[found.start]:02x} in line {line} ({found.reason})"
+        except UnicodeError as found:
+            what = str(found)
+    others = "utf-8" if codecs.lookup(encoding).name != "utf-8" else "cp1252, latin-1 or utf-16"
+    return DataError(
+        f"{place} is not text in {encoding}: {what}. Set data.encoding to what it was saved in, such as {others}, "
+        "or save it as UTF-8."
+    )
+
+
+def _halved(place: Place, names: Sequence[str], columns: Sequence[Sequence[str | None]], done: int) -> DataError:
+    for row in range(len(columns[0])):
+        for name, cells in zip(names, columns, strict=True):
+            for character in cells[row] or "":
+                if 0xD800 <= ord(character) < 0xE000:
+                    return DataError(
+                        f"row {done + row + 1} of {place} holds half a character (\\u{ord(character):04x}) in column "
+                        f"'{name}', as a text that was cut inside an emoji. Repair it or remove the row."
+                    )
+    raise AssertionError("nothing that UTF-8 lacks")
