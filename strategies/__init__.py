@@ -139,9 +139,10 @@ def _check_kind(config: RunConfig, method: type[AdapterStrategy]) -> None:
 def _with_own_adapter(config: RunConfig, method: type[AdapterStrategy]) -> RunConfig:
     """Choose what a method is defined with, where nobody has asked for something else."""
     adapter, facts = config.adapter, method.capabilities
-    own: dict[str, str] = {}
-    if len(facts.kinds) == 1 and "kind" not in adapter.model_fields_set:
-        own["kind"] = min(facts.kinds)
+    own: dict[str, str] = {} if adapter.head is not None else {"head": facts.head}
+    kind = facts.kind or (min(facts.kinds) if len(facts.kinds) == 1 else "")
+    if kind and "kind" not in adapter.model_fields_set:
+        own["kind"] = kind
     if facts.init and adapter.init != facts.init:
         if adapter.init != "default":
             raise ConfigError(

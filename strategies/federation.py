@@ -20,7 +20,7 @@ from fedpeft.adapters import AdaptedModel
 from fedpeft.config import RunConfig
 from fedpeft.errors import BudgetSpentError, FedpeftError, TooFewClientsError
 from fedpeft.evaluation import Scores, client_metrics, mean_metrics, score, spread
-from fedpeft.kinds import ADDITIVE_KINDS
+from fedpeft.kinds import ADDITIVE_KINDS, R_KINDS
 from fedpeft.privacy.books import Books
 from fedpeft.privacy.canaries import write_scores
 from fedpeft.privacy.statement import PRIVACY
@@ -73,7 +73,7 @@ def build_strategy(config: RunConfig, home: Resident, client_ids: Mapping[int, s
         scaling=config.adapter.scaling,
         frozen=home.adapted.frozen,
         client_ids=client_ids,
-        measure_error=config.run.aggregation_error and adapter.kind in ADDITIVE_KINDS | {"lora-sb"},
+        measure_error=config.run.aggregation_error and adapter.kind in ADDITIVE_KINDS | R_KINDS,
         ranks=client_ranks(config),
         scaling_of=adapter.scaling_of,
         offset=home.adapted.offset,

@@ -17,7 +17,16 @@ from torch import Tensor
 from fedpeft.adapters import AdaptedModel
 from fedpeft.config import AdapterConfig, RunConfig, nest, resolve
 from fedpeft.errors import AdapterError, ConfigError, FedpeftError
-from fedpeft.kinds import ADDITIVE_KINDS, ALL_KINDS, INITS, INITS_OF_BASE, WITHOUT_CONV1D, AdapterInit
+from fedpeft.kinds import (
+    ADDITIVE_KINDS,
+    ALL_KINDS,
+    INITS,
+    INITS_FROM_DATA,
+    INITS_OF_BASE,
+    R_KINDS,
+    WITHOUT_CONV1D,
+    AdapterInit,
+)
 from fedpeft.models import load_base
 from fedpeft.resident import Resident
 from fedpeft.state import AdapterState, ClientUpdate, Role, role_of
