@@ -167,7 +167,7 @@ class AdapterConfig(Section):
         if isinstance(values, Mapping):
             if values.get("init") == "lora-sb-gradient" and "kind" not in values:
                 return {**values, "kind": "lora-sb"}
-            if values.get("kind") == "lora-sb" and "init" not in values:
+            if values.get("kind") == "lora-sb" and values.get("init", "default") == "default":
                 return {**values, "init": "lora-sb-gradient"}
         return values
 

@@ -17,9 +17,9 @@ Fine-Tuning" (LoRA-SB), arXiv 2411.19557. With U S V^T the first step that train
 
 so that s B R A is the best approximation of that step, and the gradient of R is s B^T G A^T. B^T B = A A^T = I. The
 update is not zero at the start: it is the first step, and stays in what is averaged and saved. G is the mean gradient
-over public rows; the step is -lr G of sgd, and -lr sign(G) of adamw, whose first step that is, and which is what the
-authors' code takes. What differs from that code: it divides lr by the steps of its warm-up, of which there is none
-here, and rounds the factors to bfloat16, which makes them no longer orthonormal.
+over public rows; the step is -lr G of sgd, and -lr G / (|G| + eps) of adamw, which but for eps is the -lr sign(G) of
+the authors' code. What differs from that code besides: it divides lr by the steps of its warm-up, of which there is
+none here, and rounds the factors to bfloat16, which makes them no longer orthonormal.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from fedpeft.state import LoraFactors
 
 R_IN_PEFT = ".lora_A.default.R."  # what PEFT makes of the name of R
 XS_DEVIATION = 1e-5  # of LoRA-XS's R
+ADAM_EPS = 1e-8  # torch's; it keeps the signs of rounding errors out
 
 
 class ProjectionThenR(nn.Linear):
@@ -103,7 +104,7 @@ def sb_factors(step: Tensor, rank: int, scaling: float) -> LoraFactors:
 def first_step(G: Tensor, optimizer: Literal["sgd", "adamw"], learning_rate: float) -> Tensor:
     """Return the first step of full training along the gradient G, in float64."""
     gradient = G.to("cpu", torch.float64)
-    return -learning_rate * (gradient.sign() if optimizer == "adamw" else gradient)
+    return -learning_rate * (gradient / (gradient.abs() + ADAM_EPS) if optimizer == "adamw" else gradient)
 
 
 def install(model: PeftModel, seed: int, steps: Mapping[str, Tensor] | None = None) -> None:

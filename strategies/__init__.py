@@ -114,6 +114,8 @@ def with_typed_options(config: RunConfig, *, rng: Rng = "seeded") -> RunConfig:
     """
     method = find(config.strategy.name)
     parsed = method.parse_options(config.strategy.options)
+    if "kind" in config.adapter.model_fields_set:  # before what goes with the kind
+        _check_kind(config, method)
     config = _with_own_adapter(config, method)
     _check_kind(config, method)
     _check_ranks(config, method)

@@ -292,13 +292,15 @@ class _Run:
             by_domain = [scores.by_group(test.domains) for scores in models]
             found["domains"] = {name: mean_metrics([groups[name] for groups in by_domain]) for name in by_domain[0]}
         if self.config.run.evaluate_clients:
-            by_client = [client_metrics(scores, test, self.home.data.train, self.home.partition) for scores in models]
-            if owners:
-                clients = {name: own[name] for name, own in zip(owners, by_client, strict=True) if name in own}
-            else:
-                clients = {name: mean_metrics([groups[name] for groups in by_client]) for name in by_client[0]}
+            rows = (test, self.home.data.train, self.home.partition)
+            clients: dict[str, dict[str, float]] = {}
+            for name, own in zip(owners, models, strict=False):
+                clients |= client_metrics(own, *rows, clients={name})
+            if not owners:  # one model for all
+                clients = client_metrics(models[0], *rows)
             key = "perplexity" if self.config.task == "causal-lm" else "accuracy"
-            found["clients"] = {key: spread(clients, key), "scores": clients}
+            if clients:  # of no client are there test rows, else
+                found["clients"] = {key: spread(clients, key), "scores": clients}
         return found
 
     def finish(self) -> None:

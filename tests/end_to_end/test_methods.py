@@ -56,7 +56,7 @@ def test_a_local_head_goes_with_the_exact_sum(text_config: Make, tmp_path: Path)
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"strategy__name": "fed-sb", "adapter__init": "pissa"}, "'pissa' is not for adapter.kind = 'lora-sb'"),
+        ({"strategy__name": "fed-sb", "adapter__init": "pissa"}, "'pissa' is not for adapter.kind = 'lora-xs'"),
         ({"strategy__name": "florist", "adapter__init": "pissa"}, "threshold = 0.9"),
         ({"strategy__name": "hetlora", "adapter__kind": "ffa-lora"}, "'ffa-lora'"),
         ({"strategy__name": "flora", "federation__min_clients": 99}, "min_clients = 99"),
