@@ -50,5 +50,5 @@ def test_the_table_has_all_methods_and_finds_its_place_in_the_document() -> None
     assert len(table.splitlines()) == 2 + len(METHODS) + 1
     assert all(f"{name}: excess loss" in table or f"excess loss: {name}" in table for name in (BELOW, AT, SHORT))
     text = regimes.DOCUMENT.read_text(encoding="utf-8")
-    for name in ("regression", *regimes.DIGITS):
+    for name in regimes.TABLES:
         assert f"| {name} |" in regimes.between(text, name, f"| {name} |")
