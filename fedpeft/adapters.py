@@ -18,7 +18,7 @@ from fedpeft.draws import draw_a, first_ranks
 from fedpeft.errors import AdapterError, nearest
 from fedpeft.export import PEFT_PREFIX, write_adapter, write_labels
 from fedpeft.initial import adapt
-from fedpeft.kinds import ALL_KINDS, INITS_OF_BASE, WITHOUT_CONV1D, peft_config
+from fedpeft.kinds import ALL_KINDS, INITS_OF_BASE, R_KINDS, WITHOUT_CONV1D, peft_config
 from fedpeft.lora_sb import R_IN_PEFT
 from fedpeft.models import BaseModel, num_threads, seeded
 from fedpeft.seeds import derive_seed
@@ -40,7 +40,7 @@ QUERY_VALUE = (
 )
 ALL_LINEAR = "all-linear"
 # what nobody trains of a kind
-FIXED = {"ffa-lora": frozenset({Role.A}), "lora-sb": frozenset({Role.A, Role.B})}
+FIXED = {"ffa-lora": frozenset({Role.A}), **dict.fromkeys(R_KINDS, frozenset({Role.A, Role.B}))}
 PEFT_TASKS: dict[Task, TaskType | None] = {
     "sequence-classification": TaskType.SEQ_CLS,
     "image-classification": None,

@@ -20,7 +20,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from fedpeft.data.places import at, divided_name, is_image_folder
 from fedpeft.errors import ConfigError, nearest
-from fedpeft.kinds import INITS, INITS_FROM_DATA, INITS_OF_BASE, WITHOUT_DROPOUT, AdapterInit, AdapterKind
+from fedpeft.kinds import INITS, INITS_FROM_DATA, INITS_OF_BASE, WITHOUT_DROPOUT, AdapterInit, AdapterKind, Head
 from fedpeft.privacy.settings import PrivacyConfig
 from fedpeft.section import Section
 
@@ -149,16 +149,18 @@ class AdapterConfig(Section):
 
     kind: AdapterKind = Field(
         "lora",
-        description="lora trains A and B; ffa-lora B only, A frozen and shared; lora-sb a square R between singular "
-        "vectors of the base's weights; rslora scales by alpha / sqrt(rank); dora, adalora (no rank is pruned), vera, "
-        "randlora, miss, loha and lokr are as in PEFT",
+        description="lora trains A and B; ffa-lora B only, A frozen and shared; lora-xs a square R between singular "
+        "vectors of the base's weights, lora-sb one between those of a gradient on public rows; rslora scales by alpha "
+        "/ sqrt(rank); dora, adalora (no rank is pruned), vera, randlora, miss, loha and lokr are as in PEFT",
     )
     init: AdapterInit = Field(
         "default",
         description="how A is drawn (B starts at zero); for lora and rslora also pissa and olora, and eva and lora-ga "
-        "from public rows",
+        "from public rows; lora-sb-gradient, from public rows too, is that of lora-sb",
     )
-    init_data: str | None = Field(None, description="PUBLIC rows for eva and lora-ga, a file or folder")
+    init_data: str | None = Field(
+        None, description="PUBLIC rows for eva, lora-ga and lora-sb-gradient, a file or folder"
+    )
     rank: int = Field(8, ge=1, description="rank r of the update; the largest of ranks, where they are given")
     ranks: Ranks | None = Field(
         None, description="ranks of the clients, dealt in turn, such as 4,8,16, for methods that merge mixed ranks"
@@ -168,9 +170,10 @@ class AdapterConfig(Section):
     targets: Names | None = Field(
         None, min_length=1, description="module names to adapt, or all-linear; query and value if unset"
     )
-    head: Literal["shared", "local", "frozen"] = Field(
-        "shared",
-        description="the classifier head (with an untrained pooler): averaged, kept by each client, or left as drawn",
+    head: Head | None = Field(
+        None,
+        description="the classifier head (with an untrained pooler): averaged (shared), kept by each client (local), "
+        "or left as drawn (frozen); if unset as the method has it, which is shared for all but personalised ones",
     )
 
     @model_validator(mode="before")
@@ -183,6 +186,16 @@ class AdapterConfig(Section):
             return values
         numbers = [int(rank) for rank in ranks if str(rank).isdecimal()]
         return {**values, "rank": max(numbers, default=1)}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lora_sb_begins_at_a_gradient(cls, values: Any) -> Any:
+        if isinstance(values, Mapping):
+            if values.get("init") == "lora-sb-gradient" and "kind" not in values:
+                return {**values, "kind": "lora-sb"}
+            if values.get("kind") == "lora-sb" and values.get("init", "default") == "default":
+                return {**values, "init": "lora-sb-gradient"}
+        return values
 
     @model_validator(mode="after")
     def _ranks_agree(self) -> Self:
@@ -212,9 +225,13 @@ class AdapterConfig(Section):
                 "leave it at 0"
             )
         if self.init in INITS_FROM_DATA and self.init_data is None:
+            what = f"adapter.init = '{self.init}'"
+            without = ""
+            if self.kind == "lora-sb":
+                what = "adapter.kind = 'lora-sb' begins at a gradient (adapter.init = 'lora-sb-gradient'), and"
+                without = "; without such rows use adapter.kind = 'lora-xs'"
             raise ValueError(
-                f"adapter.init = '{self.init}' needs adapter.init_data: a file or folder of public rows with the run's "
-                "columns"
+                f"{what} needs adapter.init_data: a file or folder of public rows with the run's columns{without}"
             )
         if self.init not in INITS_FROM_DATA and self.init_data is not None:
             raise ValueError(

@@ -48,11 +48,6 @@ def init_app(directory: Path, config: RunConfig, out: Path | None) -> str:
         The folder is not empty, a strategy or option does not exist, or labels or clients cannot be read off the rows.
     """
     _check_vacant(directory)
-    if config.adapter.head == "local":
-        raise DeploymentError(
-            "adapter.head = 'local' works in simulations only: a SuperNode would lose its head with each restart. "
-            "Use 'shared' or 'frozen'."
-        )
     if config.adapter.init == "lora-ga":
         raise DeploymentError(
             "adapter.init = 'lora-ga' works in simulations only: every site would take directions of its own gradient "
@@ -69,6 +64,11 @@ def init_app(directory: Path, config: RunConfig, out: Path | None) -> str:
         raise DeploymentError(
             f"strategy '{config.strategy.name}' leaves {', '.join(sorted(personal))} with the clients and works in "
             "simulations only: a SuperNode would lose it with each restart."
+        )
+    if config.adapter.head == "local":
+        raise DeploymentError(
+            "adapter.head = 'local' works in simulations only: a SuperNode would lose its head with each restart. "
+            "Use 'shared' or 'frozen'."
         )
     named = config.task == "causal-lm" or config.data.label_names is not None
     home = resident(config)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,10 +58,11 @@ class Scores:
             "macro_f1": float(f1_score(labels, predicted, average="macro", zero_division=0.0)),
         }
 
-    def by_group(self, groups: tuple[str, ...]) -> dict[str, dict[str, float]]:
-        """Summarise the rows of each group, such as a domain or a client; groups in sorted order."""
+    def by_group(self, groups: tuple[str, ...], wanted: Collection[str] | None = None) -> dict[str, dict[str, float]]:
+        """Summarise the rows of each group, or of those wanted, such as a domain or a client; in sorted order."""
         names = np.asarray(groups)
-        return {str(name): self.metrics(names == name) for name in np.unique(names)}
+        chosen = [str(name) for name in np.unique(names) if wanted is None or name in wanted]
+        return {name: self.metrics(names == name) for name in chosen}
 
 
 @torch.no_grad()
@@ -102,13 +103,28 @@ def score(model: nn.Module, split: EncodedSplit, config: RunConfig) -> Scores:
 
 
 def client_metrics(
-    scores: Scores, test: EncodedSplit, train: EncodedSplit, held: Partition
+    scores: Scores,
+    test: EncodedSplit,
+    train: EncodedSplit,
+    held: Partition,
+    clients: Collection[str] | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Score a model for each client, from test rows alone.
+    """Score a model for each client on its own rows, of the test rows alone and of scores that are there already.
 
     Where test rows name their client, a client's score is that of its rows. Elsewhere each test row counts as often as
     the client's own training rows are of its kind, a kind being a label, a domain, or both; kinds that the test split
     lacks are left out.
+
+    Parameters
+    ----------
+    scores : Scores
+        The model's, of all test rows.
+    test, train : EncodedSplit
+        The rows.
+    held : Partition
+        Who holds which training rows.
+    clients : collection of str, optional
+        Only these; all if not given.
 
     Raises
     ------
@@ -116,7 +132,7 @@ def client_metrics(
         Rows have neither client, label nor domain.
     """
     if test.clients is not None:
-        return scores.by_group(test.clients)
+        return scores.by_group(test.clients, clients)
     kinds = [_kinds(split) for split in (train, test)]
     names, index = np.unique(np.concatenate(kinds), return_inverse=True)
     of_train, of_test = index[: len(train)], index[len(train) :]
@@ -129,6 +145,8 @@ def client_metrics(
     hits = None if scores.predicted is None else per_kind((scores.predicted == scores.labels).astype(np.float64))
     found = {}
     for client, rows in zip(held.client_ids, held.indices, strict=True):
+        if clients is not None and client not in clients:
+            continue
         weight = np.where(present > 0, np.bincount(of_train[rows], minlength=len(names)), 0).astype(np.float64)
         if not weight.any():
             continue

@@ -2,7 +2,7 @@
 
 EVA starts A at the principal directions of each layer's inputs. LoRA-GA starts A and B at singular vectors of the
 gradient, and takes their product out of the base. PEFT silently draws the default where its data was not given: here
-that is an error.
+that is an error. LoRA-SB, which PEFT does not have, starts at the first step along the gradient, and keeps it.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Any, cast
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
 from peft.tuners.lora.loraga import preprocess_loraga
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedpeft import lora_sb
 from fedpeft.config import RunConfig
 from fedpeft.data.encoding import encode_rows
 from fedpeft.errors import AdapterError
-from fedpeft.kinds import INITS_FROM_DATA
+from fedpeft.kinds import INITS_FROM_DATA, R_KINDS
 from fedpeft.models import BaseModel
 from fedpeft.seeds import generator
 
@@ -50,13 +50,14 @@ def adapt(base: BaseModel, settings: PeftConfig, config: RunConfig) -> PeftModel
     batches = public_batches(base, config) if adapter.init in INITS_FROM_DATA else ()
     if adapter.init == "lora-ga":
         _note_gradients(base, cast(LoraConfig, settings), batches)
+    steps = _first_steps(base, settings, config, batches) if adapter.kind == "lora-sb" else None
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "lora with eva init|fan_in_fan_out is set to False")  # PEFT sets it itself
         model = cast(PeftModel, get_peft_model(cast(Any, base.model), settings))
     if adapter.init == "eva":
         _to_principal_directions(model, batches)
-    if adapter.kind == "lora-sb":
-        lora_sb.install(model)
+    if adapter.kind in R_KINDS:
+        lora_sb.install(model, config.run.seed, steps)
     return model
 
 
@@ -90,6 +91,48 @@ def _note_gradients(base: BaseModel, settings: LoraConfig, batches: Sequence[Bat
             raise AdapterError(
                 f"adapter.init = 'lora-ga': layer '{name}' got no gradient; leave it out of adapter.targets."
             )
+
+
+def _first_steps(
+    base: BaseModel, settings: PeftConfig, config: RunConfig, batches: Sequence[Batch]
+) -> dict[str, Tensor]:
+    """Return the first step that training all of each target's weight on public rows would make, by its name."""
+    from transformers.pytorch_utils import Conv1D
+
+    names = list(getattr(settings, "target_modules", None) or ())
+    modules = {name: base.model.get_submodule(name) for name in names}
+    weights = [cast(nn.Parameter, module.weight) for module in modules.values()]
+    sums = [torch.zeros_like(weight, dtype=torch.float64, device="cpu") for weight in weights]
+    with _trainable(weights):
+        for batch in batches:
+            rows = next(iter(batch.values())).shape[0]
+            gradients = torch.autograd.grad(base.model(**batch).loss, weights, allow_unused=True)
+            for total, gradient in zip(sums, gradients, strict=True):
+                if gradient is not None:
+                    total.add_(gradient.to("cpu", torch.float64), alpha=rows)
+    steps = {}
+    for (name, module), total in zip(modules.items(), sums, strict=True):
+        if not total.isfinite().all() or not total.any():
+            raise AdapterError(
+                f"adapter.init = 'lora-sb-gradient': layer '{name}' got no finite gradient from adapter.init_data = "
+                f"'{config.adapter.init_data}'; leave it out of adapter.targets, or give other rows."
+            )
+        G = total / sum(next(iter(batch.values())).shape[0] for batch in batches)
+        train = config.train
+        steps[name] = lora_sb.first_step(G.T if isinstance(module, Conv1D) else G, train.optimizer, train.learning_rate)
+    return steps
+
+
+@contextlib.contextmanager
+def _trainable(weights: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Let frozen weights have gradients inside the block."""
+    for weight in weights:
+        weight.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for weight in weights:
+            weight.requires_grad_(False)
 
 
 class _Bounded:

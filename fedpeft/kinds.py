@@ -10,26 +10,30 @@ if TYPE_CHECKING:
     from fedpeft.config import AdapterConfig
 
 AdapterKind = Literal[
-    "lora", "ffa-lora", "lora-sb", "rslora", "dora", "adalora", "vera", "randlora", "miss", "loha", "lokr"
+    "lora", "ffa-lora", "lora-xs", "lora-sb", "rslora", "dora", "adalora", "vera", "randlora", "miss", "loha", "lokr"
 ]
-AdapterInit = Literal["default", "gaussian", "pissa", "olora", "eva", "lora-ga"]
+AdapterInit = Literal["default", "gaussian", "pissa", "olora", "eva", "lora-ga", "lora-sb-gradient"]
+Head = Literal["shared", "local", "frozen"]
 
 ALL_KINDS: frozenset[str] = frozenset(get_args(AdapterKind))
 ADDITIVE_KINDS: frozenset[str] = frozenset({"lora", "ffa-lora", "rslora"})  # whose update is s B A, and no more
+R_KINDS: frozenset[str] = frozenset({"lora-xs", "lora-sb"})  # whose update is s B R A between fixed B and A
 WITHOUT_DROPOUT: frozenset[str] = frozenset({"loha", "lokr"})  # PEFT drops ranks of these, never inputs
 WITHOUT_CONV1D: frozenset[str] = frozenset({"miss", "loha", "lokr"})  # GPT-2's transposed layers
 # which kinds may be initialised how; the others have a default of their own
 INITS: dict[AdapterInit, frozenset[str]] = {
-    "default": ALL_KINDS,
+    "default": ALL_KINDS - {"lora-sb"},
     "gaussian": frozenset({"lora", "ffa-lora", "rslora", "dora"}),
     "pissa": frozenset({"lora", "rslora"}),
     "olora": frozenset({"lora", "rslora"}),
     "eva": frozenset({"lora", "rslora"}),
     "lora-ga": frozenset({"lora", "rslora"}),
+    "lora-sb-gradient": frozenset({"lora-sb"}),
 }
-INITS_FROM_DATA: frozenset[str] = frozenset({"eva", "lora-ga"})
+INITS_FROM_DATA: frozenset[str] = frozenset({"eva", "lora-ga", "lora-sb-gradient"})
 INITS_OF_BASE: frozenset[str] = frozenset({"pissa", "olora", "lora-ga"})  # take s B0 A0 out of the base
-PEFT_INITS = {"default": True, "lora-ga": "lora_ga"}  # PEFT's own names, where they differ
+# PEFT's own names, where they differ; True is replaced where we begin otherwise
+PEFT_INITS = {"default": True, "lora-ga": "lora_ga", "lora-sb-gradient": True}
 
 
 def peft_config(adapter: AdapterConfig, projection_seed: int, **common: Any) -> PeftConfig:

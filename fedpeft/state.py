@@ -16,7 +16,7 @@ from torch import Tensor
 
 A_SUFFIX = ".lora_A.weight"
 B_SUFFIX = ".lora_B.weight"
-R_SUFFIX = ".lora_R.weight"  # LoRA-SB's square matrix between fixed factors
+R_SUFFIX = ".lora_R.weight"  # the square matrix of LoRA-XS and LoRA-SB, between fixed factors
 # change of a layer's frozen weight before the last round, and in it
 BASE_EARLIER, BASE_LAST = ".base_earlier", ".base_last"
 BASE_A, BASE_B, BASE_DENSE = ".A", ".B", ".weight"
@@ -68,7 +68,7 @@ class LoraFactors:
     scaling : float
         alpha / r (alpha / sqrt(r) for rank-stabilised LoRA).
     R : Tensor, optional
-        Of LoRA-SB, between B and A, shape ``(r, r)``: then the update is ``scaling * B @ R @ A``.
+        Of LoRA-XS and LoRA-SB, between B and A, shape ``(r, r)``: then the update is ``scaling * B @ R @ A``.
     """
 
     A: Tensor  # (r, d_in)

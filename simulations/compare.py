@@ -22,7 +22,7 @@ from fedpeft.report.comparison import BOUNDS, comparison, comparison_markdown
 from fedpeft.report.formats import duration, finite, number
 from fedpeft.report.history import History, domain_scores, main_metric, worst
 from fedpeft.report.privacy import epsilon
-from fedpeft.resident import resident
+from fedpeft.resident import Resident, resident
 from fedpeft.runs import CONFIG, check_vacant, read_config
 from fedpeft.simulations.simulate import ray_grid, simulate
 from fedpeft.strategies import available, with_typed_options
@@ -162,12 +162,21 @@ def plan_jobs(rows: Sequence[Row], config: RunConfig, seeds: int, out: Path) -> 
         for row in rows:
             shared = {section: table for section, table in common.items() if section not in row.own}
             layers = [shared, _method_layer(row, config), row.settings]
-            own = with_typed_options(resolve([*layers, {"run": {"seed": seed}}]))
+            own = with_typed_options(_scoring_clients(resolve([*layers, {"run": {"seed": seed}}])))
             jobs.append(Job(row, seed, own, out / re.sub(r"[^\w.=,+-]", "_", row.label) / f"seed-{seed}"))
     for job in jobs:
         if not job.is_begun:
             check_vacant(job.path)
     return jobs
+
+
+def _scoring_clients(config: RunConfig) -> RunConfig:
+    """Also score each client's own rows, unless the user has decided it: never of private runs, where it is a leak."""
+    if "evaluate_clients" in config.run.model_fields_set or config.privacy.level != "none":
+        return config
+    named = config.partition.by is not None and Resident(config).holds_out_test_rows  # so that test rows are named too
+    can = config.task != "causal-lm" or config.data.domain is not None or named
+    return config.model_copy(update={"run": config.run.model_copy(update={"evaluate_clients": can})})
 
 
 def _method_layer(row: Row, config: RunConfig) -> Layer:
@@ -274,12 +283,15 @@ def run_facts(job: Job) -> Facts:
     domains = domain_scores(history.last, metric)
     federated = job.row.method != CENTRALIZED  # else what moved and merged says nothing
     statement = read_statement(job.path) or {}
+    clients = (history.last or {}).get("clients")
+    own_rows = clients.get(metric) if isinstance(clients, Mapping) and federated else None
     return {
         "label": job.label,
         "seed": job.seed,
         "path": str(job.path),
         "metric": metric,
         "score": finite((history.last or {}).get(metric)),
+        "own_rows": finite(own_rows.get("mean")) if isinstance(own_rows, Mapping) else None,
         "worst_domain": domains[worst(domains, metric)] if domains else None,
         "aggregation_error": finite(history.rounds.get(history.done, {}).get("aggregation_error"))
         if federated

@@ -114,6 +114,8 @@ def with_typed_options(config: RunConfig, *, rng: Rng = "seeded") -> RunConfig:
     """
     method = find(config.strategy.name)
     parsed = method.parse_options(config.strategy.options)
+    if "kind" in config.adapter.model_fields_set:  # before what goes with the kind
+        _check_kind(config, method)
     config = _with_own_adapter(config, method)
     _check_kind(config, method)
     _check_ranks(config, method)
@@ -139,9 +141,10 @@ def _check_kind(config: RunConfig, method: type[AdapterStrategy]) -> None:
 def _with_own_adapter(config: RunConfig, method: type[AdapterStrategy]) -> RunConfig:
     """Choose what a method is defined with, where nobody has asked for something else."""
     adapter, facts = config.adapter, method.capabilities
-    own: dict[str, str] = {}
-    if len(facts.kinds) == 1 and "kind" not in adapter.model_fields_set:
-        own["kind"] = min(facts.kinds)
+    own: dict[str, str] = {} if adapter.head is not None else {"head": facts.head}
+    kind = facts.kind or (min(facts.kinds) if len(facts.kinds) == 1 else "")
+    if kind and "kind" not in adapter.model_fields_set:
+        own["kind"] = kind
     if facts.init and adapter.init != facts.init:
         if adapter.init != "default":
             raise ConfigError(

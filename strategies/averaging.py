@@ -3,8 +3,8 @@
 With m the mean of what the clients trained and x_t what they started from, the plain method sends m. `robust` replaces
 the weighted mean by one that a few lying clients cannot move far (see `fedpeft.strategies.robust`); `server_optimizer`
 takes m - x_t for a gradient and steps from x_t (see `fedpeft.strategies.server_optimizers`). Both act on the entries of
-A and of B (of LoRA-SB, R), each on the scale of the adapter that is sent, and on all else that is trained; neither sees
-a product.
+A and of B (or R, where it is trained instead), each on the scale of the adapter that is sent, and on all else that is
+trained; neither sees a product.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedpeft.kinds import ADDITIVE_KINDS
+from fedpeft.kinds import ADDITIVE_KINDS, Head
 from fedpeft.state import Role
 
 
@@ -36,6 +36,10 @@ class Capabilities:
         The ``adapter.init`` that the method is defined with; any if empty.
     kinds : frozenset of str
         The ``adapter.kind`` that the method can merge.
+    kind : str
+        The one of `kinds` that a run has where it names none; if empty ``lora``, or the only one that there is.
+    head : {"shared", "local", "frozen"}
+        The ``adapter.head`` of a run that says nothing of it.
     """
 
     paper: str
@@ -49,3 +53,5 @@ class Capabilities:
     changes_base: bool = False
     init: str = ""
     kinds: frozenset[str] = ADDITIVE_KINDS
+    kind: str = ""
+    head: Head = "shared"

@@ -7,14 +7,17 @@ LoRA Fine-Tuning", arXiv 2502.15436. A layer's update is s B R A, where B and A 
 
 exactly. A client sends r^2 numbers a layer, however wide the layer is.
 
-What differs from the paper: it takes B and A from the first step's gradient. Here they are singular vectors of the
-base's own weight, which need no rows; see `fedpeft.lora_sb`.
+B and A are those of the adapter's kind, see `fedpeft.lora_sb`. As the paper has it, they come from a gradient:
+``adapter.kind=lora-sb``, which looks at rows that must be public (``adapter.init_data``). Without such rows they are
+singular vectors of the base's weights, ``adapter.kind=lora-xs``: then this is LoRA-XS (arXiv 2405.17604) in a
+federation, and what a run does that names no kind.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
+from fedpeft.kinds import R_KINDS
 from fedpeft.state import AdapterState, ClientUpdate, Role
 from fedpeft.strategies.averaging import AveragingStrategy
 from fedpeft.strategies.capabilities import Capabilities
@@ -31,7 +34,8 @@ class FedSb(AveragingStrategy):
         exact="always: A and B are shared",
         needs_single_factors=False,
         trains="R",
-        kinds=frozenset({"lora-sb"}),
+        kinds=R_KINDS,
+        kind="lora-xs",
     )
 
     @classmethod

@@ -20,7 +20,7 @@ from fedpeft.config import RunConfig
 from fedpeft.errors import BudgetSpentError, FedpeftError, TooFewClientsError
 from fedpeft.evaluation import Scores, client_metrics, mean_metrics, score, spread
 from fedpeft.jsons import to_json
-from fedpeft.kinds import ADDITIVE_KINDS
+from fedpeft.kinds import ADDITIVE_KINDS, R_KINDS
 from fedpeft.privacy.books import Books
 from fedpeft.privacy.canaries import write_scores
 from fedpeft.privacy.statement import PRIVACY
@@ -76,7 +76,7 @@ def build_strategy(config: RunConfig, home: Resident, client_ids: Mapping[int, s
         scaling=config.adapter.scaling,
         frozen=home.adapted.frozen,
         client_ids=client_ids,
-        measure_error=config.run.aggregation_error and adapter.kind in ADDITIVE_KINDS | {"lora-sb"},
+        measure_error=config.run.aggregation_error and adapter.kind in ADDITIVE_KINDS | R_KINDS,
         ranks=client_ranks(config),
         scaling_of=adapter.scaling_of,
         offset=home.adapted.offset,
@@ -310,13 +310,15 @@ class _Run:
             by_domain = [scores.by_group(test.domains) for scores in models]
             found["domains"] = {name: mean_metrics([groups[name] for groups in by_domain]) for name in by_domain[0]}
         if self.config.run.evaluate_clients:
-            by_client = [client_metrics(scores, test, self.home.data.train, self.home.partition) for scores in models]
-            if owners:
-                clients = {name: own[name] for name, own in zip(owners, by_client, strict=True) if name in own}
-            else:
-                clients = {name: mean_metrics([groups[name] for groups in by_client]) for name in by_client[0]}
+            rows = (test, self.home.data.train, self.home.partition)
+            clients: dict[str, dict[str, float]] = {}
+            for name, own in zip(owners, models, strict=False):
+                clients |= client_metrics(own, *rows, clients={name})
+            if not owners:  # one model for all
+                clients = client_metrics(models[0], *rows)
             key = "perplexity" if self.config.task == "causal-lm" else "accuracy"
-            found["clients"] = {key: spread(clients, key), "scores": clients}
+            if clients:  # of no client are there test rows, else
+                found["clients"] = {key: spread(clients, key), "scores": clients}
         return found
 
     def finish(self) -> None:

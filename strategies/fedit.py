@@ -10,7 +10,7 @@ sum_k p_k (s_k / s) B_k A_k by the covariance of B_k and A_k over clients. It is
 and wherever A is shared and frozen, which is FFA-LoRA (arXiv 2403.12313).
 
 Of every other kind of adapter it averages whatever is trained, name by name. That is exact where the update is linear
-in it, as with LoRA-SB's R and in MiSS; in DoRA, AdaLoRA, VeRA, RandLoRA, LoHa and LoKr it is not.
+in it, as with the R of LoRA-XS and LoRA-SB and in MiSS; in DoRA, AdaLoRA, VeRA, RandLoRA, LoHa and LoKr it is not.
 
 What differs from the paper: clients may have scalings s_k of their own, so each B_k is first put on the scale s of the
 adapter that is sent; and the sum is taken as updates arrive (`fedpeft.strategies.means`).
@@ -33,7 +33,7 @@ class FedIt(AveragingStrategy):
     capabilities = Capabilities(
         paper="arXiv 2305.05644",
         sends="Abar, Bbar",
-        exact="only where the update is linear in what is trained (ffa-lora, lora-sb, miss)",
+        exact="only where the update is linear in what is trained (ffa-lora, lora-xs, lora-sb, miss)",
         needs_single_factors=False,
         kinds=ALL_KINDS,
     )

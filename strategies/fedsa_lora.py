@@ -7,7 +7,8 @@ both factors and send A alone; the server sends
 
 and client k goes on from (Abar, B_k). A is found to hold what clients have in common, B what is their own. So there is
 one model a client and no global one: a run's score is the mean over the personal models, and what a client has not
-trained yet is the B that all start from.
+trained yet is the B that all start from. The classifier head is each client's own too, as in the authors' code, unless
+``adapter.head`` says otherwise.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class FedSaLora(AveragingStrategy):
         exact="does not apply: there is no global update",
         needs_single_factors=False,
         personal=frozenset({Role.B}),
+        head="local",
     )
 
     @classmethod

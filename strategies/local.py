@@ -27,6 +27,7 @@ class Local(AdapterStrategy):
         needs_single_factors=False,
         personal=EVERYTHING,
         kinds=ALL_KINDS,
+        head="local",
     )
 
     @classmethod

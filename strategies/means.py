@@ -75,7 +75,7 @@ def weighted_mean(
 ) -> AdapterState:
     """Average A, B and the other trained tensors over clients, each weighted with its number of rows.
 
-    Where there is an R between them (LoRA-SB), it is averaged alone: A and B are fixed.
+    Where there is an R between them (LoRA-XS, LoRA-SB), it is averaged alone: A and B are fixed.
 
     Parameters
     ----------

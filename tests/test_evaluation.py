@@ -53,6 +53,10 @@ def test_a_client_without_test_rows_of_its_own_is_scored_by_its_mix_of_labels() 
     assert found["x"]["accuracy"] == pytest.approx(0.75 * 0.5 + 0.25 * 0.5)
     assert found["x"]["loss"] == pytest.approx(0.75 * 2.0 + 0.25 * 4.0)
     assert found["y"]["loss"] == pytest.approx(4.0)
+    only = client_metrics(SCORES, test, train, held, clients={"y"})  # type: ignore[arg-type]
+    assert only == {"y": found["y"]}
+    named = SimpleNamespace(clients=("x", "y", "y", "x"))
+    assert client_metrics(SCORES, named, train, held, clients={"y"}).keys() == {"y"}  # type: ignore[arg-type]
 
 
 def test_rows_of_no_kind_cannot_be_scored_by_client() -> None:

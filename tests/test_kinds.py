@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,10 +15,21 @@ import transformers
 from peft import PeftModel
 from torch import Tensor
 
+from fedpeft import initial
 from fedpeft.adapters import AdaptedModel
 from fedpeft.config import AdapterConfig, RunConfig, nest, resolve
+from fedpeft.data.encoding import EncodedSplit, encode_rows
 from fedpeft.errors import AdapterError, ConfigError, FedpeftError
-from fedpeft.kinds import ADDITIVE_KINDS, ALL_KINDS, INITS, INITS_OF_BASE, WITHOUT_CONV1D, AdapterInit
+from fedpeft.kinds import (
+    ADDITIVE_KINDS,
+    ALL_KINDS,
+    INITS,
+    INITS_FROM_DATA,
+    INITS_OF_BASE,
+    R_KINDS,
+    WITHOUT_CONV1D,
+    AdapterInit,
+)
 from fedpeft.models import load_base
 from fedpeft.resident import Resident
 from fedpeft.state import AdapterState, ClientUpdate, Role, role_of
@@ -31,6 +43,8 @@ BEGUN = ("default", "pissa", "olora", "eva", "lora-ga")
 
 
 def home(make: Make, kind: str, **settings: Any) -> Resident:
+    if kind == "lora-sb":
+        settings.setdefault("adapter__init_data", make().data.source)
     return Resident(make(adapter__kind=kind, adapter__targets="query,value,intermediate.dense", **settings))
 
 
@@ -79,7 +93,9 @@ def same_as_peft_loads(held: Resident, tensors: dict[str, Tensor], folder: Path)
 def test_a_step_moves_what_is_trained_and_peft_loads_the_average(kind: str, text_config: Make, tmp_path: Path) -> None:
     held = home(text_config, kind)
     adapted = held.adapted
-    assert torch.equal(logits(adapted.model, held), logits(original(held), held))  # it begins as the base
+    # it begins as the base: to rounding as LoRA-XS, whose R is drawn, and of LoRA-SB a step away from it
+    began, base = logits(adapted.model, held), logits(original(held), held)
+    assert torch.allclose(began, base, rtol=0, atol=1e-4 if kind == "lora-xs" else 0.0) == (kind != "lora-sb")
     clients = []
     for client in (0, 1):
         adapted.load(adapted.initial, adapted.scaling)
@@ -87,8 +103,8 @@ def test_a_step_moves_what_is_trained_and_peft_loads_the_average(kind: str, text
         for name, before in adapted.initial.items():
             assert torch.equal(clients[-1][name], before) == (name in adapted.frozen), name
     assert {role_of(name) for name in adapted.initial if not is_head(name)} == {
-        *([Role.A, Role.B] if kind in ADDITIVE_KINDS | {"dora", "lora-sb"} else [Role.PARAMETER]),
-        *([Role.R] if kind == "lora-sb" else []),
+        *([Role.A, Role.B] if kind in ADDITIVE_KINDS | R_KINDS | {"dora"} else [Role.PARAMETER]),
+        *([Role.R] if kind in R_KINDS else []),
         *([Role.PARAMETER] if kind == "dora" else []),
     }
 
@@ -114,13 +130,13 @@ def test_the_seed_alone_draws_an_adapter(kind: str, text_config: Make) -> None:
     one, two, other = (home(text_config, kind, run__seed=seed).adapted for seed in (1, 1, 2))
     assert all(torch.equal(tensor, two.initial[name]) for name, tensor in one.initial.items())
     assert one.frozen_hash == two.frozen_hash
-    assert bool(one.frozen) == (kind in {"ffa-lora", "lora-sb", "vera", "randlora"})
-    if kind != "lora-sb":  # whose factors follow from the base alone
+    assert bool(one.frozen) == (kind in {"ffa-lora", "vera", "randlora"} | R_KINDS)
+    if kind != "lora-xs":  # whose factors follow from the base alone
         assert (one.frozen_hash != other.frozen_hash) == bool(one.frozen)
 
 
 @pytest.mark.parametrize("method", ["server_optimizer=avgm", "robust=median", "robust=norm-clip"])
-@pytest.mark.parametrize("kind", ["lora-sb", "vera", "dora"])
+@pytest.mark.parametrize("kind", ["lora-xs", "lora-sb", "vera", "dora"])
 def test_robust_means_and_server_optimizers_take_every_tensor(kind: str, method: str, text_config: Make) -> None:
     held = home(text_config, kind)
     adapted = held.adapted
@@ -155,13 +171,13 @@ def test_the_mean_is_exact_where_the_update_is_linear_in_what_is_trained(kind: s
     )
     middle = outputs({name: (tensor + other[name]) / 2 for name, tensor in one.items()})
     ideal = (outputs(one) + outputs(other)) / 2
-    assert torch.allclose(middle, ideal, rtol=1e-4, atol=1e-4) == (kind in {"ffa-lora", "lora-sb", "miss"})
-    for exact in ("ffa-lora", "lora-sb", "miss"):
+    assert torch.allclose(middle, ideal, rtol=1e-4, atol=1e-4) == (kind in {"ffa-lora", "miss"} | R_KINDS)
+    for exact in ("ffa-lora", "lora-xs", "lora-sb", "miss"):
         assert exact in FedIt.capabilities.exact
 
 
 def public(text_csv: Path, init: str) -> dict[str, Any]:
-    return {"adapter__init": init, **({"adapter__init_data": str(text_csv)} if init in ("eva", "lora-ga") else {})}
+    return {"adapter__init": init, **({"adapter__init_data": str(text_csv)} if init in INITS_FROM_DATA else {})}
 
 
 @pytest.mark.parametrize("kind", ["lora", "rslora"])
@@ -206,21 +222,99 @@ def test_pissa_takes_the_principal_part_out_of_the_base(text_config: Make) -> No
         torch.testing.assert_close(left.double(), W - f.product().double(), rtol=1e-4, atol=1e-6)
 
 
-def test_lora_sb_trains_r_between_singular_vectors(text_config: Make) -> None:
-    held = home(text_config, "lora-sb")
+def test_lora_xs_trains_r_between_singular_vectors_of_the_base(text_config: Make) -> None:
+    held = home(text_config, "lora-xs")
     adapted = held.adapted
     state = AdapterState.from_tensors(adapted.initial, adapted.scaling)
     weights = dict(original(held).named_parameters())
+    assert_close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
+    drawn = []
     for layer, f in state.factors.items():
-        W = weights[layer.removeprefix("base_model.model.") + ".weight"].double()
+        W = weights[layer.removeprefix("base_model.model.") + ".weight"].detach().double()
+        U, S, Vt = torch.linalg.svd(W)
         r = f.rank
         assert f.R is not None
         assert f.R.shape == (r, r)
-        assert not f.R.any()
-        torch.testing.assert_close(f.A.double() @ f.A.double().T, torch.eye(r).double(), rtol=0, atol=1e-6)
-        core = f.B.double().T @ W @ f.A.double().T  # the top singular values, whatever their signs
-        torch.testing.assert_close(core, torch.diag(torch.linalg.svdvals(W)[:r]), rtol=1e-5, atol=1e-6)
+        drawn.append(f.R)
+        assert_close(f.B.double().T @ f.B.double(), torch.eye(r).double())
+        assert_close(f.B.double() @ f.A.double(), U[:, :r] * S[:r] @ Vt[:r])  # whatever the vectors' signs
+        assert_close(f.A.double() @ f.A.double().T, torch.diag(S[:r] ** 2))
+    assert 0.3e-5 < torch.stack(drawn).std() < 3e-5
+    assert not torch.equal(drawn[0], drawn[1])  # each layer draws its own
     assert [role_of(name) for name in adapted.trained if not is_head(name)] == [Role.R] * len(state.factors)
+
+
+def gradients(held: Resident, rows: EncodedSplit, names: list[str]) -> dict[str, Tensor]:
+    """Return the mean gradient of each weight over all rows, one row after the other."""
+    model = original(held)
+    weights = [model.get_parameter(f"{name}.weight").requires_grad_(True) for name in names]
+    for index in range(len(rows)):
+        (model(**rows.batch(np.array([index]))).loss / len(rows)).backward()
+    return {name: weight.grad.double() for name, weight in zip(names, weights, strict=True)}
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_lora_sb_begins_at_the_first_step_on_public_rows(optimizer: str, text_config: Make) -> None:
+    lr, enough = 0.02, {"train__batch_size": 16}  # for eight batches to hold all public rows
+    settings = {"train__optimizer": optimizer, "train__learning_rate": lr, "adapter__alpha": 6.0, **enough}
+    held = home(text_config, "lora-sb", **settings)
+    adapted = held.adapted
+    assert adapted.offset == {}  # the start is part of the update
+    state = AdapterState.from_tensors(adapted.initial, adapted.scaling)
+    names = [layer.removeprefix("base_model.model.") for layer in state.factors]
+    rows = encode_rows(held.config, held.folder, str(held.config.adapter.init_data), held.labels)
+    G = gradients(held, rows, names)
+    for layer, f in state.factors.items():
+        assert f.R is not None
+        for gram in (f.B.double().T @ f.B.double(), f.A.double() @ f.A.double().T):
+            torch.testing.assert_close(gram, torch.eye(f.rank).double(), rtol=0, atol=1e-6)
+        g = G[layer.removeprefix("base_model.model.")]
+        if g.abs().median() < 1e-6:  # of this random model's queries: mostly rounding
+            continue
+        U, S, Vt = torch.linalg.svd(-lr * (g if optimizer == "sgd" else g / (g.abs() + 1e-8)))
+        r = f.rank
+        close = partial(torch.testing.assert_close, rtol=0, atol=2e-3 * float(S[0]))
+        close(f.scaling * f.R.double(), torch.diag(S[:r]))
+        close(f.product().double(), U[:, :r] * S[:r] @ Vt[:r])
+        names.remove(layer.removeprefix("base_model.model."))
+    assert all("query" in name for name in names)
+
+
+@pytest.mark.parametrize("kind", sorted(R_KINDS))
+def test_the_gradient_of_r_is_that_of_the_weight_between_b_and_a(kind: str, text_config: Make) -> None:
+    adapted = home(text_config, kind).adapted
+    name = "base_model.model.bert.encoder.layer.0.intermediate.dense"
+    layer: Any = adapted.model.get_submodule(name)
+    f = AdapterState.from_tensors(adapted.initial, adapted.scaling).factors[name]
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(5, f.A.shape[1], generator=draw)
+    up = torch.randn(5, f.B.shape[0], generator=draw)  # the gradient of the outputs
+    adapted.begin_training([f"{name}.lora_R.weight"])
+    layer(x).backward(up)
+    G = up.double().T @ x.double()  # that of W
+    expected = f.scaling * f.B.double().T @ G @ f.A.double().T
+    grad = adapted.parameter(f"{name}.lora_R.weight").grad
+    assert grad is not None
+    torch.testing.assert_close(grad.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_lora_sb_is_named_by_its_kind_or_its_start_and_needs_public_rows(text_config: Make) -> None:
+    given = {"adapter__init_data": "public.csv"}
+    both = {"adapter__kind": "lora-sb", "adapter__init": "lora-sb-gradient"}
+    configs = [text_config(**given, **{key: both[key]}) for key in both] + [text_config(**given, **both)]
+    assert all(config == configs[0] for config in configs)
+    typed = with_typed_options(text_config(strategy__name="fed-sb", adapter__init="lora-sb-gradient", **given))
+    assert (typed.adapter.kind, typed.adapter.init) == ("lora-sb", "lora-sb-gradient")
+    assert with_typed_options(text_config(strategy__name="fed-sb")).adapter.kind == "lora-xs"
+    for init in ({}, {"adapter__init": "default"}):  # as this kind was written when it was LoRA-XS
+        with pytest.raises(ConfigError, match=r"'lora-sb' begins at a gradient.*public rows.*adapter.kind = 'lora-xs'"):
+            text_config(adapter__kind="lora-sb", **init)
+
+
+def test_rows_without_a_gradient_cannot_start_lora_sb(text_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.autograd, "grad", lambda loss, weights, **_: [None for _ in weights])
+    with pytest.raises(AdapterError, match=r"'lora-sb-gradient': layer '.*' got no finite gradient"):
+        _ = home(text_config, "lora-sb").adapted
 
 
 def test_rslora_scales_by_the_root_of_the_rank(text_config: Make) -> None:
@@ -245,8 +339,17 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("kind", "init"), [*((kind, "default") for kind in KINDS), ("lora", "pissa"), ("lora", "olora")]
 )
-def test_transposed_layers_are_adapted_or_refused(kind: str, init: str, gpt2: Path, tmp_path: Path) -> None:
+def test_transposed_layers_are_adapted_or_refused(
+    kind: str, init: str, gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = {"model.name": str(gpt2), "model.task": "causal-lm", "adapter.rank": 2}
+    if kind == "lora-sb":
+        init = "lora-sb-gradient"
+        rows = tmp_path / "rows.csv"
+        rows.write_text("prompt,completion\na,b\n")
+        settings["adapter.init_data"] = str(rows)
+        batch = torch.arange(2, 14).reshape(2, 6)
+        monkeypatch.setattr(initial, "public_batches", lambda *_: [{"input_ids": batch, "labels": batch}])
     config = resolve([nest({**settings, "adapter.kind": kind, "adapter.init": init})])
     if kind in WITHOUT_CONV1D or init == "olora":
         with pytest.raises(AdapterError, match=r"(adapter\.kind|adapter\.init).*c_attn.*Conv1D"):
@@ -256,7 +359,8 @@ def test_transposed_layers_are_adapted_or_refused(kind: str, init: str, gpt2: Pa
     tokens = torch.arange(1, 13).reshape(2, 6)
     with torch.no_grad():
         base = load_base(config, gpt2, ()).model(tokens).logits
-        torch.testing.assert_close(adapted.model(tokens).logits, base, rtol=1e-4, atol=1e-5)
+        if kind != "lora-sb":  # which begins one step away
+            torch.testing.assert_close(adapted.model(tokens).logits, base, rtol=1e-4, atol=1e-5)
         moved = {n: t + 0.1 if n in adapted.trained else t for n, t in adapted.initial.items()}
         adapted.load(moved, adapted.scaling)
         after = adapted.model(tokens).logits
@@ -269,13 +373,14 @@ def test_transposed_layers_are_adapted_or_refused(kind: str, init: str, gpt2: Pa
 @pytest.mark.parametrize("name", sorted(STRATEGIES))
 def test_a_method_takes_the_kinds_that_it_declares(name: str, text_config: Make) -> None:
     kinds = available()[name].capabilities.kinds
-    assert kinds == {"fedit": ALL_KINDS, "local": ALL_KINDS, "fed-sb": {"lora-sb"}}.get(name, kinds & ADDITIVE_KINDS)
+    assert kinds == {"fedit": ALL_KINDS, "local": ALL_KINDS, "fed-sb": R_KINDS}.get(name, kinds & ADDITIVE_KINDS)
+    rows = {"lora-sb": {"adapter__init_data": "public.csv"}}
     for kind in ALL_KINDS - kinds:
         with pytest.raises(ConfigError, match=rf"strategy '{name}'.*'{kind}'.*Allowed: .*{min(kinds)}"):
-            with_typed_options(text_config(strategy__name=name, adapter__kind=kind))
+            with_typed_options(text_config(strategy__name=name, adapter__kind=kind, **rows.get(kind, {})))
     if name in ("fedit", "fed-sb"):
         for kind in kinds:
-            with_typed_options(text_config(strategy__name=name, adapter__kind=kind))
+            with_typed_options(text_config(strategy__name=name, adapter__kind=kind, **rows.get(kind, {})))
 
 
 @pytest.mark.parametrize(
@@ -287,6 +392,7 @@ def test_a_method_takes_the_kinds_that_it_declares(name: str, text_config: Make)
         ({"adapter.init": "pissa", "adapter.ranks": "2,4"}, "'pissa' takes ranks out of the base.*adapter.ranks = 2,4"),
         ({"adapter.init": "eva"}, "'eva' needs adapter.init_data.*public"),
         ({"adapter.init": "pissa", "adapter.init_data": "x.csv"}, "'x.csv' belongs to .*'eva' or 'lora-ga'.*drop it"),
+        ({"adapter.init": "lora-sb-gradient"}, "'lora-sb' begins at a gradient .*needs adapter.init_data"),
     ],
 )
 def test_what_does_not_go_together_is_one_line(settings: dict[str, Any], says: str) -> None:
@@ -316,7 +422,7 @@ def test_public_rows_must_exist(text_config: Make) -> None:
         _ = home(text_config, "lora", adapter__init="eva", adapter__init_data="nowhere.csv").adapted
 
 
-@pytest.mark.parametrize("init", ["eva", "lora-ga"])
+@pytest.mark.parametrize("init", ["eva", "lora-ga", "lora-sb-gradient"])
 def test_images_and_prompts_initialise_too(
     init: str, tiny_vit: Path, image_folder: Path, tiny_llama: Path, pairs_jsonl: Path
 ) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from fedpeft.config import RunConfig
 from fedpeft.errors import ConfigError
-from fedpeft.kinds import INITS_FROM_DATA
+from fedpeft.kinds import INITS_FROM_DATA, R_KINDS
 from fedpeft.privacy.settings import Rng
 
 # whose per-row gradients Opacus's hooks give rightly: all that is trained are weights of linear layers
-RECORD_KINDS = frozenset({"lora", "rslora", "ffa-lora", "lora-sb"})
+RECORD_KINDS = frozenset({"lora", "rslora", "ffa-lora"}) | R_KINDS
 
 
 def with_rng(config: RunConfig, default: Rng) -> RunConfig:

@@ -14,6 +14,7 @@ from fedpeft.report.layout import cell, new_table
 from fedpeft.report.privacy import epsilon
 
 Facts = dict[str, Any]
+OWN_ROWS = "own rows"
 BOUNDS = {
     "centralized": "centralized, the upper bound, is no federation: one client holds all rows, and makes as many steps "
     "a round as the clients of a round together (or as many epochs as each).",
@@ -53,7 +54,7 @@ def comparison(labels: Sequence[str], seeds: Sequence[int], rounds: int, runs: S
                 "spread": statistics.stdev(scores) if len(scores) > 1 else None,
                 **{
                     key: _mean([run[key] for run in own if run[key] is not None])
-                    for key in ("worst_domain", "aggregation_error", "bytes", "seconds")
+                    for key in ("own_rows", "worst_domain", "aggregation_error", "bytes", "seconds")
                 },
                 # of which one states none, the group has none
                 "epsilon": max((run["epsilon"] or 0.0 for run in own), default=None)
@@ -78,6 +79,11 @@ def _notes(facts: Facts) -> list[str]:
         f"After {facts['rounds']} rounds, {over}{spread}. Aggregation error is the last round's, |DW - sent| / |DW|; "
         "moved is up and down in all rounds, and time that of all rounds, of one run."
     ]
+    if any(row["own_rows"] is not None for row in facts["rows"]):
+        notes.append(
+            f"{OWN_ROWS.capitalize()}: the mean over clients of each one's score on its own share of the test rows, by "
+            f"its own model where it has one; {facts['metric']} is on all test rows."
+        )
     if any(row["epsilon"] is not None for row in facts["rows"]):
         notes.append(
             "Epsilon, the largest over seeds, is what each run states in its privacy.json, beside what it rests on."
@@ -97,6 +103,7 @@ def _columns(facts: Mapping[str, Any]) -> dict[str, list[str]]:
         ],
         facts["metric"]: [_with_spread(row) for row in rows],
         "epsilon": [epsilon(row["epsilon"]) for row in rows],
+        OWN_ROWS: [number(row["own_rows"]) for row in rows],
         "worst domain": [number(row["worst_domain"]) for row in rows],
         "aggregation error": [number(row["aggregation_error"]) for row in rows],
         "moved": [size(row["bytes"]) for row in rows],

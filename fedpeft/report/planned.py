@@ -102,7 +102,7 @@ class DryRun:
         """What happens to the classifier head, in words."""
         if not self.head_parameters:
             return NO_HEAD
-        return HEADS["local" if "head" in self.personal else self.config.adapter.head]
+        return HEADS["local" if "head" in self.personal else self.config.adapter.head or "shared"]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, for ``--json``."""

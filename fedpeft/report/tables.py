@@ -41,6 +41,7 @@ def strategies_dict(methods: Mapping[str, type[AdapterStrategy]] | None = None) 
             "needs_single_factors": method.capabilities.needs_single_factors,
             "trains": method.capabilities.trains,
             "personal": sorted(method.capabilities.personal),
+            "head": method.capabilities.head,
             "mixed_ranks": method.capabilities.mixed_ranks,
             "changes_base": method.capabilities.changes_base,
             "kinds": sorted(method.capabilities.kinds),
@@ -103,6 +104,8 @@ def strategies_table(methods: Sequence[Facts] | None = None) -> RenderableType:
         facts: list[tuple[str, object]] = [("sends", method["sends"]), ("exact", method["exact"])]
         if method["personal"]:
             facts.append(("personal", f"{', '.join(method['personal'])} stays with each client"))
+        if method["head"] != "shared":
+            facts.append(("head", f"{method['head']}, unless adapter.head says otherwise"))
         facts.append(("kinds", ", ".join(method["kinds"])))
         for option in method["options"]:
             default = "required" if option["required"] else f"default {as_typed(option['default'])}"

@@ -10,7 +10,7 @@ import pytest
 
 from fedpeft.config import RunConfig
 from fedpeft.errors import ConfigError
-from fedpeft.kinds import ALL_KINDS
+from fedpeft.kinds import ALL_KINDS, R_KINDS
 from fedpeft.privacy.checks import RECORD_KINDS
 from fedpeft.privacy.settings import PrivacyConfig
 from fedpeft.strategies import with_typed_options
@@ -65,8 +65,9 @@ def test_leaks_around_the_mechanism_are_refused(settings: dict[str, Any], words:
 
 @pytest.mark.parametrize("kind", sorted(ALL_KINDS))
 def test_kinds_without_gradients_of_single_rows_are_refused_by_name(kind: str, text_config: Make) -> None:
-    strategy = "fed-sb" if kind == "lora-sb" else "fedit"
-    config = text_config(**RECORD, adapter__kind=kind, strategy__name=strategy)
+    strategy = "fed-sb" if kind in R_KINDS else "fedit"
+    rows = {"adapter__init_data": "r.csv", "privacy__public_init_data": True} if kind == "lora-sb" else {}
+    config = text_config(**RECORD, adapter__kind=kind, strategy__name=strategy, **rows)
     if kind in RECORD_KINDS:
         assert with_typed_options(config).privacy.rng == "seeded"
         assert with_typed_options(config, rng="secure").privacy.rng == "secure"

@@ -21,7 +21,7 @@ from fedpeft.resident import Resident
 from fedpeft.training import train_locally
 
 TASKS = ("sequence-classification", "image-classification", "causal-lm")
-KINDS = ("lora", "ffa-lora", "rslora", "lora-sb")
+KINDS = ("lora", "ffa-lora", "rslora", "lora-xs")
 
 
 @pytest.fixture(scope="module")

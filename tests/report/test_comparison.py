@@ -12,7 +12,14 @@ from tests.report.printing import printed
 
 
 def run(label: str, seed: int, score: float | None, **facts: Any) -> dict[str, Any]:
-    known = {"worst_domain": None, "aggregation_error": 0.25, "bytes": 1_500_000, "seconds": 4.0, "epsilon": None}
+    known = {
+        "own_rows": None,
+        "worst_domain": None,
+        "aggregation_error": 0.25,
+        "bytes": 1_500_000,
+        "seconds": 4.0,
+        "epsilon": None,
+    }
     return {
         "label": label,
         "seed": seed,
@@ -69,6 +76,20 @@ def test_one_seed_has_no_spread_and_no_bound_is_explained_that_is_not_there() ->
     assert "± is" not in text
     assert "After 3 rounds, seed 7." in text
     assert "bound" not in text
+
+
+def test_own_rows_have_a_column_where_they_were_scored() -> None:
+    runs = [run("fedsa-lora", 0, 0.6, own_rows=0.9), run("fedsa-lora", 1, 0.6, own_rows=0.8), run("fedit", 0, 0.7)]
+    facts = comparison(["fedsa-lora", "fedit"], [0, 1], 3, runs)
+    assert facts["rows"][0]["own_rows"] == pytest.approx(0.85)
+    text = comparison_markdown(facts)
+    assert text.startswith("| method | accuracy | own rows | aggregation error |")
+    assert "| fedsa-lora | 0.6000 ± 0.0000 | 0.8500 |" in text
+    assert "by its own model where it has one; accuracy is on all test rows" in text
+    wide = [run(each["label"], each["seed"], 0.5, own_rows=0.25, worst_domain=0.1) for each in RUNS]
+    shown = printed(comparison_table(comparison(LABELS, [0, 1], 12, wide)), width=80)
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "0.2500" in shown
 
 
 def test_the_terminal_shows_the_same_within_80_columns() -> None:

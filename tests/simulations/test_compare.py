@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fedpeft.config import RunConfig
+from fedpeft.config import RunConfig, configure
 from fedpeft.errors import ConfigError, RunDirectoryError
 from fedpeft.report.history import History
+from fedpeft.runs import read_events
 from fedpeft.simulations import compare
 from fedpeft.simulations.compare import Compared, plan_jobs, run_jobs, split_words, write_comparison
 from fedpeft.strategies.federation import Outcome
@@ -73,10 +75,32 @@ def test_what_is_not_set_is_left_to_the_method_and_options_to_their_own(text_con
     rows, _ = split_words(["fed-sb", "fedit", "lora-fair", "lora-fair:solver=cosine"])
     config = text_config(strategy__name="lora-fair", strategy__regularization=0.5)
     sb, fedit, fair, cosine = (job.config for job in plan_jobs(rows, config, 1, tmp_path))
-    assert (sb.adapter.kind, fedit.adapter.kind) == ("lora-sb", "lora")
+    assert (sb.adapter.kind, fedit.adapter.kind) == ("lora-xs", "lora")
     assert "regularization" not in fedit.strategy.options
     assert fair.strategy.options == {"regularization": 0.5, "solver": "closed-form"}
     assert cosine.strategy.options == {"regularization": 0.5, "solver": "cosine"}
+
+
+def test_own_rows_are_scored_where_they_can_be_and_no_privacy_forbids_it(
+    text_config: Any, tiny_llama: Path, pairs_jsonl: Path, tmp_path: Path
+) -> None:
+    private = "fedit:privacy.level=record,privacy.noise_multiplier=1"
+    rows, _ = split_words(["fedit", private, "fedit:run.evaluate_clients=false"])
+    scored = [job.config.run.evaluate_clients for job in plan_jobs(rows, text_config(), 1, tmp_path)]
+    assert scored == [True, False, False]
+    with pytest.raises(ConfigError, match=r"run\.evaluate_clients = true weighs scores"):
+        plan_jobs(rows, text_config(run__evaluate_clients=True), 1, tmp_path)
+    rows, _ = split_words(["fedit"])
+    pairs = {"model.name": str(tiny_llama), "data.source": str(pairs_jsonl), "data.prompt": "prompt"}
+    pairs |= {"data.completion": "completion", "federation.clients": "2"}
+    (job,) = plan_jobs(rows, configure(pairs), 1, tmp_path)  # with neither label, domain nor client
+    assert not job.config.run.evaluate_clients
+
+
+def test_what_is_personal_is_decided_by_each_row(text_config: Any, tmp_path: Path) -> None:
+    rows, _ = split_words(["fedsa-lora", "fedsa-lora:adapter.head=shared", "local", "fedit"])
+    heads = [job.config.adapter.head for job in plan_jobs(rows, text_config(), 1, tmp_path)]
+    assert heads == ["local", "shared", "local", "shared"]
 
 
 def test_bounds_of_mixed_ranks_have_the_largest(text_config: Any, tmp_path: Path) -> None:
@@ -123,6 +147,13 @@ def test_runs_are_compared_and_done_ones_are_kept(
     assert by_method["centralized"]["bytes"] is None
     assert by_method["lora-fair:regularization=0.5"]["aggregation_error"] > 0
     assert all(row["runs"] == 2 and row["spread"] is not None for row in facts["rows"])
+    assert by_method["centralized"]["own_rows"] is None
+    for label in ("local", "lora-fair:regularization=0.5"):  # scored beside all rows, from the same passes
+        evaluations = [read_events(job.path) for job in jobs if job.label == label]
+        own = [[e for e in events if e["event"] == "evaluate"][-1]["clients"]["scores"] for events in evaluations]
+        means = [statistics.fmean(client["accuracy"] for client in clients.values()) for clients in own]
+        assert by_method[label]["own_rows"] == pytest.approx(statistics.fmean(means))
+        assert all(len(clients) == 3 for clients in own)
     path = out / "lora-fair_regularization=0.5" / "seed-6"
     last = History.read(path).last
     assert last is not None

@@ -14,7 +14,7 @@ from fedpeft.base_change import dense
 from fedpeft.config import configure
 from fedpeft.resident import resident
 from fedpeft.state import AdapterState, ClientUpdate
-from fedpeft.strategies import STRATEGIES
+from fedpeft.strategies import STRATEGIES, with_typed_options
 from fedpeft.strategies.base import AdapterStrategy
 from fedpeft.strategies.fedex_lora import FedExLora
 from fedpeft.strategies.fedit import FedIt
@@ -124,7 +124,14 @@ def test_sample_counts_forced_to_1() -> None:
 
 
 def test_a_head_that_is_local_in_one_method_and_shared_in_another() -> None:
-    """The configuration decides, the same for every method but the one that shares nothing."""
+    """The configuration decides; where it says nothing each method's record does, and the run's configuration tells."""
+    kept = {name for name, method in STRATEGIES.items() if method.capabilities.head == "local"}
+    assert kept == {"fedsa-lora", "local"}  # the personalised ones
+    for name, method in STRATEGIES.items():
+        config = configure({"strategy.name": name}, preset="digits")
+        assert with_typed_options(config).adapter.head == method.capabilities.head
+        config = configure({"strategy.name": name, "adapter.head": "frozen"}, preset="digits")
+        assert with_typed_options(config).adapter.head == "frozen"
     for name, method in STRATEGIES.items():
         for number in (1, 2, 3):
             shared = {str(role) for role in method.exchange(number).trained - method.exchange(number).personal}
