@@ -41,7 +41,7 @@ ANY_RANK = ("lora-lego", "flexlora", "flora", "fedex-lora")  # can write any ran
 NEEDS_START = {"server_optimizer": ("avgm", "adagrad", "adam", "yogi"), "robust": ("norm-clip",)}
 EXACT = 1e-6  # relative; what is beyond is a method's error, not the rounding of those that compute in float32
 MOST = 2**62  # sum of the weights as whole numbers
-ALIGNING_ROUND = 3  # not the first, in which fedrot-lora rotates nothing; an odd one, whose rotations align A
+ALIGNING_ROUND = 2  # not the first, in which fedrot-lora rotates nothing; an even one, whose rotations align A
 
 # what adapters must agree on, besides layers and shapes, and what PEFT takes where it is not said
 COMMON: dict[str, Any] = {
