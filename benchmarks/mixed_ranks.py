@@ -23,10 +23,10 @@ from fedpeft.state import AdapterState, ClientUpdate, LoraFactors
 from fedpeft.strategies import STRATEGIES
 from fedpeft.strategies.base import AdapterStrategy
 
-LAYER, ALPHA = "layer", 8.0
+LAYER, SCALING = "layer", 1.0  # of clients of every rank
 RANKS, RANK, SHARED = (2, 4, 8), 8, 2  # SHARED is the rank that all clients have
 D_IN, D_OUT = 40, 24
-STEPS, RATE = 10, 0.05
+STEPS, RATE = 10, 0.3
 METHODS = [name for name, method in STRATEGIES.items() if method.capabilities.mixed_ranks]
 MARK = "mixed ranks"
 
@@ -55,14 +55,19 @@ def trained(f: LoraFactors, wanted: Tensor) -> LoraFactors:
     return replace(f, A=A, B=B)
 
 
+def begun(seed: int, rank: int) -> AdapterState:
+    """Return an adapter as a run begins with it: A drawn, B zero."""
+    A = torch.from_numpy(np.random.default_rng([seed, 1]).standard_normal((rank, D_IN))) / D_IN**0.5
+    return AdapterState({LAYER: LoraFactors(A, torch.zeros(D_OUT, rank, dtype=torch.float64), SCALING)})
+
+
 def learn(name: str, seed: int, rounds: int, options: dict[str, object] | None = None) -> Learned:
     """Run a federation of one layer."""
     wanted = target(seed)
     method: AdapterStrategy = STRATEGIES[name](
-        seed=seed, scaling=ALPHA / RANK, ranks=RANKS, measure_error=False, **(options or {})
+        seed=seed, scaling=SCALING, scaling_of=lambda rank: SCALING, ranks=RANKS, measure_error=False, **(options or {})
     )
-    A = torch.from_numpy(np.random.default_rng([seed, 1]).standard_normal((RANK, D_IN))) / D_IN**0.5
-    state = AdapterState({LAYER: LoraFactors(A, torch.zeros(D_OUT, RANK, dtype=torch.float64), ALPHA / RANK)})
+    state = begun(seed, RANK)
     for method.server_round in range(1, rounds + 1):
         base = dense(state.base[LAYER]) if LAYER in state.base else torch.zeros_like(wanted)
         updates = [
@@ -77,7 +82,7 @@ def learn(name: str, seed: int, rounds: int, options: dict[str, object] | None =
 
 
 def _view(method: AdapterStrategy, state: AdapterState, rank: int) -> LoraFactors:
-    return method.view(state, rank, ALPHA / rank).factors[LAYER]
+    return method.view(state, rank, SCALING).factors[LAYER]
 
 
 def table(rounds: int, seeds: int, tell: Callable[[str], None] = print) -> str:

@@ -35,6 +35,7 @@ REFUSED = {
     "local": "merges nothing",
     "rolora": "trains A and B by turns while all clients share the other one, and adapters on disk share neither",
     "frlora": "begins at the principal part of the base's weights, which adapters on disk do not hold",
+    "raflora": "averages ranks of equal index, which mean the same only to clients that began at one adapter",
     "fed-sb": "sums the R of adapters that share A and B, and these have no R",
 }
 ANY_RANK = ("lora-lego", "flexlora", "flora", "fedex-lora")  # can write any rank
