@@ -155,7 +155,7 @@ def _cosine_correction(
         return value
 
     with torch.enable_grad():
-        descent.step(objective)
+        descent.step(objective)  # type: ignore[no-untyped-call]
     correction: Tensor = Q @ C.detach()
     return correction
 
