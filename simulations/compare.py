@@ -20,7 +20,7 @@ from fedpeft.jsons import strict_json, to_json
 from fedpeft.privacy.statement import read_statement
 from fedpeft.report.comparison import BOUNDS, comparison, comparison_markdown
 from fedpeft.report.formats import duration, finite, number
-from fedpeft.report.history import History, domain_scores, main_metric, worst
+from fedpeft.report.history import ERRORS, History, domain_scores, main_metric, worst
 from fedpeft.report.privacy import epsilon
 from fedpeft.resident import Resident, resident
 from fedpeft.runs import CONFIG, check_vacant, read_config
@@ -293,9 +293,7 @@ def run_facts(job: Job) -> Facts:
         "score": finite((history.last or {}).get(metric)),
         "own_rows": finite(own_rows.get("mean")) if isinstance(own_rows, Mapping) else None,
         "worst_domain": domains[worst(domains, metric)] if domains else None,
-        "aggregation_error": finite(history.rounds.get(history.done, {}).get("aggregation_error"))
-        if federated
-        else None,
+        **{key: finite(history.rounds.get(history.done, {}).get(key)) if federated else None for key in ERRORS},
         "bytes": history.bytes_up + history.bytes_down if federated and history.is_counted else None,
         "seconds": history.seconds if history.is_counted else None,
         "epsilon": finite(statement.get("epsilon_max")),

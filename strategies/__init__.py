@@ -28,6 +28,7 @@ from fedpeft.strategies.hetlora import HetLora
 from fedpeft.strategies.local import Local
 from fedpeft.strategies.lora_fair import LoraFair
 from fedpeft.strategies.lora_lego import LoraLego
+from fedpeft.strategies.raflora import RaFLora
 from fedpeft.strategies.rolora import RoLora
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "Local",
     "LoraFair",
     "LoraLego",
+    "RaFLora",
     "RoLora",
     "StrategyOptions",
     "available",
@@ -64,6 +66,7 @@ STRATEGIES: dict[str, type[AdapterStrategy]] = {
         FLora,
         FedExLora,
         FlexLora,
+        RaFLora,
         HetLora,
         Florist,
         RoLora,

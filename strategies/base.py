@@ -28,7 +28,7 @@ from fedpeft.strategies.answers import Answers, known_clients
 from fedpeft.strategies.capabilities import Capabilities
 from fedpeft.strategies.client_privacy import ClientPrivacy, PrivateMean, require_sums
 from fedpeft.strategies.exchange import Exchange
-from fedpeft.strategies.factors import aggregation_error, sent_products
+from fedpeft.strategies.factors import round_errors
 from fedpeft.strategies.outgoing import Outgoing, Terms
 from fedpeft.strategies.ranks import Ranks, cut
 from fedpeft.strategies.rounds import Fault, Observer, RoundReport, client_order, require_enough
@@ -317,7 +317,8 @@ class AdapterStrategy(Strategy):
                 "lower train.learning_rate. What was done before this round is saved."
             )
         if measured:
-            report.aggregation_error = aggregation_error(kept, sent_products(merged), self.offset)
+            errors = round_errors(kept, state, merged, self.offset)
+            report.aggregation_error, report.aggregation_error_of_total = errors.of_step, errors.of_total
         report.seconds = time.perf_counter() - started
         outgoing.update(merged)
         metrics = MetricRecord({} if report.train_loss is None else {TRAIN_LOSS: report.train_loss})

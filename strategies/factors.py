@@ -12,17 +12,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fedpeft.errors import AdapterError, TooFewClientsError
-from fedpeft.state import AdapterState, ClientUpdate, LoraFactors
+from fedpeft.state import AdapterState, BaseChange, ClientUpdate, LoraFactors
 
 # A QR runs at a fraction of a matrix product's speed: shortening a stack pays below this share of its height.
 QR_PAYS_BELOW = 0.3
 ROWS_AT_ONCE = 512
 CLIENTS_AT_ONCE = 8
+# A difference of products that is no more than this share of their size is what rounding in float64 leaves.
+ROUNDING = 1e-12
 
 
 def client_weights(updates: Sequence[ClientUpdate]) -> list[float]:
@@ -104,27 +107,46 @@ def _isometric_rows(B: Tensor) -> Iterator[Tensor]:
     """
     if B.shape[1] < QR_PAYS_BELOW * B.shape[0]:
         B = torch.linalg.qr(B, mode="r").R  # (R, R)
-    for start in range(0, B.shape[0], ROWS_AT_ONCE):
-        yield B[start : start + ROWS_AT_ONCE]
+    return _blocks(B)
 
 
-def squared_distance(
-    factors: Sequence[LoraFactors], weights: Sequence[float], sent: LoraFactors, offset: LoraFactors | None = None
-) -> tuple[float, float]:
-    """Return |DW - sent|^2 and |DW - offset|^2 of one layer, DW the weighted sum of the clients' products."""
-    B, A = stack(factors, weights)
-    sent = sent.plain()
-    A_sent = sent.A.to(torch.float64)
-    total = A.shape[0]
-    start = LoraFactors(A_sent[:0], B[:, :0], 1.0) if offset is None else offset
-    parts = [B, -sent.scaling * sent.B.to(torch.float64), -start.scaling * start.B.to(torch.float64)]
-    split = total + A_sent.shape[0]
-    residual = target = 0.0
-    for rows in _isometric_rows(torch.cat(parts, dim=1)):  # (d_out, R + r + r0)
-        product = rows[:, :total] @ A  # (rows, d_in)
-        target += float((product + rows[:, split:] @ start.A.to(torch.float64)).square().sum())
-        residual += float(product.addmm_(rows[:, total:split], A_sent).square().sum())
-    return residual, target
+def _blocks(B: Tensor) -> Iterator[Tensor]:
+    return (B[start : start + ROWS_AT_ONCE] for start in range(0, B.shape[0], ROWS_AT_ONCE))
+
+
+def squared_norms(terms: Sequence[LoraFactors | Tensor], sums: Sequence[Mapping[int, float]]) -> list[float]:
+    """Return the squared Frobenius norms of weighted sums of a layer's changes.
+
+    Parameters
+    ----------
+    terms : sequence of LoraFactors or Tensor
+        Products in factor space, or ``(d_out, d_in)`` matrices where that is how a change of the base is held.
+    sums : sequence of mapping of int to float
+        Of each sum, by a term's place, what it is multiplied with; the others are left out.
+
+    Returns
+    -------
+    list of float
+        Good to 1e-16 of the terms: where these cancel, what remains is not drowned in their squares.
+    """
+    factors = {j: term.plain() for j, term in enumerate(terms) if isinstance(term, LoraFactors)}
+    matrices = {j: term for j, term in enumerate(terms) if isinstance(term, Tensor)}
+    rows_of = {j: f.A.to(torch.float64) for j, f in factors.items()}  # (r_j, d_in)
+    columns = torch.cat([f.scaling * f.B.to(torch.float64) for f in factors.values()], dim=1)  # (d_out, sum r_j)
+    ends = torch.tensor([f.rank for f in factors.values()]).cumsum(0).tolist()
+    span = {j: slice(end - f.rank, end) for (j, f), end in zip(factors.items(), ends, strict=True)}
+    d_in = next(iter(rows_of.values())).shape[1]
+    squares, at = [0.0] * len(sums), 0
+    for block in _blocks(columns) if matrices else _isometric_rows(columns):
+        found = {j: block[:, span[j]] @ A for j, A in rows_of.items()}  # (rows, d_in)
+        found |= {j: W[at : at + len(block)].to(torch.float64) for j, W in matrices.items()}
+        at += len(block)
+        for i, wanted in enumerate(sums):
+            total = torch.zeros(len(block), d_in, dtype=torch.float64)
+            for j, c in wanted.items():
+                total.add_(found[j], alpha=c)
+            squares[i] += float(total.square_().sum())
+    return squares
 
 
 def relative_error(factors: Sequence[LoraFactors], weights: Sequence[float], sent: LoraFactors) -> float:
@@ -145,13 +167,15 @@ def relative_error(factors: Sequence[LoraFactors], weights: Sequence[float], sen
         0 means exact (about 1e-15 in float64), 1 is what sending nothing gives. Where DW is zero there is nothing to be
         relative to: 0 if `sent` is zero too, else infinity.
     """
-    return _ratio(*squared_distance(factors, weights, sent))
+    return _ratio(*squared_norms([_ideal(factors, weights), sent], [{0: 1, 1: -1}, {0: 1}]))
 
 
 def aggregation_error(
     updates: Iterable[ClientUpdate], sent: Mapping[str, LoraFactors], offset: Mapping[str, LoraFactors] | None = None
 ) -> float:
     """Return sqrt(sum_l |DW_l - sent_l|^2 / sum_l |DW_l|^2) over the adapted layers l of `sent`.
+
+    Of adapters without a common start, such as those on disk, this is the error; that of a round is `round_errors`.
 
     Parameters
     ----------
@@ -169,16 +193,91 @@ def aggregation_error(
     """
     cohort = list(updates)
     weights = client_weights(cohort)
-    start = offset or {}
-    pairs = [
-        squared_distance([u.factors[name] for u in cohort], weights, f, start.get(name)) for name, f in sent.items()
-    ]
+    pairs = []
+    for name, f in sent.items():
+        terms = [_ideal([u.factors[name] for u in cohort], weights), f]
+        whole: dict[int, float] = {0: 1}
+        if offset and name in offset:
+            terms.append(offset[name])
+            whole[2] = -1
+        pairs.append(squared_norms(terms, [{0: 1, 1: -1}, whole]))
     return _ratio(sum(residual for residual, _ in pairs), sum(target for _, target in pairs))
 
 
-def _ratio(residual: float, target: float) -> float:
-    if target == 0:
-        return 0.0 if residual == 0 else math.inf
+def _ideal(factors: Sequence[LoraFactors], weights: Sequence[float]) -> LoraFactors:
+    B, A = stack(factors, weights)
+    return LoraFactors(A, B, 1.0)
+
+
+@dataclass(frozen=True)
+class RoundErrors:
+    """How far what a round sent is from DW, over all layers as one vector.
+
+    Parameters
+    ----------
+    of_step : float
+        Relative to what the round was to change, |DW - s B_t A_t|, where B_t A_t is the adapter that it began with, at
+        its full rank. 0 is exact, 1 what leaving the adapter as it was would give.
+    of_total : float
+        Relative to all that has been learned, the update since the run began, which grows from round to round.
+    """
+
+    of_step: float
+    of_total: float
+
+
+def round_errors(
+    updates: Iterable[ClientUpdate],
+    current: AdapterState,
+    merged: AdapterState,
+    offset: Mapping[str, LoraFactors] | None = None,
+) -> RoundErrors:
+    """Measure a round, alike for methods whose adapter goes on, begins anew, or is folded into the base.
+
+    Parameters
+    ----------
+    updates : iterable of ClientUpdate
+        Its cohort.
+    current, merged : AdapterState
+        What it began with, and what the next one begins with; their changes of the base count.
+    offset : mapping of str to LoraFactors, optional
+        What the adapter began the run with and the base lacks (pissa and its like), which nobody learned.
+
+    Returns
+    -------
+    RoundErrors
+        Where a norm to be relative to is zero up to rounding, 0 if nothing but rounding was changed, else infinity.
+    """
+    cohort = list(updates)
+    weights = client_weights(cohort)
+    squares = [0.0] * 5
+    resolution = 0.0
+    for layer, begun in current.factors.items():
+        sent = merged.factors[layer]
+        last = merged.base[layer].last if layer in merged.base else None
+        earlier = current.base.get(layer, BaseChange())
+        learned = [piece for piece in (earlier.earlier, earlier.last) if piece is not None]
+        drawn = [offset[layer]] if offset and layer in offset else []
+        terms: list[LoraFactors | Tensor] = [_ideal([u.factors[layer] for u in cohort], weights), begun, sent]
+        parts = []
+        for pieces, sign in (([] if last is None else [last], -1), (learned, 1), (drawn, -1)):
+            parts.append({len(terms) + i: float(sign) for i in range(len(pieces))})
+            terms += pieces
+        folded, before, taken = parts
+        residual, step, total = {0: 1.0, 2: -1.0, **folded}, {0: 1.0, 1: -1.0}, {0: 1.0, **before, **taken}
+        found = squared_norms(terms, [residual, step, total, {0: 1.0}, {0: 1.0, **before}])
+        squares = [one + other for one, other in zip(squares, found, strict=True)]
+        resolution = max(resolution, 4 * torch.finfo(sent.B.dtype).eps)
+    residual_, step_, total_, size, whole = squares
+    return RoundErrors(
+        _ratio(residual_, step_, size, resolution), _ratio(residual_, total_, max(size, whole), resolution)
+    )
+
+
+def _ratio(residual: float, target: float, size: float = 0.0, resolution: float = 0.0) -> float:
+    """Return the root of a ratio of squares; a target that is rounding of terms of a squared `size` counts as zero."""
+    if target <= (ROUNDING**2) * size:
+        return 0.0 if residual <= resolution**2 * size else math.inf
     return math.sqrt(residual / target)
 
 
@@ -188,12 +287,3 @@ def sum_of(pieces: Iterable[LoraFactors | Tensor]) -> LoraFactors:
     A = torch.cat([f.plain().A.double() for f in every])
     B = torch.cat([f.scaling * f.B.double() for f in every], dim=1)
     return LoraFactors(A, B, 1.0)
-
-
-def sent_products(state: AdapterState) -> dict[str, LoraFactors]:
-    """Return what a round's result adds to the base before the round: its adapter, and its last step; by layer."""
-    found = {}
-    for layer, f in state.factors.items():
-        last = state.base[layer].last if layer in state.base else None
-        found[layer] = f if last is None else sum_of([f, last])
-    return found

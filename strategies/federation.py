@@ -270,6 +270,7 @@ class _Run:
             event["epsilon_max"] = self.books.epsilon_max()
         if report.aggregation_error is not None:
             event["aggregation_error"] = report.aggregation_error
+            event["aggregation_error_of_total"] = report.aggregation_error_of_total
         self.emit(event)
         done, last = report.server_round, self.config.federation.rounds
         if done % self.config.run.checkpoint_every == 0 or done == last:

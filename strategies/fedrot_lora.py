@@ -4,18 +4,20 @@ H. Zhang, D. Kim, S. Cha, H. Vikalo, "FedRot-LoRA: Mitigating Rotational Misalig
 arXiv 2602.23638. For an orthogonal R, (B_k R)(R^T A_k) = B_k A_k: clients that agree on a product may disagree on its
 factors, and means of factors then cancel. So each client k is rotated towards the factors that the round started from,
 
-    R_k = argmin |R^T A_k - A|^2    in odd rounds,    argmin |B_k R - B|^2    in even rounds,    over orthogonal R,
+    R_k = argmin |R^T A_k - A|^2    in even rounds,    argmin |B_k R - B|^2    in odd rounds,    over orthogonal R,
 
 which is the orthogonal factor U V^T of A_k A^T = U S V^T, or of B_k^T B; and the server sends the means of R_k^T A_k
-and B_k R_k. Rounds count from 1. In round 1 nothing is rotated: B is still zero, and all A_k just left one A.
+and B_k R_k. Rounds count from 1. In round 1 nothing is rotated: B is still zero, and all A_k just left one A. Then A is
+aligned first, in round 2, and B in round 3: the order, and the whole rotation, are what the authors' code does by
+default and in its experiments (https://github.com/haoran-zh/FedRot-LoRA, whose round 0 is round 1 here).
 
-The rotation is softened: R_k is replaced by the orthogonal matrix nearest to (1 - lambda) I + lambda R_k, as in the
-authors' code. lambda = 0 is FedIT. Below 1, R_k is drawn from rotations, det R = 1, since there is no way from I to a
-reflection; at 1 reflections count too, so that clients that differ by any orthogonal matrix are merged exactly.
+The rotation can be softened, an option that the authors study too: R_k is replaced by the orthogonal matrix nearest to
+(1 - lambda) I + lambda R_k. lambda = 1 (default) is R_k in full, 0 is FedIT. Below 1, R_k is drawn from rotations,
+det R = 1, since there is no way from I to a reflection; at 1 reflections count too, so that clients that differ by any
+orthogonal matrix are merged exactly.
 
 What differs from the authors' code:
 
-* Round t there is t + 1 here, and its first rotation aligns A. Here even rounds align B, see `aligned_factor`.
 * Directions that A_k A^T does not determine, all of them where B is zero, turn as little as possible. There they turn
   as the SVD happens to. The same holds at lambda = 1/2 of half a turn, which has no middle.
 * The server rotates, in float64; there each client does, before it sends.
@@ -41,15 +43,18 @@ from fedpeft.strategies.means import weighted_mean
 
 Aligned = Literal["A", "B"]
 
+# Singular values of A_k A^T below this share of |A_k| |A| are what cancelled.
+UNDETERMINED = 1e-9
+
 
 def aligned_factor(server_round: int) -> Aligned | None:
-    """Return which factor a round's rotations align: none in round 1, then B in even rounds and A in odd ones."""
+    """Return which factor a round's rotations align: none in round 1, then A in even rounds and B in odd ones."""
     if server_round <= 1:
         return None
-    return "A" if server_round % 2 else "B"
+    return "B" if server_round % 2 else "A"
 
 
-def nearest_orthogonal(M: Tensor, proper: bool) -> Tensor:
+def nearest_orthogonal(M: Tensor, proper: bool, size: float = 0.0) -> Tensor:
     """Return the orthogonal matrix nearest to M ``(r, r)``; of several, one as near to the identity as possible.
 
     Parameters
@@ -58,9 +63,11 @@ def nearest_orthogonal(M: Tensor, proper: bool) -> Tensor:
         Any square matrix, float64.
     proper : bool
         Whether reflections, whose determinant is -1, are out of the question.
+    size : float
+        Of what M is a product of: singular values of less than a small share of it are what cancelled, and say nothing.
     """
     U, S, Vt = torch.linalg.svd(M)
-    q = int(torch.gt(S, S.max() * len(S) * torch.finfo(torch.float64).eps).sum())
+    q = int(torch.gt(S, max(UNDETERMINED * size, float(S.max()) * len(S) * torch.finfo(torch.float64).eps)).sum())
     if q < len(S):  # M does not say how its null spaces go together: turn them by as little as possible
         left, _, right = torch.linalg.svd(U[:, q:].T @ Vt[q:].T)
         U = torch.cat([U[:, :q], U[:, q:] @ left], dim=1)
@@ -91,10 +98,10 @@ def rotation(f: LoraFactors, reference: LoraFactors, aligned: Aligned, rotate_la
         R ``(r, r)``, orthogonal, float64.
     """
     if aligned == "A":
-        M = f.A.to(torch.float64) @ reference.A.to(torch.float64).T
+        own, other = f.A.to(torch.float64), reference.A.to(torch.float64)  # (r, d)
     else:
-        M = f.B.to(torch.float64).T @ reference.B.to(torch.float64)
-    full = nearest_orthogonal(M, proper=rotate_lambda < 1)
+        own, other = f.B.to(torch.float64).T, reference.B.to(torch.float64).T
+    full = nearest_orthogonal(own @ other.T, rotate_lambda < 1, float(own.norm() * other.norm()))
     if rotate_lambda == 1:
         return full
     identity = torch.eye(f.rank, dtype=torch.float64)
@@ -131,7 +138,7 @@ class FedRotLoraOptions(StrategyOptions):
     """Options of FedRot-LoRA."""
 
     rotate_lambda: float = Field(
-        0.5, ge=0, le=1, description="lambda, how far clients are rotated: 0 is fedit, 1 aligns them in full"
+        1.0, ge=0, le=1, description="lambda, how far clients are rotated: 1 in full, as its authors do; 0 is fedit"
     )
 
 

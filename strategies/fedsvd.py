@@ -5,7 +5,11 @@ share A and train B alone, so that Bbar A is the exact mean of products. Then th
 
     Bbar A = U S V^T,    A <- V_r^T,    B <- U_r S_r,
 
-which changes no product, and moves A into the directions that the clients' updates use, with orthonormal rows.
+which changes no product. Nor does it change what A can reach (derived): V_r^T spans the rows of Bbar A, which lie in
+those of A, and where Bbar has lost rank the other rows are completed within A's too. So the row space of A is that of
+the A which the run began with, in every round, as with FFA-LoRA: no direction is ever won. What the SVD buys is
+conditioning: the rows of A are orthonormal, so that a step in B, and under differential privacy the noise on it, moves
+the product equally in all of them.
 
 The SVD is of the small matrix Bbar R^T, where A^T = QR: then U S W^T = Bbar R^T gives V^T = W^T Q^T, orthonormal even
 where the product has lost rank or, in the first round, A is still as drawn.
@@ -48,7 +52,7 @@ def refactor(f: LoraFactors) -> LoraFactors:
 
 
 class FedSvd(AdapterStrategy):
-    """The mean of B, refactored by an SVD (arXiv 2505.12805)."""
+    """The mean of B, refactored by an SVD with orthonormal A (arXiv 2505.12805)."""
 
     name = "fedsvd"
     capabilities = Capabilities(

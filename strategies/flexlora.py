@@ -54,6 +54,10 @@ class Spectrum:
     S: Tensor  # (q,), all positive
     Vt: Tensor  # (q, d_in)
 
+    def first(self, rank: int) -> Spectrum:
+        """Return the first `rank` directions alone."""
+        return Spectrum(self.U[:, :rank], self.S[:rank], self.Vt[:rank])
+
 
 def decompose(factors: Sequence[LoraFactors], weights: Sequence[float]) -> Spectrum:
     """Decompose DW of one layer; `weights` are the clients' p_k."""

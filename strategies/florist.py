@@ -11,6 +11,10 @@ result is not that of the adapter, differs between layers, and may grow up to th
 What differs from the paper:
 
 * The decomposition is FlexLoRA's here, a QR of each stack, not an SVD; so are the balanced split of S, signs and order.
+* Its authors fill a client's ranks up again where fewer are kept than it has. ``strategy.padding`` does so: layers that
+  keep fewer ranks than the adapter began with get more, with b = 0 and a row of A that the clients had. The product is
+  the same, and clients train as many numbers as they did in the first round; without it (the default here) what is cut
+  once is not learned again beyond K p ranks, and less is moved. How the authors draw the new rows was not to be had.
 * tau = 0.9 is this project's default; the paper tunes tau to the task.
 * A layer whose DW is zero keeps one rank, with b = 0 and a row of A that the clients had, so that it can be trained.
 * Where clients have different ranks, one of rank r_k is sent the first r_k directions, if more are kept.
@@ -20,6 +24,7 @@ What differs from the paper:
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -64,6 +69,7 @@ class FloristOptions(StrategyOptions):
     """Options of FLoRIST."""
 
     threshold: float = Field(0.9, gt=0, le=1, description="tau, share of each layer's squared norm kept; 1 is exact")
+    padding: bool = Field(False, description="fill layers up to the ranks that the adapter began with, with b = 0")
 
 
 class Florist(AdapterStrategy):
@@ -90,6 +96,14 @@ class Florist(AdapterStrategy):
                 f"'{adapter.init}' has moved from the base into the adapter; give strategy.threshold=1, or another init"
             )
 
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._begun: dict[str, int] = {}  # ranks of the run's adapter by layer, with padding
+
+    def memory(self) -> dict[str, Tensor]:
+        """Return the ranks that layers are filled up to."""
+        return super().memory() | {f"begun.{layer}": torch.tensor(rank) for layer, rank in self._begun.items()}
+
     def aggregate(self, updates: Iterable[ClientUpdate], current: AdapterState) -> AdapterState:
         """Decompose every layer's DW and keep as many ranks as it needs; see `kept_rank`."""
         if not self.trains_a:
@@ -99,5 +113,9 @@ class Florist(AdapterStrategy):
         merged = {}
         for layer, f in current.factors.items():
             spectrum = decompose([update.factors[layer] for update in cohort], weights)
-            merged[layer] = truncate(spectrum, kept_rank(spectrum.S, self.options.threshold), f)
+            kept = kept_rank(spectrum.S, self.options.threshold)
+            wanted = kept
+            if self.options.padding:
+                wanted = max(kept, self._begun.setdefault(layer, f.rank))
+            merged[layer] = truncate(spectrum.first(kept), wanted, f)
         return AdapterState(merged, mean_dense(cohort, current))

@@ -57,8 +57,8 @@ COLUMNS = 1024
 # Inner products of units with themselves are symmetric: this many rows at a time meet only the rows from there on.
 ROWS = 256
 # Combinations of ranks that the k x k system sees with less than this share of its largest eigenvalue keep the lengths
-# they have: solving for them would make huge ranks that cancel each other.
-RESOLUTION = 1e-8
+# they have: solving for them would make huge ranks that cancel each other. A square: 3e-3 of the clients' own size.
+RESOLUTION = 1e-5
 
 
 @dataclass(frozen=True)

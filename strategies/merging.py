@@ -42,6 +42,7 @@ REFUSED = {
     "local": "merges nothing",
     "rolora": "trains A and B by turns while all clients share the other one, and adapters on disk share neither",
     "frlora": "begins at the principal part of the base's weights, which adapters on disk do not hold",
+    "raflora": "averages ranks of equal index, which mean the same only to clients that began at one adapter",
     "fed-sb": "sums the R of adapters that share A and B, and these have no R",
 }
 ANY_RANK = ("lora-lego", "flexlora", "flora", "fedex-lora")  # can write any rank
@@ -49,7 +50,7 @@ NEEDS_START = {"server_optimizer": ("avgm", "adagrad", "adam", "yogi"), "robust"
 EXACT = 1e-6  # relative; what is beyond is a method's error, not the rounding of those that compute in float32
 MOST = 2**62  # sum of the weights as whole numbers
 EXPONENT = re.compile(r"[eE][+-]?0*[1-9]\d{2,}")  # of a number that only fills the memory
-ALIGNING_ROUND = 3  # not the first, in which fedrot-lora rotates nothing; an odd one, whose rotations align A
+ALIGNING_ROUND = 2  # not the first, in which fedrot-lora rotates nothing; an even one, whose rotations align A
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """RoLoRA: A and B by turns, so that every round's mean of products is the product of means.
 
-S. Chen et al., "Robust Federated Finetuning of LLMs via Alternating Optimization of LoRA", arXiv 2409.02346. On odd
-rounds clients share A, train B, and the server sends
+S. Chen et al., "Robust Federated Finetuning of Foundation Models via Alternating Minimization of LoRA",
+arXiv 2409.02346; longer, as "Robust Federated Finetuning of LLMs via Alternating Optimization of LoRA",
+arXiv 2502.01755, NeurIPS 2025. On odd rounds clients share A, train B, and the server sends
 
     Bbar = sum_k p_k B_k;    on even rounds they share B and train A:    Abar = sum_k p_k A_k.
 

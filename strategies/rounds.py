@@ -46,7 +46,10 @@ class RoundReport:
     asked : Counter of str
         How often each client was asked to train, and may have.
     aggregation_error : float or None
-        ``|DW - sent| / |DW|`` over all layers, where DW is the weighted mean of the clients' updates.
+        ``|DW - sent| / |DW - s B_t A_t|`` over all layers, where DW is the weighted mean of the clients' products, and
+        B_t A_t what the round began with: relative to what the round was to change.
+    aggregation_error_of_total : float or None
+        The same distance, relative to all that has been learned since the run began.
     """
 
     server_round: int
@@ -59,6 +62,7 @@ class RoundReport:
     exhausted: int = 0
     asked: Counter[str] = field(default_factory=Counter)
     aggregation_error: float | None = None
+    aggregation_error_of_total: float | None = None
 
     @property
     def train_loss(self) -> float | None:

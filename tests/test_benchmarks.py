@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import aggregation, audit
+from benchmarks import aggregation, audit, lora_fair_lambda, mixed_ranks
 
 
 def test_the_aggregation_benchmark_has_all_its_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -42,3 +42,22 @@ def test_the_audit_benchmark_has_a_row_for_a_run() -> None:
     header, _, row = audit.table([{**found, "case": "no noise"}]).splitlines()
     assert row.startswith("| no noise | none | 0.000 |")
     assert header.count("|") == row.count("|")
+
+
+def test_mixed_ranks_collapse_with_flexlora_and_not_with_raflora(monkeypatch: pytest.MonkeyPatch) -> None:
+    flex, ra = (mixed_ranks.learn(name, 0, 12) for name in ("flexlora", "raflora"))
+    assert flex.beyond < 0.5 < 0.7 < ra.beyond < 0.8  # 0.75 of the target
+    assert ra.missed < 0.2 < flex.missed
+    monkeypatch.setattr(mixed_ranks, "METHODS", ["hetlora"])
+    rows = mixed_ranks.table(1, 1, lambda _: None).splitlines()
+    assert rows[2] == "| the target | 0.75 | 0 |"
+    assert [row.split(" | ")[0] for row in rows[3:]] == ["| hetlora", "| florist:padding=true,threshold=0.99"]
+
+
+def test_the_low_rank_regression_has_a_cell_for_each_lambda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lora_fair_lambda, "ROUNDS", 2)
+    cells = lora_fair_lambda.regression(1).strip("| ").split(" | ")
+    header = lora_fair_lambda.table([]).splitlines()[0].strip("| ").split(" | ")
+    assert len(cells) == len(header)
+    fedit, nearest = map(float, cells[-2:])
+    assert 0 < nearest <= fedit < 1

@@ -10,11 +10,13 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from fedpeft.report.formats import NONE, duration, number, one_line, size
+from fedpeft.report.history import ERRORS
 from fedpeft.report.layout import cell, new_table
 from fedpeft.report.privacy import epsilon
 
 Facts = dict[str, Any]
 OWN_ROWS = "own rows"
+MEANS = ("own_rows", "worst_domain", *ERRORS, "bytes", "seconds")  # of what a comparison shows of each run
 BOUNDS = {
     "centralized": "centralized, the upper bound, is no federation: one client holds all rows, and makes as many steps "
     "a round as the clients of a round together (or as many epochs as each).",
@@ -52,10 +54,7 @@ def comparison(labels: Sequence[str], seeds: Sequence[int], rounds: int, runs: S
                 "runs": len(own),
                 "score": _mean(scores),
                 "spread": statistics.stdev(scores) if len(scores) > 1 else None,
-                **{
-                    key: _mean([run[key] for run in own if run[key] is not None])
-                    for key in ("own_rows", "worst_domain", "aggregation_error", "bytes", "seconds")
-                },
+                **{key: _mean([run[key] for run in own if run.get(key) is not None]) for key in MEANS},
                 # of which one states none, the group has none
                 "epsilon": max((run["epsilon"] or 0.0 for run in own), default=None)
                 if all(run["epsilon"] is not None for run in own)
@@ -76,8 +75,9 @@ def _notes(facts: Facts) -> list[str]:
     over = f"means over seeds {facts['seeds'][0]} to {facts['seeds'][-1]}" if many > 1 else f"seed {facts['seeds'][0]}"
     spread = "; ± is the sample standard deviation" if many > 1 else ""
     notes = [
-        f"After {facts['rounds']} rounds, {over}{spread}. Aggregation error is the last round's, |DW - sent| / |DW|; "
-        "moved is up and down in all rounds, and time that of all rounds, of one run."
+        f"After {facts['rounds']} rounds, {over}{spread}. Aggregation error is the last round's, |DW - sent|, relative "
+        "to what the round was to change, |DW - s B_t A_t|; of total: to all that has been learned. Moved is up and "
+        "down in all rounds, and time that of all rounds, of one run."
     ]
     if any(row["own_rows"] is not None for row in facts["rows"]):
         notes.append(
@@ -106,6 +106,7 @@ def _columns(facts: Mapping[str, Any]) -> dict[str, list[str]]:
         OWN_ROWS: [number(row["own_rows"]) for row in rows],
         "worst domain": [number(row["worst_domain"]) for row in rows],
         "aggregation error": [number(row["aggregation_error"]) for row in rows],
+        "of total": [number(row.get("aggregation_error_of_total")) for row in rows],
         "moved": [size(row["bytes"]) for row in rows],
         "time": [duration(row["seconds"]) for row in rows],
     }

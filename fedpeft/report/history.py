@@ -17,6 +17,7 @@ Event = dict[str, Any]
 HIGHER_IS_BETTER = frozenset({"accuracy", "macro_f1"})
 # metrics in the order in which they are shown; the first one present names the run's score
 METRICS = ("accuracy", "perplexity", "macro_f1", "loss")
+ERRORS = ("aggregation_error", "aggregation_error_of_total")  # relative to the round's step, and to all learned
 
 
 def main_metric(task: Task) -> str:

@@ -20,7 +20,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from fedpeft.config import RunConfig
 from fedpeft.privacy.statement import PRIVACY
 from fedpeft.report.formats import NONE, duration, finite, number, size
-from fedpeft.report.history import HIGHER_IS_BETTER, METRICS, History, domain_scores, worst
+from fedpeft.report.history import ERRORS, HIGHER_IS_BETTER, METRICS, History, domain_scores, worst
 from fedpeft.report.plots import DARK, draw, write_plots
 from fedpeft.report.privacy import epsilon, guarantee
 from fedpeft.report.tables import environment_rows
@@ -240,7 +240,9 @@ def _cards(config: RunConfig, history: History, statement: Mapping[str, Any]) ->
     if history.rounds:
         error = history.rounds[history.done].get("aggregation_error")
         if error is not None:
-            cards.append(("aggregation error", number(error), f"of round {history.done}"))
+            total = history.rounds[history.done].get("aggregation_error_of_total")
+            whole = "" if total is None else f"; {number(total)} of total"
+            cards.append(("aggregation error", number(error), f"of round {history.done}'s step{whole}"))
     if history.faults:
         clients = len({str(fault.get("client")) for fault in history.faults})
         cards.append(("faults", str(len(history.faults)), f"of {clients} client{'s' if clients > 1 else ''}"))
@@ -286,10 +288,10 @@ def _whole(value: object) -> str:
 
 def _evaluations(history: History) -> View:
     metrics = [name for name in METRICS if any(name in event for event in history.evaluations.values())]
-    errors = any("aggregation_error" in event for event in history.rounds.values())
+    errors, totals = (any(key in event for event in history.rounds.values()) for key in ERRORS)
     private = history.is_private
     trained = not private or any(event.get("train_loss") is not None for event in history.rounds.values())
-    optional = {"train loss": trained, "aggregation error": errors, "epsilon": private}
+    optional = {"train loss": trained, "aggregation error": errors, "of total": totals, "epsilon": private}
     headers = ("round", *(f"test {name}" for name in metrics), *(name for name, shown in optional.items() if shown))
     counted = history.is_counted or not history.rounds
     rows = []
@@ -297,7 +299,7 @@ def _evaluations(history: History) -> View:
         done = history.rounds.get(at, {})
         cells = [str(at), *(number(event.get(name)) for name in metrics)]
         cells += [number(done.get("train_loss"))] if trained else []
-        cells += [number(done.get("aggregation_error"))] if errors else []
+        cells += [number(done.get(key)) for key, shown in zip(ERRORS, (errors, totals), strict=True) if shown]
         cells += [epsilon(done.get("epsilon_max"))] if private else []
         cells += [size(history.bytes_until(at)), duration(done.get("seconds"))] if counted else []
         rows.append(tuple(cells))

@@ -22,12 +22,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from fedpeft.report.formats import finite, number, one_line
-from fedpeft.report.history import Event, History
+from fedpeft.report.history import ERRORS, Event, History
 
 SIZE, DPI = (7.0, 4.0), 144  # inches, pixels per inch
 NAMED_DOMAINS = 8  # with more than that lines cannot be told apart, and are drawn alike
 MARKED_POINTS = 40  # up to this many each is marked
-ROUNDING = 1e-6  # an aggregation error below this is float32's own
+ROUNDING = 1e-5  # an aggregation error below this is float32's own
 DASHES = ("solid", (0, (5, 2)), (0, (1.5, 1.5)), (0, (5, 1.5, 1, 1.5)))
 
 
@@ -152,16 +152,22 @@ def _losses(axes: Axes, history: History, theme: Theme) -> bool:
 
 
 def _errors(axes: Axes, history: History, theme: Theme) -> bool:
-    points = _series(history.rounds, "aggregation_error")
-    draw_line(axes, points, "", theme, 0, width=2.0)
-    axes.set_ylabel("|mean of updates - sent| / |mean of updates|")
+    points, whole = (_series(history.rounds, name) for name in ERRORS)
+    series = {"of the round's own step": points, "of all learned so far": whole}
+    lines = [
+        draw_line(axes, values, short_label(name, values), theme, index, width=2.0 - 0.6 * index)
+        for index, (name, values) in enumerate(series.items())
+        if values
+    ]
+    points = [*points, *whole]
+    axes.set_ylabel("|mean of updates - sent|, relative")
     if points and max(value for _, value in points) < ROUNDING:
         axes.set_ylim(0, ROUNDING)
         axes.set_yticks([0.0])
         axes.text(0.5, 0.5, "zero up to rounding", transform=axes.transAxes, ha="center", color=theme.ink)
     else:
         scale_axis(axes, points)
-    return _finish(axes, [], points)
+    return _finish(axes, lines, points)
 
 
 def _epsilons(axes: Axes, history: History, theme: Theme) -> bool:

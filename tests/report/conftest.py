@@ -63,7 +63,7 @@ def make_events(
             events.append({"event": "fault", "round": at, "client": fault[0], "reason": fault[1]})
         round_event: Event = {"event": "round", "round": at, "train_loss": 1.5 / at, "clients": len(good)}
         round_event |= {"failed": len(clients) - len(good), "bytes_up": 1_500_000, "bytes_down": 2_000_000}
-        round_event |= {"seconds": 8.25, "aggregation_error": 0.5 / at}
+        round_event |= {"seconds": 8.25, "aggregation_error": 0.5 / at, "aggregation_error_of_total": 0.125 / at}
         if private:
             round_event |= {"train_loss": None, "exhausted": 0, "epsilon_max": 0.5 * at}
         events.append(round_event)

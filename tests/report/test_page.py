@@ -54,9 +54,9 @@ def test_a_report_is_one_file_with_scores_and_its_plots_inlined(
 def test_each_evaluated_round_is_a_row_of_scores(run_directory: Maker, config: Config, events: Events) -> None:
     stream = events(4, every=2)
     rows = table_rows(page_of(run_directory(config(), stream), config(), stream))
-    assert ["0", "0.2500", "0.1875", "2.0000", "-", "-", "0 B", "-"] in rows
-    assert ["2", "0.5000", "0.4375", "1.5000", "0.7500", "0.2500", "7.0 MB", "8.2 s"] in rows
-    assert [row[0] for row in rows if len(row) == 8] == ["round", "0", "2", "4"]
+    assert ["0", "0.2500", "0.1875", "2.0000", "-", "-", "-", "0 B", "-"] in rows
+    assert ["2", "0.5000", "0.4375", "1.5000", "0.7500", "0.2500", "0.0625", "7.0 MB", "8.2 s"] in rows
+    assert [row[0] for row in rows if len(row) == 9] == ["round", "0", "2", "4"]
 
 
 def test_domains_and_clients_have_tables_where_they_were_scored(
@@ -92,7 +92,17 @@ def test_a_private_run_has_a_card_a_paragraph_and_a_table_of_clients(
     rows = table_rows(page)
     assert ["0", "1.800", "1.25", "0.1", "40", "100"] in rows
     assert ["<b>", "-", "1.25", "0.1", "40", "100"] in rows
-    assert ["2", "0.5000", "0.4375", "1.5000", "0.2500", "1.000", "7.0 MB", "8.2 s"] in rows  # no training loss
+    assert [
+        "2",
+        "0.5000",
+        "0.4375",
+        "1.5000",
+        "0.2500",
+        "0.0625",
+        "1.000",
+        "7.0 MB",
+        "8.2 s",
+    ] in rows  # no training loss
     (run / "privacy.json").write_text(json.dumps(statement(guarantee=False, epsilon_max=None, clients={})))
     page = page_of(run, chosen, stream)
     assert "<b>-</b><span>delta 1e-05, record level; no guarantee: seeded</span>" in page

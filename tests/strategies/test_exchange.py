@@ -96,6 +96,7 @@ def closed_form(method: str, server_round: int) -> tuple[int, int]:
         "lora-fair": (a + b, a + b),
         "lora-lego": (a + b, a + b),
         "flexlora": (a + b, a + b),
+        "raflora": (a + b, a + b),
         "fedrot-lora": (a + b, a + b),
         "fedsa-lora": (a, a),
         "fedsvd": (b, b if server_round == 1 else a + b),  # the first A is drawn from the seed

@@ -42,7 +42,7 @@ FACTORS: tuple[Aligned, ...] = ("A", "B")
 LAMBDAS = st.sampled_from([0.0, 0.3, 0.5, 0.9, 1.0])
 
 
-def fedrot(cohort: Cohort, rotate_lambda: float = 0.5, server_round: int = 3) -> AdapterState:
+def fedrot(cohort: Cohort, rotate_lambda: float = 0.5, server_round: int = 2) -> AdapterState:
     strategy = make(FedRotLora, rotate_lambda=rotate_lambda)
     strategy.server_round = server_round
     return strategy.aggregate(iter(cohort.updates), cohort.current)
@@ -80,12 +80,12 @@ def turned(proper: bool = True, angle: float = 1.0, shared: bool = True) -> Coho
 
 
 def test_rounds_take_turns_and_the_first_rotates_nothing() -> None:
-    assert [aligned_factor(t) for t in range(1, 6)] == [None, "B", "A", "B", "A"]
+    assert [aligned_factor(t) for t in range(1, 6)] == [None, "A", "B", "A", "B"]
     cohort = under_way(make_cohort())
     first = fedrot(cohort, server_round=1).to_tensors()
     fedit = weighted_mean(cohort.updates, cohort.current).to_tensors()
     assert all(torch.equal(first[name], fedit[name]) for name in fedit)
-    for server_round, aligned in ((2, FACTORS[1]), (3, FACTORS[0])):
+    for server_round, aligned in ((2, FACTORS[0]), (3, FACTORS[1])):
         updates = [align(u, cohort.current, aligned, 0.5) for u in cohort.updates]
         expected = weighted_mean(updates, cohort.current).to_tensors()
         assert_close(fedrot(cohort, server_round=server_round).to_tensors(), expected)
@@ -236,6 +236,23 @@ def test_a_frozen_a_is_not_rotated(server_round: int) -> None:
     expected = weighted_mean(frozen.updates, frozen.current, trains_a=False)
     assert all(torch.equal(merged[name], tensor) for name, tensor in expected.to_tensors().items())
     assert_close(products(expected), ideal(frozen.updates))
+
+
+def test_clients_are_rotated_in_full_unless_an_option_says_less() -> None:
+    cohort = turned()
+    by_default = make(FedRotLora)
+    by_default.server_round = 2
+    merged = by_default.aggregate(iter(cohort.updates), cohort.current)
+    assert dense_error(cohort.updates, merged) < 1e-12 < dense_error(cohort.updates, fedrot(cohort, 0.5))
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-12])
+def test_a_client_that_shares_nothing_with_the_reference_stays_as_it_is(noise: float) -> None:
+    """Where A_k A^T is what rounding leaves, it determines no rotation."""
+    rows = torch.linalg.qr(torch.randn(9, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)).Q.T
+    f, reference = (LoraFactors(part, torch.ones(4, 3).double(), 1.0) for part in (rows[:3], rows[3:]))
+    nearly = replace(reference, A=reference.A + noise * torch.randn(3, 9, generator=torch.Generator().manual_seed(2)))
+    assert_close({"R": rotation(f, nearly, "A", 1.0)}, {"R": torch.eye(3, dtype=torch.float64)})
 
 
 def test_what_cannot_be_merged_is_refused() -> None:

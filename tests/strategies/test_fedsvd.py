@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -11,7 +13,17 @@ from fedpeft.config import AdapterConfig
 from fedpeft.errors import ConfigError
 from fedpeft.state import LoraFactors
 from fedpeft.strategies.fedsvd import FedSvd, refactor
-from tests.strategies.oracles import Cohort, assert_close, cohorts, ideal, make, products, share_a
+from tests.strategies.oracles import (
+    Cohort,
+    assert_close,
+    cohorts,
+    ideal,
+    make,
+    make_cohort,
+    per_layer,
+    products,
+    share_a,
+)
 
 
 @st.composite
@@ -47,6 +59,26 @@ def test_the_global_product_is_the_mean_of_products(cohort: Cohort) -> None:
     assert_close(products(merged), ideal(cohort.updates))
     backwards = make(FedSvd).aggregate(iter(cohort.updates[::-1]), cohort.current)
     assert_close(products(backwards), products(merged))
+
+
+def projection(A: torch.Tensor) -> torch.Tensor:
+    Q = torch.linalg.qr(A.double().T).Q
+    return Q @ Q.T
+
+
+def test_the_row_space_of_a_stays_that_of_the_first_a_however_many_rounds() -> None:
+    first = share_a(make_cohort(ranks=(3, 3, 3), d_in=7, d_out=11))
+    state = first.current
+    one = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
+    for number in range(4):
+        drawn = make_cohort(number, ranks=(3, 3, 3), d_in=7, d_out=11)
+        cohort = share_a(Cohort(drawn.updates, state))
+        if number == 1:  # a round that learns in one direction only: the rest is completed
+            cohort = Cohort([per_layer(u, lambda f: replace(f, B=f.B * one)) for u in cohort.updates], state)
+        state = make(FedSvd).aggregate(iter(cohort.updates), state)
+        for layer, f in state.factors.items():
+            assert_close({"": f.A @ f.A.T}, {"": torch.eye(3, dtype=torch.float64)})  # what the SVD buys
+            assert_close({"": projection(f.A)}, {"": projection(first.current.factors[layer].A)})
 
 
 def test_a_frozen_a_is_refused() -> None:

@@ -189,3 +189,23 @@ def test_what_cannot_be_merged_is_refused() -> None:
     odd = replace(cohort.updates[0], factors={LAYERS[0]: cohort.updates[0].factors[LAYERS[0]]})
     with pytest.raises(AdapterError, match="same layers"):
         florist(Cohort([odd], cohort.current))
+
+
+def test_padding_fills_up_the_ranks_that_the_adapter_began_with_and_changes_no_product() -> None:
+    cohort = make_cohort(ranks=(3, 3, 3))
+    flat = Cohort([per_layer(u, lambda f: replace(f, A=f.A[[0, 0, 0]])) for u in cohort.updates], cohort.current)
+    padded = make(Florist, padding=True, threshold=0.5)
+    state = cohort.current
+    for _ in range(3):  # the rank that the run began with, not that of the round
+        plain = make(Florist, threshold=0.5).aggregate(iter(flat.updates), state)
+        state = padded.aggregate(iter(flat.updates), state)
+        assert_close(products(state), products(plain))
+        for layer, f in state.factors.items():
+            kept = plain.factors[layer].rank
+            assert kept < 3 == f.rank
+            assert not f.B[:, kept:].any()
+            assert float(f.A[kept:].norm()) > 0
+            assert torch.linalg.matrix_rank(f.A) == 3
+    assert {int(rank) for rank in padded.memory().values()} == {3}
+    wide = make(Florist, padding=True, threshold=1.0).aggregate(iter(cohort.updates), cohort.current)
+    assert {f.rank for f in wide.factors.values()} == {7}  # never cut by it

@@ -15,7 +15,7 @@ from torch import Tensor
 from fedpeft.errors import AdapterError, ConfigError, TooFewClientsError
 from fedpeft.state import AdapterState, ClientUpdate, LoraFactors
 from fedpeft.strategies import clustering, lora_lego
-from fedpeft.strategies.lora_lego import LoraLego, merge_layers
+from fedpeft.strategies.lora_lego import LoraLego, merge, merge_layers, pool
 from fedpeft.strategies.means import weighted_mean
 from tests.strategies.oracles import (
     LAYERS,
@@ -412,3 +412,21 @@ def test_bad_options_and_cohorts_are_refused() -> None:
     stranger = replace(cohort.updates[0], factors={"other": cohort.updates[0].factors[LAYERS[0]]})
     with pytest.raises(AdapterError, match="client '0'"):
         lego(Cohort([stranger], cohort.current))
+
+
+@pytest.mark.parametrize("noise", [1e-3, 1e-5, 1e-7])
+def test_clusters_that_are_nearly_one_direction_do_not_cancel_each_other_at_great_length(noise: float) -> None:
+    """Solved to the last digit, two centroids that differ by noise would get huge lengths of opposite signs."""
+    cohort = make_cohort(rows=(1, 1), ranks=(2, 2), scalings=(1.0, 1.0), d_in=9, d_out=13)
+    own = cohort.updates[0].factors[LAYERS[0]]
+    factors = []
+    for update in cohort.updates:
+        f = update.factors[LAYERS[0]]  # all four units are one, and a little noise
+        factors.append(LoraFactors(own.A[[0, 0]] + noise * f.A, own.B[:, [0, 0]] + noise * f.B, 1.0))
+    units = pool(factors, [0.5, 0.5])
+    labels, signs = torch.tensor([0, 1, 0, 1]), torch.ones(4)
+    A, B = merge(units, labels, signs, torch.zeros(2, 9, dtype=torch.float64), "least-squares")
+    assert float(B.abs().max()) <= 10 * float(own.B.abs().max())
+    target = sum(0.5 * f.product() for f in factors)
+    assert isinstance(target, torch.Tensor)
+    assert float((B @ A - target).norm()) <= 3 * noise * float(target.norm())

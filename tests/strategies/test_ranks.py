@@ -23,7 +23,7 @@ MIXED = [method for method in STRATEGIES.values() if method.capabilities.mixed_r
 
 
 def test_the_methods_that_merge_mixed_ranks() -> None:
-    assert {method.name for method in MIXED} == {"flora", "flexlora", "hetlora", "lora-lego", "florist"}
+    assert {method.name for method in MIXED} == {"flora", "flexlora", "raflora", "hetlora", "lora-lego", "florist"}
 
 
 @pytest.mark.parametrize("method", MIXED)
