@@ -69,7 +69,7 @@ def encode_texts(
         for row, whole, head in zip(batch["row"], ids, heads, strict=True):
             if len(whole) == head:
                 raise DataError(f"row {row} of {place} becomes no tokens. Remove it, or write it in other characters.")
-            if ends is not None and whole.count(inputs.end) != ends:
+            if inputs.end is not None and whole.count(inputs.end) != ends:
                 raise DataError(
                     f"row {row} of {place} holds an end token ({tokenizer.convert_ids_to_tokens(inputs.end)!r}) in its "
                     "own text, and the model takes its scores from the last one of each row. Remove it from the text."
