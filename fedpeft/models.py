@@ -237,8 +237,9 @@ def _to_labels(model: Any, head: Sequence[str], saved: Any, labels: Sequence[str
         return [f"{said} in another order; its rows are put into that of the run's"]
     with seeded(seed, "head"):
         for module in scoring:
-            for held in (module, *module.parameters(recurse=False)):
-                held._is_hf_initialized = False  # type: ignore[assignment]
+            marked: list[Any] = [module, *module.parameters(recurse=False)]
+            for held in marked:
+                held._is_hf_initialized = False
             model._init_weights(module)
     return [f"{said}, others than the run's; its last layer is drawn anew"]
 

@@ -77,7 +77,7 @@ def encode_texts(
                     f"row {row} of {place} becomes no tokens{' that the loss could count' if len(whole) else ''}. "
                     "Remove it, or write it in other characters."
                 )
-            if ends is not None and whole.count(inputs.end) != ends:
+            if inputs.end is not None and whole.count(inputs.end) != ends:
                 raise DataError(
                     f"row {row} of {place} holds an end token ({tokenizer.convert_ids_to_tokens(inputs.end)!r}) in its "
                     "own text, and the model takes its scores from the last one of each row. Remove it from the text."
