@@ -14,8 +14,6 @@ from enum import Enum
 from pathlib import PurePath
 from typing import Any
 
-import numpy as np
-
 
 def to_json(value: Any, *, indent: int | None = None, sort_keys: bool = False, ensure_ascii: bool = True) -> str:
     """Return a value as strict JSON; see `strict_json` for what may stand in it.
@@ -51,7 +49,7 @@ def strict_json(value: Any, key: str = "") -> Any:
     """
     if isinstance(value, Enum):
         value = value.value
-    if isinstance(value, np.generic | np.ndarray):
+    if _is_of_numpy(value):
         value = value.tolist()
     if value is None or isinstance(value, str | bool | int):
         return value
@@ -75,13 +73,18 @@ def strict_json(value: Any, key: str = "") -> Any:
 def _object(value: Mapping[Any, Any], key: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, inner in value.items():
-        plain = strict_json(name) if isinstance(name, Enum | np.generic) else name
+        plain = strict_json(name) if isinstance(name, Enum) or _is_of_numpy(name) else name
         if not isinstance(plain, str | int):
             raise TypeError(f"{_place(key)} has the key {name!r}, of type {type(name).__name__}; JSON's keys are text")
         if str(plain) in found:
             raise TypeError(f"{_place(key)} has two keys that JSON writes as '{plain}'")
         found[str(plain)] = strict_json(inner, f"{key}.{plain}" if key else str(plain))
     return found
+
+
+def _is_of_numpy(value: Any) -> bool:
+    """Tell NumPy's numbers and arrays by their type's home: what only reports a run need not load NumPy."""
+    return type(value).__module__ == "numpy" and hasattr(value, "tolist")
 
 
 def _place(key: str) -> str:
