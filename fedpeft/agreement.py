@@ -88,7 +88,7 @@ def _texts(base: BaseModel, config: RunConfig) -> EncodedSplit:
         columns = {"text": texts} | ({"text_pair": [short] * 3} if config.data.text_pair is not None else {})
     table = datasets.Dataset.from_dict({"row": list(range(3)), **columns})
     place = Place("the rows of a first check", "json", None)
-    tensors, pad = encode_texts(config, base.folder, inputs_of(config, base.folder), place, table)
+    tensors, pad, _ = encode_texts(config, base.folder, inputs_of(config, base.folder), place, table)
     return EncodedSplit(config.task, tensors | _labels(base, config), pad_token_id=pad)
 
 
