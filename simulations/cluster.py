@@ -27,6 +27,7 @@ PREFIX = "fedpeft-ray-"
 LOCK = "in-use"
 OWN = "local"  # Ray's word for a cluster to be started
 # without these Ray prints warnings about its own defaults
+START_TRIES = 2
 RAY_ENVIRONMENT = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
@@ -69,7 +70,7 @@ def ray_connection(*, store_bytes: int | None = None, verbose: bool = False) -> 
         stack.callback(ray.shutdown)
         try:
             _knock(address)
-            ray.init(address=address, **options)
+            _start(address, options)
         except (OSError, ValueError, RuntimeError) as error:
             why = str(error).strip().partition("\n")[0]
             if address == OWN:
@@ -78,6 +79,24 @@ def ray_connection(*, store_bytes: int | None = None, verbose: bool = False) -> 
                 f"RAY_ADDRESS = '{address}' cannot be connected to: {why}; unset it to run on this machine"
             ) from None
         yield
+
+
+def _start(address: str, options: dict[str, Any]) -> None:
+    """Start Ray or connect to it, once more where its own processes were too slow.
+
+    Ray waits half a minute for them, whatever else the machine has to do, and says so by an exception of no kind.
+    """
+    for left in reversed(range(START_TRIES)):
+        try:
+            ray.init(address=address, **options)
+            return
+        except Exception as error:
+            if type(error) is not Exception:
+                raise
+            ray.shutdown()
+            if not left:
+                raise RuntimeError(str(error)) from error
+            log.warning("Ray did not start in time, and is started once more")
 
 
 def _knock(address: str) -> None:

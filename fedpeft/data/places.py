@@ -6,6 +6,7 @@ Nothing heavy is imported, so that a command may ask what a path is before anyth
 from __future__ import annotations
 
 import difflib
+import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ IMAGE_SUFFIXES = frozenset(
 FOREIGN_IMAGE_SUFFIXES = frozenset(
     {".arw", ".cr2", ".cr3", ".dcm", ".dng", ".heic", ".heif", ".jxl", ".nef", ".psd", ".raw", ".svg"}
 )
+LOOKED_AT = 10_000  # files of a sub-folder, before it is taken for one without images: it may be the whole disk
 NOT_OURS = frozenset({"__macosx", "thumbs.db", "desktop.ini"})  # what systems leave in folders, beside hidden files
 
 
@@ -255,4 +257,4 @@ def _is_image(path: Path) -> bool:
 
 
 def _holds_images(folder: Path) -> bool:
-    return any(_is_image(path) for path in files_in(folder))
+    return any(_is_image(path) for path in itertools.islice(files_in(folder), LOOKED_AT))

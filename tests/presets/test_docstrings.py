@@ -159,7 +159,18 @@ def test_near_duplicates_are_one_row_and_caps_hold(tmp_path: Path, monkeypatch: 
 
     listed = {
         "flwr": [
-            module("a", [say(0), f"  {say(0).upper()}!", say(0).replace(" ", "\n    "), say(1), "Too short."]),
+            module(
+                "a",
+                [
+                    *(
+                        say(0),
+                        f"  {say(0).upper()}!",
+                        say(0).replace(" ", "\n    "),
+                        say(0) + " And goes on otherwise.",
+                    ),
+                    *(say(1), "Too short."),
+                ],
+            ),
             module("b", [say(number) for number in range(10)]),
         ],
         "ray": [module("c", [say(1), say(9)])],
