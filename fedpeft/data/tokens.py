@@ -61,7 +61,7 @@ def encode_texts(
     types: list[NDArray[np.uint8]] = []
     lengths: list[int] = []
     prompts: list[int] = []
-    ends = None if inputs.end is None else _ends(tokenizer, inputs.end, rows, max_length)
+    ends = 0 if inputs.end is None else _ends(tokenizer, inputs.end, rows, max_length)
     for batch in plain_batches(rows, BATCH_ROWS):
         encoded = tokenise(tokenizer, batch, max_length)
         ids = encoded["input_ids"]
@@ -69,7 +69,7 @@ def encode_texts(
         for row, whole, head in zip(batch["row"], ids, heads, strict=True):
             if len(whole) == head:
                 raise DataError(f"row {row} of {place} becomes no tokens. Remove it, or write it in other characters.")
-            if inputs.end is not None and whole.count(inputs.end) != ends:
+            if inputs.end is not None and ends and whole.count(inputs.end) != ends:
                 raise DataError(
                     f"row {row} of {place} holds an end token ({tokenizer.convert_ids_to_tokens(inputs.end)!r}) in its "
                     "own text, and the model takes its scores from the last one of each row. Remove it from the text."
