@@ -64,7 +64,7 @@ def encode_texts(
     types: list[NDArray[np.uint8]] = []
     lengths: list[int] = []
     prompts: list[int] = []
-    ends = None if inputs.end is None else _ends(tokenizer, inputs.end, rows, max_length)
+    ends = 0 if inputs.end is None else _ends(tokenizer, inputs.end, rows, max_length)
     cuts: Cuts = {"prompt": 0, "whole prompt": 0, "completion": 0}
     for batch in plain_batches(rows, BATCH_ROWS):
         encoded = tokenise(tokenizer, batch, max_length, config.data.truncate or "longest")
@@ -77,7 +77,7 @@ def encode_texts(
                     f"row {row} of {place} becomes no tokens{' that the loss could count' if len(whole) else ''}. "
                     "Remove it, or write it in other characters."
                 )
-            if inputs.end is not None and whole.count(inputs.end) != ends:
+            if inputs.end is not None and ends and whole.count(inputs.end) != ends:
                 raise DataError(
                     f"row {row} of {place} holds an end token ({tokenizer.convert_ids_to_tokens(inputs.end)!r}) in its "
                     "own text, and the model takes its scores from the last one of each row. Remove it from the text."

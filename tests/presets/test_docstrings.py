@@ -157,20 +157,14 @@ def test_near_duplicates_are_one_row_and_caps_hold(tmp_path: Path, monkeypatch: 
         path.write_text("".join(f'def f{i}():\n    """{text}"""\n' for i, text in enumerate(texts)))
         return path.name, path
 
+    alike = (
+        lambda text: f"  {text.upper()}!",
+        lambda text: text.replace(" ", "\n    "),
+        lambda text: f"{text} And goes on otherwise.",
+    )
     listed = {
         "flwr": [
-            module(
-                "a",
-                [
-                    *(
-                        say(0),
-                        f"  {say(0).upper()}!",
-                        say(0).replace(" ", "\n    "),
-                        say(0) + " And goes on otherwise.",
-                    ),
-                    *(say(1), "Too short."),
-                ],
-            ),
+            module("a", [say(0), *(other(say(0)) for other in alike), say(1), "Too short."]),
             module("b", [say(number) for number in range(10)]),
         ],
         "ray": [module("c", [say(1), say(9)])],
