@@ -13,8 +13,8 @@ Where all ranks are equal it is FlexLoRA. Where they are not, DW' is not DW: it 
 aggregation error shows how far it goes. Slices mean the same to all clients only because these begin each round at the
 leading directions of one decomposition; a client that pruned or permuted its ranks would break that.
 
-The partition, its weights and the decomposition are the paper's Algorithm 1. What it says of the following was not to
-be had, so these are this project's:
+The partition, its weights and the decomposition are Algorithm 1 as somebody else's port quotes it; the paper's own text
+was not to be had, so these are this project's:
 
 * s_k = alpha / r_k goes into the products, each client's own.
 * A slice that no client of the round has stays as it was, as nobody trained it; else a round without the largest
