@@ -17,6 +17,7 @@ from fedpeft.clients.app import ClientFailedError, app
 from fedpeft.clients.rows import client_rows
 from fedpeft.config import RunConfig, nest, resolve
 from fedpeft.errors import DataError
+from fedpeft.privacy.ledger import Ledger
 from fedpeft.privacy.mechanism import record_mechanism
 from fedpeft.resident import Resident, resident
 from fedpeft.wire import (
@@ -61,7 +62,9 @@ def answer(config: RunConfig, rows: Path) -> Message:
     settings |= {HELD_HASH: adapted.frozen_hash, TRAINED: ["A", "B", "head"], PERSONAL: [], KEPT: []}
     arrays = to_record({name: adapted.initial[name] for name in adapted.trained})
     message = Message(RecordDict({ARRAYS: arrays, CONFIG: ConfigRecord(settings)}), 1, MessageType.TRAIN, group_id="1")
-    node = {"data": str(rows), "client-id": "a", "privacy-ledger": str(rows.with_suffix(".jsonl"))}
+    node = {"data": str(rows), "client-id": "a"}
+    if config.privacy.level == "record":
+        node["privacy-ledger"] = str(Ledger.create(rows.with_suffix(".jsonl")).path)
     return app(message, Context(7, 1, node, RecordDict(), dict(config.to_flat())))
 
 

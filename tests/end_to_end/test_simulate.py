@@ -166,6 +166,8 @@ def test_base_and_rows_are_made_once_in_a_process(
         lambda *args, **kwargs: loads.append(args) or load(*args, **kwargs),
     )
     monkeypatch.setattr(fedpeft.data.tokens, "tokenise", lambda *args: tokenised.append(args) or tokenise(*args))
+    # what it makes up and tokenises, to see that model and tokenizer agree, are no rows
+    monkeypatch.setattr(fedpeft.resident, "agree", lambda *args: None)
     _resident.cache_clear()
     simulate(text_config(federation__rounds=4, data__max_length=31), tmp_path / "run")
     assert len(loads) == 1
@@ -321,7 +323,7 @@ def test_why_clients_raised_is_told_unless_it_may_quote_private_rows(
         listener.finish(outcome.path)
     out, err = capsys.readouterr()
     faults = [line for line in err.splitlines() if f"raised twice: {type(error).__name__}" in line]
-    assert len(faults) == 3
+    assert len(faults) == (1 if config.privacy.level == "client" else 3)  # there, nobody is told who it was
     assert str(error) not in (outcome.path / "metrics.jsonl").read_text(encoding="utf-8")
     if not told:
         assert str(error) not in out + err + str(outcome.error)
