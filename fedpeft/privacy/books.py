@@ -188,9 +188,8 @@ class Books:
         """
         notes = []
         if self.told:
-            notes.append(
-                "whether test rows, or those of adapter.init_data, are among the sites' own rows is known to the sites alone"
-            )
+            which = "test rows" if self.config.adapter.init_data is None else "test rows or those of adapter.init_data"
+            notes.append(f"whether {which} are among the sites' own rows is known to the sites alone")
         else:
             notes.append(ONE_RUN)
         if self.told and self.config.privacy.level == "record":

@@ -195,7 +195,7 @@ def _norms(gradients: Tensor) -> Tensor:
 
 
 def public_rows(home: Resident) -> EncodedSplit:
-    """Make up rows, and encode them as the run's own: three of different lengths, one between, and two as long as allowed.
+    """Make up rows, and encode them as the run's own: three of different lengths, one between, two as long as allowed.
 
     Parameters
     ----------

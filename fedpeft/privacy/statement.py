@@ -115,9 +115,11 @@ def state(
             "without noise and have no protection; give data.test with rows that may be public"
         )
     if begun:
+        which = (
+            "rows of adapter.init_data are training rows" if begun > 1 else "row of adapter.init_data is a training row"
+        )
         reasons.append(
-            f"{begun} row{'s' * (begun > 1)} of adapter.init_data {'are training rows' if begun > 1 else 'is a training row'}"
-            " too, which the adapter begins at without noise; give it rows that may be public"
+            f"{begun} {which} too, which the adapter begins at without noise; give it rows that may be public"
         )
     reasons += _kept(privacy, kept)
     facts: Facts = {
