@@ -70,7 +70,7 @@ class Ledger:
             self.path = path.expanduser().resolve()
         except (OSError, RuntimeError) as error:  # links in a circle, or nobody's home
             raise LedgerError(
-                f"'{path}' leads to no privacy ledger: {error}. Name a file that can be reached."
+                f"'{path}' leads to no privacy ledger. Name a file that can be reached ({error})."
             ) from None
         self._keeper = keeper
         self._mutex = threading.RLock()
