@@ -189,8 +189,8 @@ def _check_deployed(config: RunConfig, node: Mapping[str, Scalar]) -> None:
         public = config.adapter.init_data
         if public is not None and DATA in node and _is_same_place(public, str(node[DATA])):
             raise SitePolicyError(
-                f"adapter.init_data = '{public}' is this site's own rows, which are not public: no noise covers what an "
-                "adapter begins at. Name other rows, or take another adapter.init."
+                f"adapter.init_data = '{public}' is this site's own rows, which are not public: no noise covers what "
+                "an adapter begins at. Name other rows, or take another adapter.init."
             )
     if config.privacy.canaries:
         raise SitePolicyError(
