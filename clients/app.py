@@ -160,7 +160,7 @@ def _private(
     """Return how to make private gradients, on hooks that the resident model keeps."""
     from fedpeft.privacy.dp_sgd import PrivateGradients  # which loads Opacus
 
-    privacy, batch_size = run.privacy, run.train.batch_size
+    privacy = run.privacy
     return lambda optimizer: PrivateGradients(
         home.row_engine,
         rows.split,
@@ -168,9 +168,9 @@ def _private(
         permission.mechanism,
         permission.randomness,
         optimizer,
-        physical=privacy.physical_batch_size or 2 * batch_size,
+        physical=home.physical_rows,
         precision=run.train.precision,
-        shuffled=batch_size if privacy.sampling == "shuffle" else None,
+        shuffled=run.train.batch_size if privacy.sampling == "shuffle" else None,
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,6 +172,10 @@ def _is_meant(key: str) -> bool:
     return plain.startswith(OURS) or bool(difflib.get_close_matches(plain, KEYS, n=1, cutoff=ALIKE))
 
 
+def _is_same_place(one: str, other: str) -> bool:
+    return os.path.realpath(os.path.expanduser(one)) == os.path.realpath(os.path.expanduser(other))
+
+
 def _names_ledger(node: Mapping[str, Scalar]) -> bool:
     return bool(str(node.get(LEDGER_FILE, "")).strip())
 
@@ -181,6 +186,12 @@ def _check_deployed(config: RunConfig, node: Mapping[str, Scalar]) -> None:
         return
     if config.privacy.level == "record":
         _named_ledger(node)
+        public = config.adapter.init_data
+        if public is not None and DATA in node and _is_same_place(public, str(node[DATA])):
+            raise SitePolicyError(
+                f"adapter.init_data = '{public}' is this site's own rows, which are not public: no noise covers what "
+                "an adapter begins at. Name other rows, or take another adapter.init."
+            )
     if config.privacy.canaries:
         raise SitePolicyError(
             f"privacy.canaries = {config.privacy.canaries} would plant false rows among a site's own; canaries are for "

@@ -69,6 +69,14 @@ class Resident:
         return shared_rows(self.data.train, self.test)
 
     @cached_property
+    def initial_training_rows(self) -> int:
+        """How many of the rows that an adapter's start looks at are training rows too, as far as these are here."""
+        given = self.config.adapter.init_data
+        if self.config.data.source is None or given is None:
+            return 0
+        return shared_rows(self.data.train, encode_rows(self.config, self.folder, given, self.labels))
+
+    @cached_property
     def labels(self) -> tuple[str, ...]:
         """Label names in the order of their ids; empty for causal language modelling."""
         if self.config.task == "causal-lm":
@@ -86,6 +94,11 @@ class Resident:
         if not self.config.privacy.canaries:
             return None
         return plant(self.config, self.data.train, self.partition, len(self.labels))
+
+    @property
+    def physical_rows(self) -> int:
+        """How many rows a private step works on at a time, at most."""
+        return self.config.privacy.physical_batch_size or 2 * self.config.train.batch_size
 
     def check(self) -> None:
         """Find model and rows and divide them, which raises what is wrong with them."""
@@ -140,7 +153,11 @@ def resident(config: RunConfig) -> Resident:
             "simulation": SimulationConfig(),
             "run": RunSection(seed=config.run.seed),
             # private runs leave hooks on their model, which a plain run need not carry
-            "privacy": PrivacyConfig.model_construct(level=config.privacy.level, canaries=config.privacy.canaries),
+            "privacy": PrivacyConfig.model_construct(
+                level=config.privacy.level,
+                canaries=config.privacy.canaries,
+                physical_batch_size=config.privacy.physical_batch_size,
+            ),
         }
     )
     return _resident(relevant)

@@ -350,7 +350,11 @@ class _Run:
             kept = sorted({str(role_of(name)) for name in self.personal_names})
             clients = (self.strategy.client_ids or {}).values()
             facts = books.close(
-                clients, kept, held_out=self.home.holds_out_test_rows, scored=self.home.scored_training_rows
+                clients,
+                kept,
+                held_out=self.home.holds_out_test_rows,
+                scored=self.home.scored_training_rows,
+                begun=self.home.initial_training_rows,
             )
         except OSError as error:
             problem = f"no {PRIVACY}: {error.strerror or error}"

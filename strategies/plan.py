@@ -116,6 +116,7 @@ def plan_privacy(config: RunConfig, home: Resident) -> dict[str, Any] | None:
         kept=kept,
         held_out=home.holds_out_test_rows,
         scored=home.scored_training_rows,
+        begun=home.initial_training_rows,
         largest=max(counts.values(), default=None),
     )
     del facts["statement"]  # which speaks of what was done

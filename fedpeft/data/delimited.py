@@ -21,21 +21,25 @@ def read_delimited(place: Place, wanted: Wanted) -> datasets.Dataset:
     limit = csv.field_size_limit(sys.maxsize)  # the default refuses texts above 128 KiB
     begun = 1
     try:
-        with opened(place, wanted.encoding) as file:
+        with opened(place, wanted.encoding, tolerant=wanted.tolerant) as file:
             reader, header = _header(place, wanted, file)
             names = wanted.present(place, header)
             chosen = [header.index(name) for name in names]
 
-            def cells() -> Iterator[list[str]]:
+            def cells() -> Iterator[Sequence[str | None]]:
                 nonlocal begun
                 begun = reader.line_num + 1
-                for row in reader:
-                    if "".join(row).strip() or len(row) > 1:
+                for row in _rows(reader, tolerant=wanted.tolerant):
+                    if row is None:
+                        yield [None] * len(chosen)
+                    elif "".join(row).strip() or len(row) > 1:
+                        if wanted.tolerant and len(row) != len(header):
+                            row = [""] * len(header)
                         _check_width(place, reader, row, header)
                         yield [row[index] for index in chosen]
                     begun = reader.line_num + 1
 
-            return table(place, cells(), names)
+            return table(place, cells(), names, tolerant=wanted.tolerant)
     except csv.Error as error:
         raise DataError(
             f"the row that begins in line {begun} of {place} is malformed: {error}. "
@@ -43,6 +47,20 @@ def read_delimited(place: Place, wanted: Wanted) -> datasets.Dataset:
         ) from None
     finally:
         csv.field_size_limit(limit)
+
+
+def _rows(reader: Any, *, tolerant: bool) -> Iterator[list[str] | None]:
+    """Yield rows; where `tolerant`, None for one that is malformed."""
+    while True:
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error:
+            if not tolerant:
+                raise
+            row = None
+        yield row
 
 
 def _header(place: Place, wanted: Wanted, file: Any) -> tuple[Any, list[str]]:

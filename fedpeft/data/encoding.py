@@ -314,9 +314,10 @@ def encode_what_can_be(
     except (DataError, ModelError) as error:
         place, whole = locate(source).train, error
     names = tuple(labels) or config.data.label_names
+    raw: datasets.Dataset | None = None
 
     def table(only: Sequence[int]) -> datasets.Dataset:
-        return read_rows(place, config.data, config.task, labels=names, optional=DOMAIN, only=only).rows
+        return read_rows(place, config.data, config.task, labels=names, optional=DOMAIN, only=only, raw=raw).rows
 
     def problem(only: Sequence[int]) -> str | None:
         try:
@@ -338,7 +339,8 @@ def encode_what_can_be(
     with locked(folder):
         found, noted = _open(folder, config.task), folder / _LEFT_OUT
         if found is None or not noted.is_file():
-            count = len(read(place, wanted_columns(config.data, config.task, None, DOMAIN)))
+            raw = read(place, wanted_columns(config.data, config.task, None, DOMAIN, tolerant=True))
+            count = len(raw)
             left_out: dict[int, str] = {}
             for start in range(0, count, _TRIED_AT_ONCE):
                 some = range(start, min(count, start + _TRIED_AT_ONCE))

@@ -16,6 +16,7 @@ from fedpeft.data.text_files import opened, refuse_nul, table
 from fedpeft.errors import DataError
 
 KEPT_DEPTH = 8  # rows and their cells lie less deep than this in every layout that is read
+LINES = {".jsonl", ".ndjson"}  # suffixes of files with an object a line
 ADVICE = "Write one object a line, or a list of objects."
 
 
@@ -45,29 +46,39 @@ def read_json(place: Place, wanted: Wanted) -> datasets.Dataset:
     seen: dict[str, None] = {}
     columns = list(dict.fromkeys(wanted.columns.values()))
 
+    def row(number: int, where: str, record: object) -> list[str | None]:
+        if not isinstance(record, dict):
+            raise DataError(f"{where} of {place} is not a JSON object. {ADVICE}")
+        for column in columns:
+            if isinstance(record, _Repeated) and column in record.keys_held_twice:
+                raise DataError(f"{where} of {place} has the key '{column}' twice. Rename or remove one.")
+        seen.update(dict.fromkeys(record))
+        return [_text(place, number, column, record.get(column)) for column in columns]
+
     def cells() -> Iterator[list[str | None]]:
         for number, (where, record) in enumerate(_records(place, wanted), start=1):
-            if not isinstance(record, dict):
-                raise DataError(f"{where} of {place} is not a JSON object. {ADVICE}")
-            for column in columns:
-                if isinstance(record, _Repeated) and column in record.keys_held_twice:
-                    raise DataError(f"{where} of {place} has the key '{column}' twice. Rename or remove one.")
-            seen.update(dict.fromkeys(record))
-            yield [_text(place, number, column, record.get(column)) for column in columns]
+            try:
+                read = row(number, where, record)
+            except DataError:
+                if not wanted.tolerant:
+                    raise
+                read = [None] * len(columns)
+            yield read
 
-    rows = table(place, cells(), columns)
+    rows = table(place, cells(), columns, tolerant=wanted.tolerant)
     if len(rows) == 0:
         raise DataError(f"{place} holds no rows. Write one JSON object a line.")
     return rows.select_columns(wanted.present(place, list(seen)))
 
 
 def _records(place: Place, wanted: Wanted) -> Iterator[tuple[str, object]]:
-    with opened(place, wanted.encoding) as file:
+    with opened(place, wanted.encoding, tolerant=wanted.tolerant) as file:
         first = next((line for line in file if line.strip()), "")
         refuse_nul(place, first)
         file.seek(0)
-        if _is_whole(first):
-            lines = _lines(place, file)
+        named = wanted.tolerant and place.path is not None and not LINES.isdisjoint(place.path.suffixes)
+        if named or _is_whole(first):
+            lines = _lines(place, file, tolerant=wanted.tolerant)
             # a line alone may be an object that holds the rows
             start = list(itertools.islice(lines, 2))
             if len(start) > 1 or not start:
@@ -94,13 +105,16 @@ def _is_whole(line: str) -> bool:
     return True
 
 
-def _lines(place: Place, file: TextIO) -> Iterator[tuple[str, object]]:
+def _lines(place: Place, file: TextIO, *, tolerant: bool) -> Iterator[tuple[str, object]]:
     for number, line in enumerate(file, start=1):
         if line.strip():
             try:
-                yield f"line {number}", _parse(line)
+                value = _parse(line)
             except json.JSONDecodeError as error:
-                raise _invalid(place, error, number) from None
+                if not tolerant:
+                    raise _invalid(place, error, number) from None
+                value = None
+            yield f"line {number}", value
 
 
 def _values(place: Place, text: str) -> Iterator[object]:

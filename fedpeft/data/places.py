@@ -92,11 +92,14 @@ class Wanted:
         Keys whose column may be missing.
     encoding : str
         Of CSV and JSON files.
+    tolerant : bool
+        Whether a row that cannot be read is one of empty cells, rather than an error of the whole file.
     """
 
     columns: Mapping[str, str]
     optional: frozenset[str] = frozenset()
     encoding: str = "utf-8"
+    tolerant: bool = False
 
     def fit(self, names: Sequence[str]) -> bool:
         """Say whether a source with these columns has all that must be there."""

@@ -140,15 +140,17 @@ def _read_image_folder(place: Place, wanted: Wanted) -> datasets.Dataset:
     names = wanted.present(place, ["image", "label"])
     loose = [path for path in sorted(base.iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES]
     loose = [path for path in loose if path.name[0] != "." and path.is_file()]
-    if loose:
+    foreign = foreign_images(base)
+    if loose and not wanted.tolerant:
         raise DataError(f"'{loose[0]}' lies outside every class folder of {place}. Move it into one, or remove it.")
-    if foreign := foreign_images(base):
+    if foreign and not wanted.tolerant:
         raise DataError(
             f"{place} holds {len(foreign)} images of kinds that are not read ({listed(foreign, base)}). "
             "Convert them to PNG or JPEG, or remove them."
         )
     # as in any other source, paths are relative to the folder that the rows lie in
     rows = [(str(path.relative_to(base)), folder.name) for folder in class_folders(base) for path in images_in(folder)]
+    rows += [(str(path), "") for path in (*loose, *foreign)]  # where they are tolerated, as rows without a label
     return table(place, rows, ["image", "label"]).select_columns(names)
 
 

@@ -141,7 +141,12 @@ DOMAIN = frozenset({"data.domain"})
 
 
 def wanted_columns(
-    data: DataConfig, task: Task, client_column: str | None, optional: frozenset[str] = frozenset()
+    data: DataConfig,
+    task: Task,
+    client_column: str | None,
+    optional: frozenset[str] = frozenset(),
+    *,
+    tolerant: bool = False,
 ) -> Wanted:
     """Return the columns that a task reads, by the configuration's keys."""
     columns: dict[str, str | None]
@@ -156,7 +161,8 @@ def wanted_columns(
             "data.label": data.label or "label",
         }
     columns |= {"data.domain": data.domain, "partition.by": client_column}
-    return Wanted({key: column for key, column in columns.items() if column is not None}, optional, data.encoding)
+    named = {key: column for key, column in columns.items() if column is not None}
+    return Wanted(named, optional, data.encoding, tolerant)
 
 
 def read_rows(
@@ -168,6 +174,7 @@ def read_rows(
     client_column: str | None = None,
     optional: frozenset[str] = frozenset(),
     only: Sequence[int] | None = None,
+    raw: datasets.Dataset | None = None,
 ) -> Table:
     """Read the rows of one place and normalise their columns.
 
@@ -188,6 +195,8 @@ def read_rows(
         Configuration keys whose column may be missing.
     only : sequence of int, optional
         Which rows to take, from 0; all if not given.
+    raw : datasets.Dataset, optional
+        The place's rows where they have been read.
 
     Raises
     ------
@@ -196,7 +205,7 @@ def read_rows(
         but one label.
     """
     wanted = wanted_columns(data, task, client_column, optional)
-    raw = read(place, wanted)
+    raw = read(place, wanted) if raw is None else raw
     numbers = np.arange(1, len(raw) + 1) if only is None else np.asarray(only, dtype=np.int64) + 1
     if only is not None:
         raw = raw.select(only)
@@ -281,7 +290,7 @@ def linked_files(place: Place, data: DataConfig, task: Task) -> list[Path]:
             return []  # reading the rows says what is wrong
         if column not in schema.names or not _is_string(schema.field(column).type):
             return []
-    wanted = Wanted({"data.image": column}, encoding=data.encoding)
+    wanted = Wanted({"data.image": column}, encoding=data.encoding, tolerant=True)
     cells = read(place, wanted).with_format("arrow")[:][column]
     if not _is_string(cells.type):
         return []

@@ -6,6 +6,7 @@ import codecs
 import contextlib
 import gzip
 import io
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import BinaryIO, TextIO, cast
@@ -17,13 +18,23 @@ from fedpeft.data.places import Place, unreadable
 from fedpeft.errors import DataError
 
 CHUNK_ROWS = 4096
+HALF = re.compile("[\ud800-\udfff]")  # of a character
 GZIP_MARK = b"\x1f\x8b"
 CHUNK_BYTES = 1 << 16
 
 
 @contextlib.contextmanager
-def opened(place: Place, encoding: str) -> Iterator[TextIO]:
+def opened(place: Place, encoding: str, *, tolerant: bool = False) -> Iterator[TextIO]:
     """Open a file of text; one that begins like gzip is unpacked, whatever its name.
+
+    Parameters
+    ----------
+    place : Place
+        The file.
+    encoding : str
+        Its encoding.
+    tolerant : bool
+        Take what the encoding does not know for halves of characters, which `table` looks for.
 
     Raises
     ------
@@ -32,7 +43,8 @@ def opened(place: Place, encoding: str) -> Iterator[TextIO]:
     """
     try:
         try:
-            with _unpacked(place) as file, io.TextIOWrapper(file, _past_mark(encoding), newline="") as text:
+            errors = "surrogateescape" if tolerant else "strict"
+            with _unpacked(place) as file, io.TextIOWrapper(file, _past_mark(encoding), errors, newline="") as text:
                 yield text
         except UnicodeError as error:
             raise _undecodable(place, encoding, error) from None
@@ -42,13 +54,15 @@ def opened(place: Place, encoding: str) -> Iterator[TextIO]:
         raise unreadable(place, error) from None
 
 
-def table(place: Place, rows: Iterable[Sequence[str | None]], names: Sequence[str]) -> datasets.Dataset:
+def table(
+    place: Place, rows: Iterable[Sequence[str | None]], names: Sequence[str], *, tolerant: bool = False
+) -> datasets.Dataset:
     """Build a table of text chunk by chunk, so that Python objects exist for one chunk only.
 
     Raises
     ------
     DataError
-        A cell holds half a character.
+        A cell holds half a character; a `tolerant` table has an empty one there.
     """
     schema = pa.schema([(name, pa.large_string()) for name in names])
     batches: list[pa.RecordBatch] = []
@@ -64,7 +78,7 @@ def table(place: Place, rows: Iterable[Sequence[str | None]], names: Sequence[st
         batches.append(pa.record_batch(arrays, schema))
 
     for row in rows:
-        chunk.append(row)
+        chunk.append([None if cell and HALF.search(cell) else cell for cell in row] if tolerant else row)
         if len(chunk) == CHUNK_ROWS:
             close()
             done, chunk = done + len(chunk), []

@@ -42,9 +42,21 @@ class Anchor:
 
 
 def data_dir() -> Path:
-    """Return the folder named by the environment variable ``FEDPEFT_DATA_DIR``, else the user's data folder."""
+    """Return the folder named by the environment variable ``FEDPEFT_DATA_DIR``, else the user's data folder.
+
+    Raises
+    ------
+    LedgerError
+        It is another one wherever a process is started.
+    """
     named = os.environ.get(DATA_VARIABLE)
-    return Path(named).expanduser() if named else platformdirs.user_data_path("fedpeft")
+    folder = Path(os.path.expanduser(named)) if named else platformdirs.user_data_path("fedpeft")
+    if not folder.is_absolute():
+        raise LedgerError(
+            f"{DATA_VARIABLE} = '{named}' is no absolute path: what is known of privacy ledgers would be lost to "
+            "whoever starts elsewhere. Write it from the root on."
+        )
+    return folder
 
 
 def anchor_file(head: Head, ledger: Path) -> Path:
@@ -66,7 +78,7 @@ def read_anchor(ledger: Path, head: Head) -> Anchor | None:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         anchor = Anchor(found["count"], found["hash"], found["line"])
-        right = found["ledger"] == head.ledger and type(anchor.count) is int
+        right = found["ledger"] == head.ledger and type(anchor.count) is int and anchor.count >= 0
         if not (right and isinstance(anchor.hash, str) and isinstance(anchor.line, str)):
             raise ValueError(file)
     except FileNotFoundError:

@@ -158,7 +158,13 @@ class Books:
         return min(most, largest)
 
     def close(
-        self, clients: Iterable[str] = (), kept: Iterable[str] = (), *, held_out: bool = False, scored: int = 0
+        self,
+        clients: Iterable[str] = (),
+        kept: Iterable[str] = (),
+        *,
+        held_out: bool = False,
+        scored: int = 0,
+        begun: int = 0,
     ) -> Facts:
         """Write the statement; return it.
 
@@ -172,6 +178,8 @@ class Books:
             Whether test rows were held out of the clients' own source.
         scored : int
             Test rows that are training rows too, as far as that is known.
+        begun : int
+            Rows that the adapter began at and that are training rows too, likewise.
 
         Raises
         ------
@@ -180,7 +188,8 @@ class Books:
         """
         notes = []
         if self.told:
-            notes.append("whether test rows are among the sites' own rows is known to the sites alone")
+            which = "test rows" if self.config.adapter.init_data is None else "test rows or those of adapter.init_data"
+            notes.append(f"whether {which} are among the sites' own rows is known to the sites alone")
         else:
             notes.append(ONE_RUN)
         if self.told and self.config.privacy.level == "record":
@@ -195,6 +204,7 @@ class Books:
             silent=silent,
             held_out=held_out,
             scored=scored,
+            begun=begun,
             largest=self._largest,
         )
         text = json.dumps(strict_json(facts), indent=2, allow_nan=False) + "\n"

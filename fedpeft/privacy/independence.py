@@ -13,7 +13,8 @@ A model passes if
 1. the gradients of single rows add up to autograd's own gradient of the summed loss;
 2. each row's gradient in a batch is the one that it has alone;
 3. each row's gradient stays the same when ANOTHER row is replaced: by one that pads the batch no differently, and by
-   one as long as the run allows.
+   one as long as the run allows;
+4. and so it does in a batch as large as a step ever holds, and in one that has no padding.
 
 Every trained tensor is held against its own size, so that a head's large gradient hides no small one.
 
@@ -92,6 +93,12 @@ def prove_independence(home: Resident, engine: RowEngine) -> None:
             trial.compare(whole, trial.gradients(batch), kept, kept, EXACT if same_width else ROUNDING, MIXED)
         for row in range(3):
             trial.compare(whole, trial.gradients([row]), [row], [0], ROUNDING, ALONE)
+        if (more := home.physical_rows - 3) > 0:
+            many = trial.gradients([0, 1, 2, *[3] * more])
+            trial.compare(whole, many, [0, 1, 2], [0, 1, 2], ROUNDING, MIXED)
+            others = trial.gradients([0, 1, 2, *[1] * more])
+            trial.compare(many, others, [0, 1, 2], [0, 1, 2], EXACT, MIXED)
+        trial.compare(trial.gradients([4, 5]), trial.gradients([4]), [0], [0], ROUNDING, ALONE)
 
 
 ALONE = "gives a row another gradient beside other rows than alone"
@@ -188,7 +195,7 @@ def _norms(gradients: Tensor) -> Tensor:
 
 
 def public_rows(home: Resident) -> EncodedSplit:
-    """Make up rows, and encode them as the run's own: three of different lengths, one between, and the longest allowed.
+    """Make up rows, and encode them as the run's own: three of different lengths, one between, two as long as allowed.
 
     Parameters
     ----------
@@ -197,9 +204,9 @@ def public_rows(home: Resident) -> EncodedSplit:
     """
     config = home.config
     rng = generator(0, "public rows")
-    columns: dict[str, list[Any]] = {"row": list(range(1, 6))}
+    columns: dict[str, list[Any]] = {"row": list(range(1, 7))}
     if config.task == "image-classification":
-        pixels = rng.integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)
+        pixels = rng.integers(0, 256, (6, 64, 64, 3), dtype=np.uint8)
         columns["image"] = [PIL.Image.fromarray(image) for image in pixels]
     else:
         tokenizer, _ = load_tokenizer(config, home.folder)
@@ -207,10 +214,10 @@ def public_rows(home: Resident) -> EncodedSplit:
         ids = np.array([index for index in range(len(tokenizer)) if index not in special])
         paired = ["text_pair"] if config.data.text_pair is not None else []
         for name in ["prompt", "completion"] if config.task == "causal-lm" else ["text", *paired]:
-            words = (rng.choice(ids, count).tolist() for count in (*LENGTHS, 2 * config.data.max_length))
+            words = (rng.choice(ids, count).tolist() for count in (*LENGTHS, *[2 * config.data.max_length] * 2))
             columns[name] = [str(tokenizer.decode(row)).strip() or "a" for row in words]
     if config.task != "causal-lm":
-        columns["label"] = [index % len(home.labels) for index in range(5)]
+        columns["label"] = [index % len(home.labels) for index in range(6)]
     rows = datasets.Dataset.from_dict(columns)
     return encode_table(config, home.folder, rows, home.labels)
 

@@ -66,10 +66,16 @@ class Ledger:
     """
 
     def __init__(self, path: Path, keeper: Keeper | None = None) -> None:
-        self.path = path.expanduser().resolve()
+        try:
+            self.path = path.expanduser().resolve()
+        except (OSError, RuntimeError) as error:  # links in a circle, or nobody's home
+            raise LedgerError(
+                f"'{path}' leads to no privacy ledger. Name a file that can be reached ({error})."
+            ) from None
         self._keeper = keeper
         self._mutex = threading.RLock()
         self._file: BinaryIO | None = None  # while it is held
+        self._holder = 0  # the process that holds it: a fork of it holds nothing
         self._head: Head | None = None
         self._hashes: list[str] = []  # of the first line, and of each entry
         self._entries: list[Entry] = []
@@ -140,11 +146,11 @@ class Ledger:
             too long.
         """
         with self._mutex:
-            if self._file is not None:
+            if self._file is not None and self._holder == os.getpid():
                 yield self
                 return
             with self._locked(write=True) as file:
-                self._file = file
+                self._file, self._holder = file, os.getpid()
                 try:
                     self._read(file, repair=True)
                     yield self

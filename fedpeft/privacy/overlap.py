@@ -9,12 +9,14 @@ from fedpeft.data.splits import EncodedSplit
 
 
 def shared_rows(train: EncodedSplit, test: EncodedSplit) -> int:
-    """Return how many test rows are training rows too, by the digest of all that the task reads of them.
+    """Return how many test rows are training rows too, by the digest of what the model reads of them.
+
+    Whatever label they have there: how a model scores a text or an image under another label tells of it as well.
 
     Parameters
     ----------
     train, test : EncodedSplit
-        Encoded alike: tokens or pixels, and labels.
+        Encoded alike: tokens or pixels.
     """
     protected = set(_digests(train))
     return sum(digest in protected for digest in _digests(test))
@@ -22,18 +24,14 @@ def shared_rows(train: EncodedSplit, test: EncodedSplit) -> int:
 
 def _digests(split: EncodedSplit) -> Iterator[bytes]:
     index = split.indices_stored
-    # a completion's prompt is part of its tokens, and the loss leaves it out
-    columns = [split.tensors[name].numpy() for name in ("labels", "prompts") if name in split.tensors]
     if "pixels" in split.tensors:
         for at in index:
-            content = split.tensors["pixels"][int(at)].contiguous().numpy()
-            yield _digest(content.tobytes(), [column[at].tobytes() for column in columns])
+            yield _digest(split.tensors["pixels"][int(at)].contiguous().numpy().tobytes())
         return
     tokens, offsets = split.tensors["tokens"].numpy(), split.tensors["offsets"].numpy()
     for at in index:
-        content = tokens[offsets[at] : offsets[at + 1]]
-        yield _digest(content.tobytes(), [column[at].tobytes() for column in columns])
+        yield _digest(tokens[offsets[at] : offsets[at + 1]].tobytes())
 
 
-def _digest(content: bytes, columns: list[bytes]) -> bytes:
-    return hashlib.blake2b(content + b"".join(columns), digest_size=16).digest()
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=16).digest()

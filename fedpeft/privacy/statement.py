@@ -61,6 +61,7 @@ def state(
     silent: Sequence[str] = (),
     held_out: bool = False,
     scored: int = 0,
+    begun: int = 0,
     largest: int | None = None,
 ) -> Facts:
     """Return a run's statement, as privacy.json holds it.
@@ -83,6 +84,8 @@ def state(
         Whether test rows were held out of the clients' own source: they are scored in the clear.
     scored : int
         Test rows that are training rows too, and scored in the clear all the same.
+    begun : int
+        Rows of ``adapter.init_data`` that are training rows too.
     largest : int, optional
         Rows of the client that has most, where they are known and not public: `examples` then holds none.
     """
@@ -110,6 +113,13 @@ def state(
         reasons.append(
             f"{scored} test row{'s are training rows' if scored > 1 else ' is a training row'} too, which are scored "
             "without noise and have no protection; give data.test with rows that may be public"
+        )
+    if begun:
+        which = (
+            "rows of adapter.init_data are training rows" if begun > 1 else "row of adapter.init_data is a training row"
+        )
+        reasons.append(
+            f"{begun} {which} too, which the adapter begins at without noise; give it rows that may be public"
         )
     reasons += _kept(privacy, kept)
     facts: Facts = {
@@ -274,10 +284,18 @@ def paragraph(facts: Mapping[str, Any]) -> str:
         f"Sampling: {facts['sampling']}.",
         f"Accountant: {_accountants(facts)}, composed over every step that was charged, repeats included.",
         f"Public: {', '.join(facts['public'])}.",
-        "Assumed: Gaussians in floating point are as good as real ones, and the clients run this code.",
+        f"Assumed: Gaussians in floating point are as good as real ones, {_independent(facts)}and the clients run this "
+        "code.",
         *(f"Warning: {warning}." for warning in facts["warnings"]),
     ]
     return " ".join(sentences)
+
+
+def _independent(facts: Mapping[str, Any]) -> str:
+    """Say what the proof of independence cannot exclude; see `fedpeft.privacy.independence`."""
+    if facts["level"] != "record":
+        return ""
+    return "the model keeps a batch's rows apart as it did for rows that were made up, "
 
 
 def _found(facts: Mapping[str, Any], wrong: float = 0.01) -> str:

@@ -234,6 +234,18 @@ def test_a_sites_own_word_is_checked(node: dict[str, Any], words: str, private: 
         check_site(private(), node)
 
 
+def test_a_server_cannot_name_a_sites_own_rows_as_public_ones(private: Make, tmp_path: Path) -> None:
+    from fedpeft.clients.privacy import SitePolicyError, check_site
+
+    (tmp_path / "link.csv").symlink_to(tmp_path / "rows.csv")
+    given = {"adapter__init": "eva", "privacy__public_init_data": True}
+    node = {"data": str(tmp_path / "rows.csv"), "privacy-ledger": str(tmp_path / "ledger.jsonl")}
+    check_site(private(adapter__init_data=str(tmp_path / "other.csv"), **given), node)
+    for name in ("rows.csv", "link.csv"):
+        with pytest.raises(SitePolicyError, match="is this site's own rows"):
+            check_site(private(adapter__init_data=str(tmp_path / name), **given), node)
+
+
 def test_a_server_cannot_stretch_a_sites_budget(private: Make, tmp_path: Path) -> None:
     """Delta, accountant and cut of the rows are the server's in a run, and not in a site's budget."""
     loose = private(privacy__noise_multiplier=0.3, privacy__delta=0.99, privacy__accountant="rdp")

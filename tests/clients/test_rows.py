@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from collections.abc import Callable
@@ -62,9 +63,8 @@ def answer(config: RunConfig, rows: Path) -> Message:
     settings |= {HELD_HASH: adapted.frozen_hash, TRAINED: ["A", "B", "head"], PERSONAL: [], KEPT: []}
     arrays = to_record({name: adapted.initial[name] for name in adapted.trained})
     message = Message(RecordDict({ARRAYS: arrays, CONFIG: ConfigRecord(settings)}), 1, MessageType.TRAIN, group_id="1")
-    node = {"data": str(rows), "client-id": "a"}
-    if config.privacy.level == "record":
-        node["privacy-ledger"] = str(Ledger.create(rows.with_suffix(".jsonl")).path)
+    ledger = Ledger.create(rows.with_suffix(".jsonl")).path
+    node = {"data": str(rows), "client-id": "a", "privacy-ledger": str(ledger)}
     return app(message, Context(7, 1, node, RecordDict(), dict(config.to_flat())))
 
 
@@ -95,6 +95,38 @@ def test_such_rows_stay_in_the_count_and_the_others_keep_their_order(private: Ru
         assert record_mechanism(private, rows.num_examples).sample_rate == 0.5
 
 
+@pytest.mark.parametrize(
+    ("suffix", "torn"),
+    [
+        (".csv", b"w\xe9 w2,yes\n"),
+        (".csv", b"w1,w2,yes\n"),
+        (".csv", b"w1\n"),
+        (".csv", b'"w1" w2,yes\n'),
+        (".csv", b'"w1 w2,yes\n'),
+        (".jsonl", b'{"text": "w1", "la\n'),
+        (".jsonl", b'{"text": ["w1"], "label": "yes"}\n'),
+        (".jsonl", b'{"text": "\\ud83d", "label": "yes"}\n'),
+        (".jsonl", b'{"text": "a", "text": "b", "label": "yes"}\n'),
+        (".jsonl", b"5\n"),
+    ],
+)
+def test_so_does_a_row_that_cannot_even_be_read(
+    suffix: str, torn: bytes, private: RunConfig, text_config: Make, tmp_path: Path
+) -> None:
+    lines = (
+        GOOD
+        if suffix == ".csv"
+        else [json.dumps(dict(zip(("text", "label"), line.split(","), strict=True))) for line in GOOD]
+    )
+    path = tmp_path / f"rows{suffix}"
+    header = b"text,label\n" if suffix == ".csv" else b""
+    path.write_bytes(header + "".join(f"{line}\n" for line in lines).encode() + torn)
+    rows = client_rows(Resident(private), {"data": str(path)})
+    assert (len(rows.split), rows.num_examples) == (6, 7)
+    with pytest.raises(DataError):
+        client_rows(Resident(text_config(data__labels="no,yes", partition__by=None)), {"data": str(path)})
+
+
 def test_an_image_that_cannot_be_opened_is_such_a_row(tiny_vit: Path, image_folder: Path, tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -108,6 +140,13 @@ def test_an_image_that_cannot_be_opened_is_such_a_row(tiny_vit: Path, image_fold
     home = Resident(resolve([nest({**settings, **private})]))
     rows = client_rows(home, {"data": str(path)})
     assert (len(rows.split), rows.num_examples) == (5, 6)
+    folder = shutil.copytree(image_folder, tmp_path / "images")
+    for number, name in enumerate(("loose.png", "dark/photo.heic")):
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copy(next(image_folder.rglob("*.png")), folder / name)
+        rows = client_rows(home, {"data": str(folder), "client-id": name})
+        assert rows.left_out == number + 1, name
+        home = Resident(home.config)
 
 
 def test_without_record_level_privacy_the_error_stays(private: RunConfig, text_config: Make, tmp_path: Path) -> None:

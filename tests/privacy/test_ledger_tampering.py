@@ -452,3 +452,29 @@ def test_a_book_that_could_not_be_made_leaves_nothing(tmp_path: Path, monkeypatc
             Ledger.create(tmp_path / "new.jsonl")
     assert [path.name for path in tmp_path.iterdir()] == ["a file"]
     Ledger.create(tmp_path / "new.jsonl")
+
+
+def test_a_fork_of_who_holds_a_book_holds_nothing(book: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LOCK_SECONDS", 0.05)
+    with book.held():
+        with monkeypatch.context() as forked:
+            forked.setattr(os, "getpid", lambda: 0)
+            with pytest.raises(LedgerError, match="held by another process"):
+                book.charge(ENTRY)
+        assert book.charge(ENTRY)
+    assert len(read_entries(book.path)) == len(MADE) + 1
+
+
+def test_names_that_lead_nowhere_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "one").symlink_to(tmp_path / "two")
+    (tmp_path / "two").symlink_to(tmp_path / "one")
+    for make in (Ledger.create, lambda path: Ledger(path).charge(ENTRY)):
+        for path in (tmp_path / "one", Path("~nobody-of-this-name/ledger.jsonl")):
+            with pytest.raises(LedgerError) as caught:
+                make(path)
+            assert "\n" not in str(caught.value)
+    for folder in ("kept/here", "~nobody-of-this-name/data"):
+        monkeypatch.setenv("FEDPEFT_DATA_DIR", folder)
+        with pytest.raises(LedgerError, match="is no absolute path"):
+            Ledger.create(tmp_path / "ledger.jsonl")
+        assert not (tmp_path / "ledger.jsonl").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +39,7 @@ def test_rows_are_known_by_what_the_task_reads_of_them(text_config: Make, text_c
         (text_csv, 120),
         (copy, 120),
         (some_rows(text_csv, tmp_path / "some.csv", 7), 7),
+        (some_rows(text_csv, tmp_path / "flipped.csv", 7, label="no"), 7),
         (some_rows(text_csv, tmp_path / "none.csv", 0), 0),
     ):
         assert Resident(text_config(data__test=str(test))).scored_training_rows == expected, test
@@ -74,6 +76,23 @@ def test_such_a_run_claims_no_guarantee_and_says_how_many_rows(
     assert '"guarantee": false' in told
     assert "7 test rows are training rows too" in told
     assert "knows of no other run on these rows" in told
+
+
+def test_an_adapter_that_begins_at_training_rows_has_no_guarantee(
+    text_config: Make, text_csv: Path, tmp_path: Path
+) -> None:
+    clean = some_rows(text_csv, tmp_path / "none.csv", 0)
+    base = {"data__test": str(clean), "privacy__public_init_data": True, "adapter__init": "eva", "adapter__rank": 2}
+    base |= {"privacy__level": "record", "privacy__noise_multiplier": 1.0, "privacy__rng": "secure"}
+    for rows, expected in ((some_rows(text_csv, tmp_path / "some.csv", 20), 20), (clean, 0)):
+        config = text_config(adapter__init_data=str(rows), federation__rounds=1, **base)
+        run = simulate(config, tmp_path / f"run-{expected}").path
+        told = json.loads((run / "privacy.json").read_text())
+        assert told["guarantee"] == (not expected), told["reasons"]
+        planned = plan_privacy(config, Resident(config))
+        assert planned is not None
+        assert told["reasons"] == planned["reasons"]
+        assert ("20 rows of adapter.init_data are training rows too" in told["statement"]) == bool(expected)
 
 
 @pytest.mark.parametrize("level", ["record", "client"])
