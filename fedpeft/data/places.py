@@ -30,6 +30,7 @@ KIND_BY_SUFFIX: Mapping[str, Kind] = {
 }
 PACKED = ".gz"
 SHOWN = 30  # columns that a message lists
+LONGEST = 60  # characters of a name that it shows
 TEST_PARTS = ("test", "validation")
 IMAGE_SUFFIXES = frozenset(
     {".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga"}
@@ -113,9 +114,11 @@ class Wanted:
         for key, column in self.columns.items():
             if column not in names and key not in self.optional:
                 near = sorted(names, key=lambda name: -difflib.SequenceMatcher(None, column, name).ratio())
-                shown = ", ".join(near[:SHOWN]) + (", ..." if len(near) > SHOWN else "")
+                if not any(names):
+                    raise DataError(f"{place} has no column '{column}' ({key}), nor any other with a name.")
                 raise DataError(
-                    f"{place} has no column '{column}' ({key}). It has: {shown}. {self._advice(place, key, names)}"
+                    f"{place} has no column '{column}' ({key}). It has: {named(near)}. "
+                    f"{self._advice(place, key, names)}"
                 )
         found = [name for name in dict.fromkeys(self.columns.values()) if name in names]
         for name in found:
@@ -131,6 +134,12 @@ class Wanted:
         if key in ("data.text", "data.image") and {"prompt", "completion"} <= set(names):
             return "To train on completions set data.prompt=prompt and data.completion=completion."
         return f"Set {key} to one of them."
+
+
+def named(columns: Sequence[str]) -> str:
+    """Name the first few columns, as far as a line has room."""
+    short = [name if len(name) <= LONGEST else f"{name[: LONGEST - 3]}..." for name in columns[:SHOWN]]
+    return ", ".join(short) + (", ..." if len(columns) > SHOWN else "")
 
 
 def refuse_missing(place: Place, column: str, missing: NDArray[np.bool_], what: str) -> None:
@@ -161,7 +170,7 @@ def divided_name(name: str) -> tuple[str, tuple[str, ...]]:
     """Divide ``source:split`` and ``source:configuration:split``; what exists as a path is whole."""
     if os.path.exists(at(name)):
         return name, ()
-    source, *parts = name.split(":")
+    source, *parts = [name] if "://" in name else name.split(":")
     if parts and os.path.exists(at(name.rpartition(":")[0])):  # whose own name may hold colons
         source, _, part = name.rpartition(":")
         return source, (part,)
