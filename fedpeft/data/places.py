@@ -197,10 +197,9 @@ def tables_in(folder: Path) -> dict[str, list[Path]]:
 def image_folders(folder: Path) -> dict[str | None, Path]:
     """Return where classes of images lie: below ``train`` and its company, or below the folder itself (None)."""
     # train/ without class folders below it is itself a class
+    found = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_dir()}
     divided: dict[str | None, Path] = {
-        part: folder / part
-        for part in ("train", *TEST_PARTS)
-        if (folder / part).is_dir() and class_folders(folder / part)
+        part: found[part] for part in ("train", *TEST_PARTS) if part in found and class_folders(found[part])
     }
     if "train" in divided:
         return divided
@@ -227,7 +226,7 @@ def class_folders(folder: Path) -> list[Path]:
 
 def images_in(folder: Path) -> list[Path]:
     """Return the images anywhere below a folder, by path."""
-    return sorted(path for path in files_in(folder) if path.suffix.lower() in IMAGE_SUFFIXES)
+    return sorted(path for path in _files_of_class(folder) if path.suffix.lower() in IMAGE_SUFFIXES)
 
 
 def not_images(folder: Path) -> tuple[list[Path], list[Path]]:
@@ -235,6 +234,16 @@ def not_images(folder: Path) -> tuple[list[Path], list[Path]]:
     files = sorted(path for path in files_in(folder) if not _is_image(path))
     return files, sorted(
         path for path in folder.iterdir() if _counts(path) and path.is_dir() and not _holds_images(path)
+    )
+
+
+def beside(folder: Path) -> list[Path]:
+    """Return the folders of images that lie beside the splits of a divided folder and belong to none."""
+    splits = set(image_folders(folder).values())
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if _counts(path) and path.is_dir() and path not in splits and _holds_images(path)
     )
 
 
@@ -266,4 +275,9 @@ def _is_image(path: Path) -> bool:
 
 
 def _holds_images(folder: Path) -> bool:
-    return any(_is_image(path) for path in itertools.islice(files_in(folder), LOOKED_AT))
+    return any(_is_image(path) for path in itertools.islice(_files_of_class(folder), LOOKED_AT))
+
+
+def _files_of_class(folder: Path) -> Iterator[Path]:
+    """Yield the files below a class folder; a link back to where all classes lie makes none of them this class."""
+    return files_in(folder, frozenset({folder.parent.resolve()}))

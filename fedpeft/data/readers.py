@@ -25,6 +25,7 @@ from fedpeft.data.places import (
     Kind,
     Place,
     Wanted,
+    beside,
     class_folders,
     foreign_images,
     images_in,
@@ -174,6 +175,11 @@ def folder_notes(place: Place) -> tuple[str, ...]:
     if folders:
         notes.append(
             f"folders in {place} without images, which are no classes: {len(folders)} ({listed(folders, base)})"
+        )
+    if place.part == "train" and (others := beside(base.parent)):
+        notes.append(
+            f"folders of images in '{place.name}' that belong to no split and are no rows: {len(others)} "
+            f"({listed(others, base.parent)})"
         )
     return tuple(notes)
 
