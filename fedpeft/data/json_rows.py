@@ -136,7 +136,7 @@ def _rows_within(place: Place, wanted: Wanted, value: object) -> Iterable[tuple[
         return ((f"row {number} of '{lists[0]}'", row) for number, row in enumerate(value[lists[0]], start=1))
     names = [name for name in dict.fromkeys(wanted.columns.values()) if name in value]
     # pandas writes a column as an object from index to cell
-    columns = [_cells(place, name, value[name], value[names[0]]) for name in names]
+    columns: list[Any] = [_cells(place, name, value[name], value[names[0]]) for name in names]
     if not names and any(isinstance(held, dict | list) and held not in ([], {}) for held in value.values()):
         raise DataError(f"{place} is one object in which no rows are found (it has: {named(list(value))}). {ADVICE}")
     if not names or not all(isinstance(column, list) for column in columns):
