@@ -7,6 +7,7 @@ code 2; no traceback, because the cause lies outside this package's code.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -16,6 +17,9 @@ class FedpeftError(Exception):
     exit_code = 2
     # whether its text speaks of settings, model and numbers of rows alone, and so may be shown where rows are private
     quotes_no_row = False
+
+    def __str__(self) -> str:
+        return escaped(super().__str__())
 
 
 class ConfigError(FedpeftError):
@@ -72,6 +76,17 @@ class BudgetSpentError(FedpeftError):
     """A privacy budget that allows no next step, in a run that is to end then; what was done before it is saved."""
 
     exit_code = 1
+
+
+def escaped(text: str) -> str:
+    r"""Write line ends and control characters as their escapes, as \n: names of columns and labels may hold any.
+
+    Parameters
+    ----------
+    text : str
+        A message.
+    """
+    return re.sub("[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda found: ascii(found[0])[1:-1], text)
 
 
 def nearest(given: str, allowed: Iterable[str]) -> str:

@@ -30,6 +30,8 @@ def stored(place: Place, column: str, cells: pa.ChunkedArray) -> pa.ChunkedArray
             return cells.cast(pa.large_string())
         if pa.types.is_binary_view(kind) or pa.types.is_fixed_size_binary(kind):
             return cells.cast(pa.large_binary())
+        if pa.types.is_decimal32(kind) or pa.types.is_decimal64(kind):
+            return cells.cast(pa.decimal128(kind.precision, kind.scale))
     except pa.ArrowException:
         raise not_read(place, column, kind, "texts or numbers") from None
     return cells

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -33,9 +34,10 @@ def read_delimited(place: Place, wanted: Wanted) -> datasets.Dataset:
                     if row is None:
                         yield [None] * len(chosen)
                     elif "".join(row).strip() or len(row) > 1:
-                        if wanted.tolerant and len(row) != len(header):
+                        if not wanted.tolerant:
+                            _check_row(place, reader, row, header)
+                        elif len(row) != len(header) or _is_header(row, header):
                             row = [""] * len(header)
-                        _check_width(place, reader, row, header)
                         yield [row[index] for index in chosen]
                     begun = reader.line_num + 1
 
@@ -90,13 +92,23 @@ def _parsed(file: Any, mark: str) -> tuple[Any, list[str]]:
     file.seek(0)
     reader = csv.reader(file, delimiter=mark, strict=True)
     names = ([name.strip() for name in row] for row in reader)
-    return reader, next(filter(any, names), [])
+    # Excel may write sep=; into a line of its own
+    return reader, next((row for row in names if any(row) and not re.fullmatch("sep=.?", "".join(row))), [])
 
 
-def _check_width(place: Place, reader: Any, row: Sequence[str], header: Sequence[str]) -> None:
+def _check_row(place: Place, reader: Any, row: Sequence[str], header: Sequence[str]) -> None:
     if len(row) != len(header):
         mark = reader.dialect.delimiter
+        fields = "1 field" if len(row) == 1 else f"{len(row)} fields"
         raise DataError(
-            f"line {reader.line_num} of {place} has {len(row)} fields, but the header has {len(header)} "
+            f"line {reader.line_num} of {place} has {fields}, but the header has {len(header)} "
             f"(divided by {SEPARATORS[mark]}). Quote fields that hold {SEPARATORS[mark]} or line breaks."
         )
+    if _is_header(row, header):
+        raise DataError(
+            f"line {reader.line_num} of {place} repeats the header, as files put one behind the other do. Remove it."
+        )
+
+
+def _is_header(row: Sequence[str], header: Sequence[str]) -> bool:
+    return len(row) > 1 and row[-1].strip() == header[-1] and [cell.strip() for cell in row] == header

@@ -34,7 +34,7 @@ from fedpeft.errors import DataError, ModelError
 
 __all__ = ["EncodedData", "EncodedSplit", "encode", "encode_rows", "encode_table", "encode_what_can_be", "model_digest"]
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 # what the tensors depend on in a model's folder
 MODEL_FILES = (
     *("tokenizer*", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json", "*.model", "*.tiktoken"),

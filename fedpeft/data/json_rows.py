@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 import datasets
 
-from fedpeft.data.places import Place, Wanted
+from fedpeft.data.places import Place, Wanted, named
 from fedpeft.data.text_files import opened, refuse_nul, table
 from fedpeft.errors import DataError
 
@@ -150,10 +150,21 @@ def _rows_within(place: Place, wanted: Wanted, value: object) -> Iterable[tuple[
         return ((f"row {number} of '{lists[0]}'", row) for number, row in enumerate(value[lists[0]], start=1))
     names = [name for name in dict.fromkeys(wanted.columns.values()) if name in value]
     # pandas writes a column as an object from index to cell
-    columns = [list(held.values()) if isinstance(held := value[name], dict) else held for name in names]
+    columns: list[Any] = [_cells(place, name, value[name], value[names[0]]) for name in names]
+    if not names and any(isinstance(held, dict | list) and held not in ([], {}) for held in value.values()):
+        raise DataError(f"{place} is one object in which no rows are found (it has: {named(list(value))}). {ADVICE}")
     if not names or not all(isinstance(column, list) for column in columns):
         return [] if list(value.values()) == [[]] else [("line 1", value)]
     return _turned(place, names, columns, value)
+
+
+def _cells(place: Place, name: str, held: object, first: object) -> object:
+    """Return a column's cells in the order of the first column's index, where they are kept by index."""
+    if not isinstance(held, dict) or not isinstance(first, dict):
+        return held
+    if held.keys() != first.keys():
+        raise DataError(f"column '{name}' of {place} has another index than the columns before it. Save it anew.")
+    return [held[index] for index in first]
 
 
 def _turned(
@@ -192,12 +203,15 @@ def _flat(text: str) -> str:
             if depth == KEPT_DEPTH + 1:
                 start = found.start()
             depth -= 1
-    kept.append(text[start:])
+    if depth <= KEPT_DEPTH:  # else it ends before all is closed
+        kept.append(text[start:])
     return "".join(kept)
 
 
 def _invalid(place: Place, error: json.JSONDecodeError, line: int) -> DataError:
-    return DataError(f"line {line} of {place} is not valid JSON: {error.msg} at column {error.colno}. {ADVICE}")
+    return DataError(
+        f"line {line} of {place} is not valid JSON: {error.msg.removesuffix(' at')} at column {error.colno}. {ADVICE}"
+    )
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

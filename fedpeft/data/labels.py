@@ -133,12 +133,15 @@ def _key(name: str, ids: dict[str, int]) -> str:
 def _refuse_unclear(place: Place, column: str, names: Sequence[str]) -> None:
     """Refuse labels that are measurements, or truths in two spellings."""
     folded = [name.casefold() for name in names if name.casefold() in BOOLEANS]
-    if len(set(folded)) < len(folded):
+    numbers = set(names) - {name for name in names if name.casefold() in BOOLEANS}
+    if len(set(folded)) < len(folded) or (folded and numbers and numbers <= {"0", "1"}):
         raise DataError(
             f"the labels in column '{column}' of {place} write truths in several ways: {_shown(names)}. Choose one."
         )
     try:
-        values = [float(name) for name in names]
+        values = [
+            float(re.sub(r"^([+-]?\d+),(\d+)$", r"\1.\2", name)) for name in names
+        ]  # half of the world writes 0,5
     except ValueError:
         return
     if not all(value.is_integer() for value in values):

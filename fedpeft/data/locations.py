@@ -59,7 +59,7 @@ def locate(source: str | Path | None) -> Location:
     DataError
         There is no such file or folder, it is of none of the kinds read here, or the hub does not have it.
     """
-    if source is None:
+    if source is None or not str(source).strip():
         raise DataError(f"no rows are named. Give data.source: {KINDS}.")
     whole = str(source)
     name, asked = divided_name(whole)
@@ -67,11 +67,12 @@ def locate(source: str | Path | None) -> Location:
     try:
         if path.is_file():
             if asked:
-                raise DataError(f"'{name}' is a file, which has no split '{asked[-1]}'. Leave out ':{asked[-1]}'.")
+                part = ":".join(asked)
+                raise DataError(f"'{name}' is a file, which has no split '{part}'. Leave out ':{part}'.")
             return Location(_file(name, path))
         if path.is_dir():
             found = _folder(name, path)
-            return _chosen(found, name, asked[-1]) if asked else _divided(found, name)
+            return _chosen(found, name, ":".join(asked)) if asked else _divided(found, name)
     except OSError as error:
         raise unreadable(f"'{name}'", error) from None
     if isinstance(source, Path) or not re.fullmatch(HUB_ID, name) or re.search(FILE_SUFFIX, name):

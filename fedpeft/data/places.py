@@ -30,6 +30,7 @@ KIND_BY_SUFFIX: Mapping[str, Kind] = {
 }
 PACKED = ".gz"
 SHOWN = 30  # columns that a message lists
+LONGEST = 60  # characters of a name that it shows
 TEST_PARTS = ("test", "validation")
 IMAGE_SUFFIXES = frozenset(
     {".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga"}
@@ -116,9 +117,11 @@ class Wanted:
         for key, column in self.columns.items():
             if column not in names and key not in self.optional:
                 near = sorted(names, key=lambda name: -difflib.SequenceMatcher(None, column, name).ratio())
-                shown = ", ".join(near[:SHOWN]) + (", ..." if len(near) > SHOWN else "")
+                if not any(names):
+                    raise DataError(f"{place} has no column '{column}' ({key}), nor any other with a name.")
                 raise DataError(
-                    f"{place} has no column '{column}' ({key}). It has: {shown}. {self._advice(place, key, names)}"
+                    f"{place} has no column '{column}' ({key}). It has: {named(near)}. "
+                    f"{self._advice(place, key, names)}"
                 )
         found = [name for name in dict.fromkeys(self.columns.values()) if name in names]
         for name in found:
@@ -134,6 +137,12 @@ class Wanted:
         if key in ("data.text", "data.image") and {"prompt", "completion"} <= set(names):
             return "To train on completions set data.prompt=prompt and data.completion=completion."
         return f"Set {key} to one of them."
+
+
+def named(columns: Sequence[str]) -> str:
+    """Name the first few columns, as far as a line has room."""
+    short = [name if len(name) <= LONGEST else f"{name[: LONGEST - 3]}..." for name in columns[:SHOWN]]
+    return ", ".join(short) + (", ..." if len(columns) > SHOWN else "")
 
 
 def refuse_missing(place: Place, column: str, missing: NDArray[np.bool_], what: str) -> None:
@@ -164,7 +173,7 @@ def divided_name(name: str) -> tuple[str, tuple[str, ...]]:
     """Divide ``source:split`` and ``source:configuration:split``; what exists as a path is whole."""
     if os.path.exists(at(name)):
         return name, ()
-    source, *parts = name.split(":")
+    source, *parts = [name] if "://" in name else name.split(":")
     if parts and os.path.exists(at(name.rpartition(":")[0])):  # whose own name may hold colons
         source, _, part = name.rpartition(":")
         return source, (part,)
@@ -191,10 +200,9 @@ def tables_in(folder: Path) -> dict[str, list[Path]]:
 def image_folders(folder: Path) -> dict[str | None, Path]:
     """Return where classes of images lie: below ``train`` and its company, or below the folder itself (None)."""
     # train/ without class folders below it is itself a class
+    found = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_dir()}
     divided: dict[str | None, Path] = {
-        part: folder / part
-        for part in ("train", *TEST_PARTS)
-        if (folder / part).is_dir() and class_folders(folder / part)
+        part: found[part] for part in ("train", *TEST_PARTS) if part in found and class_folders(found[part])
     }
     if "train" in divided:
         return divided
@@ -221,7 +229,7 @@ def class_folders(folder: Path) -> list[Path]:
 
 def images_in(folder: Path) -> list[Path]:
     """Return the images anywhere below a folder, by path."""
-    return sorted(path for path in files_in(folder) if path.suffix.lower() in IMAGE_SUFFIXES)
+    return sorted(path for path in _files_of_class(folder) if path.suffix.lower() in IMAGE_SUFFIXES)
 
 
 def not_images(folder: Path) -> tuple[list[Path], list[Path]]:
@@ -229,6 +237,16 @@ def not_images(folder: Path) -> tuple[list[Path], list[Path]]:
     files = sorted(path for path in files_in(folder) if not _is_image(path))
     return files, sorted(
         path for path in folder.iterdir() if _counts(path) and path.is_dir() and not _holds_images(path)
+    )
+
+
+def beside(folder: Path) -> list[Path]:
+    """Return the folders of images that lie beside the splits of a divided folder and belong to none."""
+    splits = set(image_folders(folder).values())
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if _counts(path) and path.is_dir() and path not in splits and _holds_images(path)
     )
 
 
@@ -260,4 +278,9 @@ def _is_image(path: Path) -> bool:
 
 
 def _holds_images(folder: Path) -> bool:
-    return any(_is_image(path) for path in itertools.islice(files_in(folder), LOOKED_AT))
+    return any(_is_image(path) for path in itertools.islice(_files_of_class(folder), LOOKED_AT))
+
+
+def _files_of_class(folder: Path) -> Iterator[Path]:
+    """Yield the files below a class folder; a link back to where all classes lie makes none of them this class."""
+    return files_in(folder, frozenset({folder.parent.resolve()}))

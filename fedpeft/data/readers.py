@@ -25,6 +25,7 @@ from fedpeft.data.places import (
     Kind,
     Place,
     Wanted,
+    beside,
     class_folders,
     foreign_images,
     images_in,
@@ -113,7 +114,7 @@ def _plain_schema(place: Place, names: Sequence[str], held: pa.Schema) -> pa.Sch
             raise not_read(place, name, kinds[name], "texts, numbers or images") from None
     try:
         described: pa.Schema = datasets.Features.from_arrow_schema(schema.with_metadata(held.metadata)).arrow_schema
-    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, pa.ArrowException):
+    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, RecursionError, pa.ArrowException):
         return schema
     return described if described.types == schema.types and described.names == schema.names else schema
 
@@ -148,10 +149,21 @@ def _read_image_folder(place: Place, wanted: Wanted) -> datasets.Dataset:
             f"{place} holds {len(foreign)} images of kinds that are not read ({listed(foreign, base)}). "
             "Convert them to PNG or JPEG, or remove them."
         )
+    images = [path for folder in class_folders(base) for path in images_in(folder)]
+    if unnamed := [path for path in images if not _is_text(str(path))]:
+        raise DataError(
+            f"{place} holds {len(unnamed)} images whose names are no text in UTF-8 "
+            f"({ascii(listed(unnamed, base))[1:-1]}). Rename them or their folders."
+        )
     # as in any other source, paths are relative to the folder that the rows lie in
     rows = [(str(path.relative_to(base)), folder.name) for folder in class_folders(base) for path in images_in(folder)]
     rows += [(str(path), "") for path in (*loose, *foreign)]  # where they are tolerated, as rows without a label
     return table(place, rows, ["image", "label"]).select_columns(names)
+
+
+def _is_text(name: str) -> bool:
+    """Say whether a name from the file system has no bytes that stand for no character."""
+    return not any("\ud800" <= letter < "\ue000" for letter in name)
 
 
 def folder_notes(place: Place) -> tuple[str, ...]:
@@ -166,6 +178,11 @@ def folder_notes(place: Place) -> tuple[str, ...]:
         notes.append(
             f"folders in {place} without images, which are no classes: {len(folders)} ({listed(folders, base)})"
         )
+    if place.part == "train" and (others := beside(base.parent)):
+        notes.append(
+            f"folders of images in '{place.name}' that belong to no split and are no rows: {len(others)} "
+            f"({listed(others, base.parent)})"
+        )
     return tuple(notes)
 
 
@@ -173,7 +190,9 @@ def _read_saved(place: Place, wanted: Wanted) -> datasets.Dataset:
     try:
         loaded = datasets.load_from_disk(str(place.path))
         names = list(loaded.column_names)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, NotImplementedError, pa.ArrowException) as error:
+    except IndexError:  # the library's answer where no file holds rows
+        raise DataError(f"{place} holds no rows. Give a source with at least one.") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, pa.ArrowException) as error:
         raise DataError(
             f"{place} cannot be read as a saved dataset: {_in_one_line(error)}. Write it anew by save_to_disk."
         ) from None

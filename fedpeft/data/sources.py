@@ -235,7 +235,10 @@ def read_rows(
 
 
 def _text(place: Place, column: str, cells: pa.ChunkedArray) -> pa.ChunkedArray:
-    text = text_or_number(place, column, cells).cast(pa.large_string())
+    cells = text_or_number(place, column, cells)
+    if pa.types.is_floating(cells.type):
+        cells = pc.if_else(pc.is_nan(cells), None, cells)  # pandas' word for a missing cell
+    text = cells.cast(pa.large_string())
     blank = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(text), ""), True)
     refuse_missing(place, column, blank.to_numpy(), "no text")
     return text
@@ -316,7 +319,9 @@ def digest(place: Place, data: DataConfig, task: Task) -> str:
         named = str(path.relative_to(place.path)) if place.path.is_dir() and path.is_relative_to(place.path) else ""
         try:
             with path.open("rb") as file:
-                total.update(f"{named}\x1f{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+                total.update(
+                    f"{named}\x1f{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode(errors="surrogateescape")
+                )
         except OSError as error:
             raise unreadable(f"'{path}'", error) from None
     return total.hexdigest()

@@ -21,6 +21,13 @@ CHUNK_ROWS = 4096
 HALF = re.compile("[\ud800-\udfff]")  # of a character
 GZIP_MARK = b"\x1f\x8b"
 CHUNK_BYTES = 1 << 16
+MARKS = {  # the longer first: that of UTF-16 begins one of UTF-32
+    codecs.BOM_UTF8: "utf-8",
+    codecs.BOM_UTF32_LE: "utf-32-le",
+    codecs.BOM_UTF32_BE: "utf-32-be",
+    codecs.BOM_UTF16_LE: "utf-16-le",
+    codecs.BOM_UTF16_BE: "utf-16-be",
+}
 
 
 @contextlib.contextmanager
@@ -44,8 +51,10 @@ def opened(place: Place, encoding: str, *, tolerant: bool = False) -> Iterator[T
     try:
         try:
             errors = "surrogateescape" if tolerant else "strict"
-            with _unpacked(place) as file, io.TextIOWrapper(file, _past_mark(encoding), errors, newline="") as text:
-                yield text
+            with _unpacked(place) as file:
+                codec = _past_mark(place, encoding, file)
+                with io.TextIOWrapper(file, codec, errors, newline="") as text:
+                    yield text
         except UnicodeError as error:
             raise _undecodable(place, encoding, error) from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -102,24 +111,40 @@ def _unpacked(place: Place) -> Iterator[BinaryIO]:
         # browsers unpack what they fetch without taking the suffix off, and servers pack what has none
         packed = file.read(2) == GZIP_MARK
         file.seek(0)
-        yield cast(BinaryIO, gzip.GzipFile(fileobj=file)) if packed else file
+        if not packed:
+            yield file
+            return
+        inside = cast(BinaryIO, gzip.GzipFile(fileobj=file))
+        if inside.read(2) == GZIP_MARK:
+            raise DataError(f"{place} is packed by gzip twice. Unpack it once.")
+        inside.seek(0)
+        yield inside
 
 
-def _past_mark(encoding: str) -> str:
-    """Return the codec that leaves out a byte order mark."""
-    return "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
+def _past_mark(place: Place, encoding: str, file: BinaryIO) -> str:
+    """Return the codec that leaves out a byte order mark, where the file begins with the encoding's own."""
+    head = file.read(4)
+    file.seek(0)
+    asked = codecs.lookup(encoding).name
+    marked = next((name for mark, name in MARKS.items() if head.startswith(mark)), None)
+    if marked is None:
+        return encoding
+    family = marked.removesuffix("-le").removesuffix("-be")
+    if asked not in (marked, family, f"{family}-sig"):
+        raise DataError(
+            f"{place} is not text in {encoding}: it begins with the mark of {family.upper()}. Set "
+            f"data.encoding={family}."
+        )
+    return "utf-8-sig" if family == "utf-8" else family
 
 
 def _undecodable(place: Place, encoding: str, error: UnicodeError) -> DataError:
     """Say where the first byte is that the encoding does not know."""
-    decoder = codecs.getincrementaldecoder(_past_mark(encoding))()
     line, what = 1, str(error)
     with _unpacked(place) as file:
-        if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-            return DataError(
-                f"{place} is not text in {encoding}: it begins with the mark of UTF-16. Set data.encoding=utf-16."
-            )
+        wide = b"\0" in file.read(8)  # no text has NUL characters at its beginning
         file.seek(0)
+        decoder = codecs.getincrementaldecoder(_past_mark(place, encoding, file))()
         try:
             while chunk := file.read(CHUNK_BYTES):
                 line += decoder.decode(chunk).count("\n")
@@ -129,7 +154,11 @@ def _undecodable(place: Place, encoding: str, error: UnicodeError) -> DataError:
             what = f"byte 0x{found.object[found.start]:02x} in line {line} ({found.reason})"
         except UnicodeError as found:
             what = str(found)
-    others = "utf-8" if codecs.lookup(encoding).name != "utf-8" else "cp1252, latin-1 or utf-16"
+    others = "cp1252, latin-1 or utf-16"
+    if codecs.lookup(encoding).name != "utf-8":
+        others = "utf-8"
+    elif wide:
+        others = "utf-16-le or utf-16-be"
     return DataError(
         f"{place} is not text in {encoding}: {what}. Set data.encoding to what it was saved in, such as {others}, "
         "or save it as UTF-8."

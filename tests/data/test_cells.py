@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -176,3 +177,48 @@ def test_real_numbers_are_regression_unless_each_is_named_as_a_class(tmp_path: P
     refused(path, r"labels in column 'label' of .* real numbers \(0\.5, 1, .*regression.*data\.labels")
     named = ",".join(map(str, sorted(set(numbers))))
     assert len(load(path, labels=named).labels) == len(set(numbers))
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["True", "1", "False", "0"], "truths in several ways: 0, 1, False, True"),
+        (['"0,5"', '"1,5"'] * 2, "2 real numbers .*regression"),
+    ],
+)
+def test_truths_beside_numbers_and_decimal_commas_are_no_classes(
+    tmp_path: Path, labels: list[str], message: str
+) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label\n" + "".join(f"a,{label}\n" for label in labels))
+    refused(path, message)
+
+
+def test_a_missing_text_that_pandas_wrote_as_a_number_is_missing(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"text": [1.5, float("nan")], "label": ["x", "y"]}), path)
+    refused(path, "row 2 .* has no text")
+
+
+def test_small_decimals_and_deep_notes_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    cells = pa.array([decimal.Decimal("1.5"), decimal.Decimal("2.5")] * 2, pa.decimal32(5, 1))
+    held = pa.table({"text": cells, "label": ["x", "y"] * 2})
+    pq.write_table(held.replace_schema_metadata({"huggingface": "[" * 99_999}), path)
+    assert texts(load(path)) == ["1.5", "2.5"] * 2
+
+
+def test_an_empty_saved_split_holds_no_rows(tmp_path: Path) -> None:
+    rows = datasets.Dataset.from_dict({"text": ["a", "b"] * 2, "label": ["x", "y"] * 2})
+    datasets.DatasetDict({"train": rows, "test": rows.select([])}).save_to_disk(tmp_path / "saved")
+    refused(tmp_path / "saved", "split 'test' of .* holds no rows")
+    (tmp_path / "saved" / "train" / "state.json").write_text("[" * 99_999)
+    refused(tmp_path / "saved", "cannot be read as a saved dataset")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"), [("", "no rows are named"), ("https://x.org/rows.csv", "no file or folder 'https://x.org")]
+)
+def test_a_source_that_names_no_file_is_said_whole(source: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        load_rows(DataConfig(source=source), "sequence-classification", client_column=None, seed=0)

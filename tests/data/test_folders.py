@@ -15,6 +15,7 @@ from fedpeft.cli import app
 from fedpeft.config import DataConfig, configure
 from fedpeft.data import hub
 from fedpeft.data.encoding import encode
+from fedpeft.data.readers import folder_notes
 from fedpeft.data.sources import SourceRows, digest, load_rows, locate
 from fedpeft.errors import DataError
 
@@ -191,3 +192,28 @@ def test_splits_and_configurations_of_the_hub_are_named_behind_colons(monkeypatc
     with pytest.raises(DataError, match=r"has no split 'valid'\. Did you mean 'validation'\?"):
         locate("owner/rows:valid")
     hub.hub_dataset.cache_clear()
+
+
+def test_a_link_back_to_all_classes_is_no_class_and_makes_none_another(pictures: Path) -> None:
+    (pictures / "cat" / "all").symlink_to(pictures)
+    (pictures / "all").symlink_to(pictures)
+    rows = load(pictures)
+    assert (rows.labels, rows_of(rows)) == (("cat", "dog"), 8)
+
+
+def test_images_whose_names_are_no_text_are_counted(pictures: Path) -> None:
+    (pictures / "cat" / "0.png").rename(pictures / "cat" / "\udcff\udce9.png")
+    digest(locate(pictures).train, DataConfig(source=str(pictures)), "image-classification")
+    with pytest.raises(DataError, match=r"1 images whose names are no text in UTF-8 \(cat/\\udcff\\udce9\.png\)"):
+        load(pictures)
+
+
+def test_splits_have_any_case_and_what_belongs_to_none_is_told(pictures: Path, tmp_path: Path) -> None:
+    for split in ("Train", "TEST", "val"):
+        for image in pictures.rglob("*.png"):
+            copy(image, tmp_path / "divided" / split / image.relative_to(pictures))
+    divided = tmp_path / "divided"
+    rows = load(divided)
+    assert (rows.labels, len(rows.train), len(rows.test)) == (("cat", "dog"), 8, 8)
+    told = f"folders of images in '{divided}' that belong to no split and are no rows: 1 (val)"
+    assert folder_notes(locate(divided).train) == (told,)

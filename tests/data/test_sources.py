@@ -270,7 +270,7 @@ CSV_ERRORS: list[tuple[str, dict[str, Any], str]] = [
     ("text,label\na,x\nb, \n", {}, r"row 2 of .* has no label in column 'label'"),
     ("text,label,d\na,x,1\nb,y,\n", {"domain": "d"}, r"row 2 of .* has no value in column 'd'"),
     ("text,label\na,x\nb,y,z\n", {}, r"line 3 of .* has 3 fields, but the header has 2"),
-    ("text,label\na,x\nb\n", {}, r"line 3 of .* has 1 fields"),
+    ("text,label\na,x\nb\n", {}, r"line 3 of .* has 1 field,"),
     ('text,label\na,x\n"b,y\n', {}, r"line 3 of .* is malformed"),
     ("text,text,label\na,x,b\n", {}, r"2 columns named 'text'"),
     ("text,label\na,x\n", {"labels": "x,y"}, r"1 rows are too few to hold out"),

@@ -44,6 +44,7 @@ DRESSES = {
     "tab.csv": separated("\t", "\r"),
     "tab.tsv": separated("\t"),
     "comma.TSV": separated(","),
+    "excel.csv": "sep=;\r\n" + separated(";", "\r\n"),
     "blank.csv": "\n" + separated(";").replace("\n", "\n  \n"),
     "lines.jsonl": LINES,
     "lines.ndjson": LINES.replace("\n", "\n\n"),
@@ -100,6 +101,45 @@ def test_a_damaged_archive_is_one_line(tmp_path: Path) -> None:
     refused(path, "is no whole gzip file")
     path.write_bytes(whole[:20] + b"\xff" * 9 + whole[29:])
     refused(path, "is no whole gzip file")
+    path.write_bytes(gzip.compress(whole))
+    refused(path, "packed by gzip twice")
+
+
+@pytest.mark.parametrize(
+    ("written", "right", "wrong"),
+    [
+        ("utf-8-sig", ["utf-8", "utf-8-sig"], ["cp1252", "latin-1", "ascii", "utf-16-le"]),
+        ("utf-16", ["utf-16", "utf-16-le"], ["utf-8", "cp1252", "utf-32"]),
+        ("utf-32", ["utf-32", "utf-32-le"], ["utf-8", "utf-16", "latin-1"]),
+    ],
+)
+def test_a_byte_order_mark_is_left_out_or_decides(
+    tmp_path: Path, written: str, right: list[str], wrong: list[str]
+) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes(separated(",").encode(written))
+    for encoding in right:
+        assert load(path, encoding=encoding) == WHOLE
+    family = "-".join(written.split("-")[:2])
+    for encoding in wrong:
+        refused(path, rf"the mark of {family.upper()}\. Set data\.encoding={family}\.$", encoding=encoding)
+
+
+def test_advice_about_an_encoding_leads_on(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes(separated(",").encode("utf-16")[:-1])
+    refused(path, "truncated data", encoding="utf-16")
+    path.write_bytes("text,label\né,x\n".encode("utf-16-le"))
+    refused(path, "such as utf-16-le or utf-16-be")
+
+
+def test_columns_by_index_are_put_together_by_it(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    index = [str(number) for number in range(len(ROWS))]
+    turned = {name: dict(zip(index, cells, strict=True)) for name, cells in COLUMNS.items()}
+    turned["label"] = dict(reversed(turned["label"].items()))
+    path.write_text(json.dumps(turned))
+    assert load(path) == WHOLE
 
 
 @pytest.mark.parametrize(
@@ -118,7 +158,18 @@ def test_a_damaged_archive_is_one_line(tmp_path: Path) -> None:
         ("rows.json", '{"text": ["a"], "label": ["x", "y"]}', "differ in length: 'text' 1, 'label' 2"),
         ("rows.json", '{\n "data": [\n {"text": "a"},\n oops]}', "line 4 of .* is not valid JSON"),
         ("rows.json", '{"data": []}', "holds no rows"),
-        ("rows.json", '{"data": [[1, 2]]}', "no column 'text' .*It has: data"),
+        ("rows.json", '{"data": [[1, 2]]}', r"no rows are found \(it has: data\)"),
+        ("rows.json", '{"data": {"text": ["a"], "label": ["x"]}}', r"no rows are found \(it has: data\)"),
+        ("rows.json", '{"text": {"0": "a", "1": "b"}, "label": {"1": "x"}}', "'label' of .* has another index"),
+        ("rows.json", "{}", "nor any other with a name"),
+        ("rows.json", '{"text": "a' + "b" * 9, r"Unterminated string starting at column 10\."),
+        ("rows.jsonl", '{"text": "a", "other": ' + "[" * 9999 + "}\n", "line 1 of .* is not valid JSON"),
+        ("rows.json", '{"text": "a",\n"other": ' + "[" * 9999 + "}\n", "line .* is not valid JSON"),
+        ("rows.csv", '"te\nxt\x1b[31m",label\na,x\n', r"It has: te\\nxt\\x1b\[31m, label\."),
+        ("rows.csv", "t" * 10_000 + ",label\na,x\n", r"It has: label, t{57}\.\.\.\. Set"),
+        ("rows.csv", "text,label\na,x\ntext,label\nb,y\n", "line 3 of .* repeats the header"),
+        ("rows.csv", "text,label\na\n", "line 2 of .* has 1 field, but"),
+        ("rows.tsv", 'text\tlabel\n"a" b\tx\n', r"malformed: '\\t' expected"),
         ("rows.json", "3", "line 1 of .* is not a JSON object"),
     ],
 )
