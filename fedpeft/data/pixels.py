@@ -212,12 +212,19 @@ def preprocess(processor: Any, images: list[Any], *, raw: bool) -> Tensor:
     """
     options = {"do_rescale": False, "do_normalize": False} if raw else {}
     try:
-        pixels: Tensor = processor(images, return_tensors="pt", **options)["pixel_values"]
+        made = processor(images, return_tensors="pt", **options)
     except (ValueError, TypeError) as error:
         what = str(error).strip().splitlines()[0]
         raise ModelError(
             f"the model's image processor fails: {what}. It needs one size for all images and one mean per channel."
         ) from None
+    pixels = made.get("pixel_values")
+    if not isinstance(pixels, Tensor) or pixels.ndim != 4:  # patches, tokens, or several cuts of an image
+        shapes = ", ".join(f"{name} of shape {tuple(value.shape)}" for name, value in made.items())
+        raise ModelError(
+            f"the model's image processor ({type(processor).__name__}) makes {shapes} of {len(images)} images, and "
+            "only pixel_values of shape (images, channels, height, width) can be trained on. Take another base."
+        )
     return pixels
 
 
