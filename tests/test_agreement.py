@@ -236,7 +236,13 @@ def test_a_model_of_another_kind_is_named_with_what_it_is_for(base: Callable[...
 
 @pytest.mark.parametrize("kind", ["regression", "multi_label_classification"])
 def test_the_run_decides_what_is_trained(kind: str, base: Callable[..., Path], tmp_path: Path) -> None:
-    edit = {"problem_type": kind, "return_dict": False, "output_attentions": True, "output_hidden_states": True}
+    edit = {
+        "problem_type": kind,
+        "return_dict": False,
+        "torchscript": True,
+        "output_attentions": True,
+        "output_hidden_states": True,
+    }
     folder = base(transformers.BertModel(transformers.BertConfig(hidden_dropout_prob=0, **TEXT)), edit=edit)
     loaded = agreed(folder)
     (note,) = loaded.notes
@@ -361,3 +367,14 @@ def test_a_processor_that_makes_no_images_is_refused(base: Callable[..., Path]) 
     model = transformers.Siglip2ForImageClassification(transformers.Siglip2Config(vision_config=vision))
     folder = base(model, Siglip2ImageProcessorPil(patch_size=4, max_num_patches=4))
     assert "makes pixel_values of shape (1, 4, 48)" in refused(folder, "image-classification")
+
+
+def test_whatever_a_folders_files_raise_is_one_line(base: Callable[..., Path]) -> None:
+    folder = base(transformers.BertModel(transformers.BertConfig(**TEXT)), edit={"pad_token_id": 999})
+    assert "cannot load" in refused(folder)
+    folder = base(transformers.BertModel(transformers.BertConfig(**TEXT)))
+    settings = folder / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"model_max_length": "many"}))
+    agreed(folder)  # data.max_length alone counts
+    (folder / "tokenizer.json").write_text("[]")
+    assert "has no tokenizer that can be loaded" in refused(folder)
