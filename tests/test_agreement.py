@@ -347,6 +347,7 @@ def test_a_processor_for_other_channels_serves_where_that_changes_no_value(
         assert split.batch([0])["pixel_values"].shape == (1, channels, 8, 8)
     said = refused(image_base(base, channels=1, image_mean=[0.4, 0.5, 0.6]), "image-classification")
     assert "3 different values of image_mean" in said
+    assert "none may be 0" in refused(image_base(base, image_std=[0, 0.5, 0.5]), "image-classification")
     assert "4 channels" in refused(image_base(base, channels=4), "image-classification")
 
 

@@ -154,6 +154,8 @@ def load_processor(config: RunConfig, model_dir: Path, channels: int) -> tuple[A
         processor.do_convert_rgb = False
     for name in ("image_mean", "image_std") if getattr(processor, "do_normalize", False) else ():
         values = np.atleast_1d(getattr(processor, name)).tolist()
+        if name == "image_std" and 0 in values:
+            raise ModelError(f"the image processor in '{model_dir}' divides by image_std = {values}: none may be 0.")
         if len(values) != channels and None not in values:
             if len(set(values)) > 1:
                 raise ModelError(
