@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftModel, TaskType, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fedpeft.base_change import BaseWeights, check_plain
 from fedpeft.config import AdapterConfig, RunConfig, Task
@@ -39,6 +41,8 @@ QUERY_VALUE = (
     ("in_proj",),
 )
 ALL_LINEAR = "all-linear"
+MAMBAS = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")  # as PEFT lists them
+OF_MODELS = ("transformers.models.", "transformers_modules.")  # where layers of one model are defined
 # what nobody trains of a kind
 FIXED = {"ffa-lora": frozenset({Role.A}), **dict.fromkeys(R_KINDS, frozenset({Role.A, Role.B}))}
 PEFT_TASKS: dict[Task, TaskType | None] = {
@@ -49,6 +53,12 @@ PEFT_TASKS: dict[Task, TaskType | None] = {
 
 
 def adaptable_modules(base: BaseModel) -> dict[str, tuple[int, int]]:
+    """Return the linear modules outside the head that PEFT adapts by full name, with ``(d_out, d_in)``."""
+    modules, unfit = linear_modules(base), unfit_modules(base)
+    return {name: shape for name, shape in modules.items() if name not in unfit}
+
+
+def linear_modules(base: BaseModel) -> dict[str, tuple[int, int]]:
     """Return the linear modules outside the head by full name, with ``(d_out, d_in)``."""
     from transformers.pytorch_utils import Conv1D
 
@@ -64,6 +74,38 @@ def adaptable_modules(base: BaseModel) -> dict[str, tuple[int, int]]:
             d_in, d_out = cast(Tensor, module.weight).shape
             found[name] = (d_out, d_in)
     return found
+
+
+def unfit_modules(base: BaseModel) -> set[str]:
+    """Name the linear modules that PEFT refuses, takes for others, or adapts without any effect."""
+    model: Any = base.model
+    modules = {name: base.model.get_submodule(name) for name in linear_modules(base)}
+    unfit = {name for name, module in modules.items() if not _computes_as_linear(module)}
+    if getattr(model.config, "model_type", None) in MAMBAS:  # whose kernel takes the weight and calls no layer
+        unfit |= {name for name in modules if name.endswith("out_proj")}
+    # where experts were linear layers once, PEFT takes what is still called as they were for them
+    asked = LoraConfig(target_modules=sorted(modules.keys() - unfit))
+    convert_peft_config_for_transformers(asked, model, None)
+    return unfit | (modules.keys() - set(asked.target_modules or ()))
+
+
+def _computes_as_linear(module: nn.Module) -> bool:
+    """Tell whether a module gives what its class promises: routers among the subclasses give more than one tensor."""
+    kind = type(module)
+    if isinstance(module, NonDynamicallyQuantizableLinear):  # nn.MultiheadAttention reads its weight past PEFT's layer
+        return False
+    if (
+        kind.forward is nn.Linear.forward
+        or not kind.__module__.startswith(OF_MODELS)
+        or not isinstance(module, nn.Linear)
+    ):
+        return True
+    with torch.no_grad():
+        try:
+            scores = module(module.weight.new_ones(1, module.in_features))
+        except (RuntimeError, TypeError):
+            return False
+    return isinstance(scores, Tensor) and scores.shape == (1, module.out_features)
 
 
 def choose_targets(base: BaseModel, targets: Sequence[str] | None, rank: int) -> list[str]:
@@ -88,7 +130,7 @@ def choose_targets(base: BaseModel, targets: Sequence[str] | None, rank: int) ->
     if not modules:
         raise AdapterError(
             f"'{base.folder}' ({type(base.model).__name__}) has no linear layers outside its head, and every "
-            "adapter.kind needs some. Take a base that has, such as ViT, Swin or ConvNeXt for images."
+            "adapter.kind needs some. Take a base that has, such as ViT, Swin or ConvNeXt for images, BERT for texts."
         )
     leaves = Counter(name.rpartition(".")[2] for name in modules)
     if targets is None:
@@ -107,7 +149,8 @@ def choose_targets(base: BaseModel, targets: Sequence[str] | None, rank: int) ->
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in modules):
             raise AdapterError(
-                f"adapter.targets: '{target}' matches no linear module of '{base.folder}'. {nearest(target, leaves)}"
+                f"adapter.targets: '{target}' matches no linear module of '{base.folder}' that PEFT adapts. "
+                f"{nearest(target, leaves)}"
             )
     chosen = [n for n in modules if any(n == target or n.endswith(f".{target}") for target in targets)]
     for name in chosen:
@@ -131,6 +174,11 @@ def left_out(base: BaseModel, rank: int) -> list[str]:
         if not any(name.startswith(f"{head}.") for head in base.head) and tensor.ndim == 3 and _of_experts(name)
     )
     said = []
+    if unfit := unfit_modules(base):
+        said.append(
+            f"all-linear leaves out {_counted(sorted(unfit), 'linear layer')} that PEFT cannot adapt here: "
+            f"{', '.join(sorted({name.rpartition('.')[2] for name in unfit}))}"
+        )
     if small:
         said.append(
             f"all-linear leaves out {_counted(small, 'layer')} smaller than adapter.rank = {rank}: "

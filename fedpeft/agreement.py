@@ -30,6 +30,10 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 0.2}
 LONG, SHORT = 12, 3  # tokens of the rows, about
 
 
+class NoLossError(Exception):
+    """A model that computes none, though it was given labels."""
+
+
 def agree(base: BaseModel, config: RunConfig, pixels: tuple[int, ...] | None = None) -> None:
     """Check that a base reads what its tokenizer or image processor makes, and give it the tokenizer's padding.
 
@@ -118,16 +122,23 @@ def _probe(base: BaseModel, config: RunConfig, rows: EncodedSplit, what: str) ->
     def run(inputs: Mapping[str, Tensor]) -> tuple[Tensor, float]:
         with torch.autocast(on.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
             output = model(**{name: value.to(on) for name, value in inputs.items()})
+        if getattr(output, "loss", None) is None:
+            raise NoLossError("it computes no loss")
         return output.logits.float().cpu(), float(output.loss)
 
     batch = rows.batch(range(3))
     try:
         scores, loss = run(batch)
         alone = [run(rows.batch([row]))[0][0] for row in (1, 2)]
+    except NoLossError:
+        raise ModelError(
+            f"'{folder}' ({type(base.model).__name__}) gives scores but no loss: it can be used but not trained. Take "
+            "another base, such as one that was not distilled."
+        ) from None
     except Exception as error:  # whatever code of a model raises, it cannot train on such rows
         raise ModelError(
             f"'{folder}' ({type(base.model).__name__}) cannot read {what}: {first_line(error).rstrip('.')}."
-            f"{_advice(model, config, error)}"
+            f"{_advice(model, config, error, rows)}"
         ) from error
     labels = int(model.config.num_labels)
     if not causal and scores.shape != (3, labels):
@@ -168,12 +179,17 @@ def _probe(base: BaseModel, config: RunConfig, rows: EncodedSplit, what: str) ->
         )
 
 
-def _advice(model: Any, config: RunConfig, error: Exception) -> str:
+def _advice(model: Any, config: RunConfig, error: Exception, rows: EncodedSplit) -> str:
     """Say what the model was made for."""
     held = model.config
     if isinstance(error, IndexError):
         return f" It has {held.get_text_config().vocab_size} embeddings: save the tokenizer that belongs to it."
     size = getattr(held, "image_size", getattr(getattr(held, "vision_config", None), "image_size", None))
-    if config.task == "image-classification" and size is not None:
+    if config.task == "image-classification" and size is not None and not _is_size(size, rows):
         return f" It was made for image_size = {size}: set size and crop in preprocessor_config.json to that."
     return " Take another base."
+
+
+def _is_size(size: Any, rows: EncodedSplit) -> bool:
+    height, width = rows.tensors["pixels"].shape[-2:]
+    return (height, width) == (tuple(size) if isinstance(size, list | tuple) else (size, size))

@@ -128,20 +128,30 @@ def model_class(config: RunConfig, held: Any) -> type | None:
     if AUTO_CLASSES[task] in (getattr(held, "auto_map", None) or {}):
         return None
     if type(held) not in mappings[task]:
-        others = [other for other, mapping in mappings.items() if type(held) in mapping]
+        others = [other for other, mapping in mappings.items() if type(held) in mapping and _may_be(other, held)]
         raise ModelError(
             f"{is_a}, and transformers has no model of that type for {task}. "
             + (f"It has some for {' and '.join(others)}: set model.task, or take" if others else "Take")
             + " another base."
         )
-    fills_masks = task == "causal-lm" and type(held) in auto.MODEL_FOR_MASKED_LM_MAPPING
-    if fills_masks and not (getattr(held, "is_decoder", False) or getattr(held, "causal", False)):
+    if not _may_be(task, held):
         raise ModelError(
             f"{is_a}, which was made to fill in masks (is_decoder = false): it sees the tokens that a causal language "
             "model is to predict. Take one that was made to continue texts, such as GPT-2, Llama or Qwen."
         )
     found = mappings[task][type(held)]
     return found[0] if isinstance(found, list | tuple) else found  # type: ignore[no-any-return]
+
+
+def _may_be(task: Task, held: Any) -> bool:
+    """Tell whether a model does not see the tokens that the task predicts, and is whole in it."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
+
+    if task != "causal-lm":
+        return True
+    continues = getattr(held, "is_decoder", False) or getattr(held, "causal", False)
+    fills_masks = type(held) in MODEL_FOR_MASKED_LM_MAPPING and not continues
+    return not (fills_masks or getattr(held, "is_encoder_decoder", False))
 
 
 def _made_as(held: Any) -> str:
@@ -174,7 +184,7 @@ def inputs_of(config: RunConfig, folder: Path) -> Inputs:
 
 def _positions(text: Any, kind: type | None) -> int | None:
     """Return how many tokens the positions of a model last for."""
-    told = _number(text, "max_position_embeddings")
+    told = _number(text, "max_position_embeddings") or _number(text, "max_seq_len")  # as MPT calls it
     if not told or told < 0:  # XLNet says -1
         return None
     if getattr(text, "position_biased_input", True) is False:

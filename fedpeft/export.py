@@ -207,9 +207,20 @@ def _factors(directory: Path, config: Mapping[str, Any], layer: str, A: Tensor, 
     if len(found) > 1:
         raise AdapterError(f"'{directory}': parameters of '{layer}' differ in rank or alpha, which cannot be read.")
     ((rank, scaling),) = found
+    if not math.isfinite(scaling) or scaling == 0:
+        raise AdapterError(
+            f"'{directory}': layer {layer} is scaled by {scaling:g}, lora_alpha over rank in {ADAPTER_CONFIG}; it must "
+            "be a number other than 0."
+        )
     if experts.is_stack(layer.removeprefix(PEFT_PREFIX), config) and rank > 0 and A.shape[0] % rank == 0:
         return experts.split(layer, A, B, int(rank), scaling)
     if rank != A.shape[0]:
+        if bare := [name for name in map(str, config.get("target_parameters") or ()) if "." not in name]:
+            raise AdapterError(
+                f"'{directory}': layer {layer} has rank {A.shape[0]}, where {ADAPTER_CONFIG} says {rank:g}; whose "
+                f"parameters target_parameters = {', '.join(sorted(bare))} are cannot be told. Train it with names "
+                f"such as mlp.experts.{min(bare)}."
+            )
         raise AdapterError(
             f"'{directory}': layer {layer} has rank {A.shape[0]}, where {ADAPTER_CONFIG} says {rank:g}; PEFT would not "
             "load it either."

@@ -148,7 +148,6 @@ def load_base(config: RunConfig, folder: Path, labels: Sequence[str]) -> BaseMod
         The folder does not hold a model for this task.
     """
     import transformers
-    from safetensors import SafetensorError
 
     bf16 = config.train.precision == "bf16"
     on = device()
@@ -175,8 +174,8 @@ def load_base(config: RunConfig, folder: Path, labels: Sequence[str]) -> BaseMod
             model, info = getattr(transformers, AUTO_CLASSES[config.task]).from_pretrained(
                 folder, config=held, **options
             )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        raise ModelError(f"cannot load '{folder}' for {config.task}: {first_line(error)}") from None
+    except Exception as error:  # what a folder holds makes a model's own code raise whatever it likes
+        raise ModelError(f"cannot load '{folder}' for {config.task}: {first_line(error)}") from error
     text = model.config.get_text_config()
     if config.task == "sequence-classification" and getattr(text, "pad_token_id", 0) is None:
         # Llama-like classifiers read the last token that is not padding
@@ -196,7 +195,8 @@ BESIDES = ("use_cache", "output_hidden_states", "output_attentions", "output_rou
 
 def _of_this_run(labels: Sequence[str]) -> dict[str, Any]:
     """Return what counts in place of a folder's own configuration, which may be of another use."""
-    settings: dict[str, Any] = {"return_dict": True, "output_attentions": False, "problem_type": None}
+    settings: dict[str, Any] = {"return_dict": True, "torchscript": False, "output_attentions": False}
+    settings["problem_type"] = None
     if labels:
         settings |= {
             "num_labels": len(labels),

@@ -202,6 +202,75 @@ def test_all_linear_leaves_out_what_is_smaller_than_the_rank_and_says_so(tmp_pat
     assert adapted(tmp_path, "causal-lm")[0].notes == ()
 
 
+DEEPSEEK: dict[str, Any] = {
+    "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 8,
+    "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8,
+    "first_k_dense_replace": 0, "pad_token_id": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("make", "named", "kept"),
+    [
+        (  # a router that gives two tensors
+            lambda: transformers.PhimoeForCausalLM(
+                transformers.PhimoeConfig(vocab_size=40, num_key_value_heads=2, num_local_experts=2, **SMALL)
+            ),
+            "router",
+            "q_proj",
+        ),
+        (  # whose kernel reads weights past any adapter
+            lambda: transformers.MambaForCausalLM(
+                transformers.MambaConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1)
+            ),
+            "out_proj",
+            "in_proj",
+        ),
+        (  # shared experts, by the names that PEFT takes for all experts together
+            lambda: transformers.DeepseekV3ForCausalLM(
+                transformers.DeepseekV3Config(vocab_size=40, **DEEPSEEK, **SMALL)
+            ),
+            "gate_proj",
+            "o_proj",
+        ),
+        (  # overrides what a linear layer does, and does the same
+            lambda: transformers.FalconForCausalLM(
+                transformers.FalconConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+            ),
+            None,
+            "query_key_value",
+        ),
+    ],
+    ids=["phimoe", "mamba", "deepseek", "falcon"],
+)
+def test_what_peft_cannot_adapt_is_left_out_by_name(
+    make: Callable[[], Any], named: str | None, kept: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    make().save_pretrained(tmp_path)
+    if named is not None:
+        with pytest.raises(AdapterError, match=rf"'{named}' matches no linear module .* that PEFT adapts"):
+            adapted(tmp_path, "causal-lm", adapter__targets=named)
+    live, _ = adapted(tmp_path, "causal-lm", adapter__targets="all-linear")
+    leaves = {layer.rpartition(".")[2] for layer in live.layers}
+    assert kept in leaves
+    assert named not in leaves
+    assert any("that PEFT cannot adapt here" in note for note in live.notes) is (named is not None)
+    tokens = torch.arange(6)[None]
+    live.model(input_ids=tokens, labels=tokens).loss.backward()
+    assert all(live.parameter(name).grad is not None for name in live.trained)
+
+
+def test_a_head_with_counted_batches_is_saved_and_read(tmp_path: Path) -> None:
+    levit = transformers.LevitConfig(
+        image_size=32, hidden_sizes=[16, 16, 16], num_attention_heads=[2, 2, 2], depths=[1, 1, 1], key_dim=[8, 8, 8]
+    )
+    transformers.LevitForImageClassification(levit).save_pretrained(tmp_path)
+    live, _ = adapted(tmp_path, "image-classification", adapter__targets="all-linear", adapter__head="frozen")
+    assert any(name.endswith("num_batches_tracked") for name in live.frozen)
+    assert live.frozen_hash
+
+
 def test_an_unknown_tensor_is_not_loaded(bases: Path) -> None:
     live, _ = adapted(bases / "bert", "sequence-classification")
     with pytest.raises(AdapterError, match="does not belong to this adapter"):

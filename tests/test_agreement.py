@@ -122,6 +122,7 @@ def test_a_model_that_counts_positions_from_its_padding_has_that_padding(base: C
         (transformers.MPNetConfig(max_position_embeddings=20), 18),
         (transformers.BertConfig(max_position_embeddings=20), 20),
         (transformers.GPT2Config(n_positions=20), 20),
+        (transformers.MptConfig(max_seq_len=20), 20),
         (transformers.DebertaV2Config(max_position_embeddings=20, position_biased_input=False), None),
         (transformers.T5Config(n_positions=20), None),
         (transformers.XLNetConfig(), None),
@@ -201,6 +202,7 @@ def test_encoder_decoders_classify_but_are_no_language_models(base: Callable[...
     whisper = {"model_type": "whisper", "architectures": ["WhisperForConditionalGeneration"]}
     (folder / "config.json").write_text(json.dumps(whisper))
     assert "whisper model (WhisperForConditionalGeneration)" in refused(folder, "causal-lm")
+    assert "for sequence-classification. Take another base" in refused(folder)
 
 
 def test_a_language_model_does_not_see_what_it_predicts(base: Callable[..., Path], monkeypatch: Any) -> None:
@@ -227,14 +229,20 @@ def test_a_model_of_another_kind_is_named_with_what_it_is_for(base: Callable[...
     folder = base(transformers.BertModel(transformers.BertConfig(**TEXT)))
     said = refused(folder, "image-classification")
     assert "is a bert model (BertModel)" in said
-    assert "for sequence-classification and causal-lm" in said
+    assert "It has some for sequence-classification: set model.task" in said  # as a language model it is refused too
     vit = base(transformers.ViTModel(transformers.ViTConfig(image_size=8, patch_size=4, **SMALL)))
     assert "no model of that type for causal-lm" in refused(vit, "causal-lm")
 
 
 @pytest.mark.parametrize("kind", ["regression", "multi_label_classification"])
 def test_the_run_decides_what_is_trained(kind: str, base: Callable[..., Path], tmp_path: Path) -> None:
-    edit = {"problem_type": kind, "return_dict": False, "output_attentions": True, "output_hidden_states": True}
+    edit = {
+        "problem_type": kind,
+        "return_dict": False,
+        "torchscript": True,
+        "output_attentions": True,
+        "output_hidden_states": True,
+    }
     folder = base(transformers.BertModel(transformers.BertConfig(hidden_dropout_prob=0, **TEXT)), edit=edit)
     loaded = agreed(folder)
     (note,) = loaded.notes
@@ -339,4 +347,35 @@ def test_a_processor_for_other_channels_serves_where_that_changes_no_value(
         assert split.batch([0])["pixel_values"].shape == (1, channels, 8, 8)
     said = refused(image_base(base, channels=1, image_mean=[0.4, 0.5, 0.6]), "image-classification")
     assert "3 different values of image_mean" in said
+    assert "none may be 0" in refused(image_base(base, image_std=[0, 0.5, 0.5]), "image-classification")
     assert "4 channels" in refused(image_base(base, channels=4), "image-classification")
+
+
+def test_a_model_that_computes_no_loss_is_refused_for_that(base: Callable[..., Path]) -> None:
+    config = transformers.DeiTConfig(image_size=8, patch_size=4, **SMALL)
+    folder = base(
+        transformers.DeiTForImageClassificationWithTeacher(config), ViTImageProcessorPil(size={"height": 8, "width": 8})
+    )
+    said = refused(folder, "image-classification")
+    assert "gives scores but no loss" in said
+    assert "image_size" not in said
+
+
+def test_a_processor_that_makes_no_images_is_refused(base: Callable[..., Path]) -> None:
+    from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
+
+    vision = {"num_patches": 4, "patch_size": 4, **SMALL}
+    model = transformers.Siglip2ForImageClassification(transformers.Siglip2Config(vision_config=vision))
+    folder = base(model, Siglip2ImageProcessorPil(patch_size=4, max_num_patches=4))
+    assert "makes pixel_values of shape (1, 4, 48)" in refused(folder, "image-classification")
+
+
+def test_whatever_a_folders_files_raise_is_one_line(base: Callable[..., Path]) -> None:
+    folder = base(transformers.BertModel(transformers.BertConfig(**TEXT)), edit={"pad_token_id": 999})
+    assert "cannot load" in refused(folder)
+    folder = base(transformers.BertModel(transformers.BertConfig(**TEXT)))
+    settings = folder / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"model_max_length": "many"}))
+    agreed(folder)  # data.max_length alone counts
+    (folder / "tokenizer.json").write_text("[]")
+    assert "has no tokenizer that can be loaded" in refused(folder)

@@ -16,6 +16,7 @@ from peft import PeftModel
 
 from fedpeft.adapters import AdaptedModel
 from fedpeft.config import RunConfig, nest, resolve
+from fedpeft.errors import AdapterError
 from fedpeft.export import read_adapter, write_adapter
 from fedpeft.models import BaseModel, load_base, locate
 from fedpeft.rescoring import rescore
@@ -223,3 +224,13 @@ def test_what_has_no_form_in_json_is_an_error_with_its_key_and_writes_nothing(tm
     with pytest.raises(TypeError, match=r"'outer\.inner\[1\]' is of type object"):
         write_adapter(tmp_path / "out", settings, AdapterState({}))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("alpha", [0, float("nan"), float("inf")])
+def test_a_scaling_that_is_no_number_is_refused(alpha: float, tmp_path: Path) -> None:
+    factors = {"base_model.model.q": LoraFactors(torch.ones(2, 3), torch.ones(3, 2), 1.0)}
+    write_adapter(tmp_path, {"peft_type": "LORA", "target_modules": ["q"]}, AdapterState(factors, {}))
+    settings = tmp_path / "adapter_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"lora_alpha": alpha}))
+    with pytest.raises(AdapterError, match="must be a number other than 0"):
+        read_adapter(tmp_path)

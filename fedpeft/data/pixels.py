@@ -15,6 +15,7 @@ import PIL.Image
 import torch
 from torch import Tensor
 
+from fedpeft.bases import first_line
 from fedpeft.config import RunConfig
 from fedpeft.data.readers import Place, listed, plain_batches
 from fedpeft.data.splits import EncodedSplit, Normalisation
@@ -144,15 +145,17 @@ def load_processor(config: RunConfig, model_dir: Path, channels: int) -> tuple[A
         processor = transformers.AutoImageProcessor.from_pretrained(
             model_dir, local_files_only=True, backend="pil", trust_remote_code=config.model.trust_remote_code
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        what = str(error).strip().splitlines()[0]
+    except Exception as error:  # files of another processor make its code raise whatever it likes
         raise ModelError(
-            f"'{model_dir}' has no image processor that can be loaded ({what}). Save one there with save_pretrained."
-        ) from None
+            f"'{model_dir}' has no image processor that can be loaded ({first_line(error)}). Save one there with "
+            "save_pretrained."
+        ) from error
     if channels == 1 and getattr(processor, "do_convert_rgb", None):
         processor.do_convert_rgb = False
     for name in ("image_mean", "image_std") if getattr(processor, "do_normalize", False) else ():
         values = np.atleast_1d(getattr(processor, name)).tolist()
+        if name == "image_std" and 0 in values:
+            raise ModelError(f"the image processor in '{model_dir}' divides by image_std = {values}: none may be 0.")
         if len(values) != channels and None not in values:
             if len(set(values)) > 1:
                 raise ModelError(
@@ -212,12 +215,19 @@ def preprocess(processor: Any, images: list[Any], *, raw: bool) -> Tensor:
     """
     options = {"do_rescale": False, "do_normalize": False} if raw else {}
     try:
-        pixels: Tensor = processor(images, return_tensors="pt", **options)["pixel_values"]
-    except (ValueError, TypeError) as error:
-        what = str(error).strip().splitlines()[0]
+        made = processor(images, return_tensors="pt", **options)
+    except UNREADABLE as error:
         raise ModelError(
-            f"the model's image processor fails: {what}. It needs one size for all images and one mean per channel."
+            f"the model's image processor fails: {first_line(error).rstrip('.')}. It needs one size for all images and "
+            "one mean per channel."
         ) from None
+    pixels = made.get("pixel_values")
+    if not isinstance(pixels, Tensor) or pixels.ndim != 4:  # patches, tokens, or several cuts of an image
+        shapes = ", ".join(f"{name} of shape {tuple(value.shape)}" for name, value in made.items())
+        raise ModelError(
+            f"the model's image processor ({type(processor).__name__}) makes {shapes} of {len(images)} images, and "
+            "only pixel_values of shape (images, channels, height, width) can be trained on. Take another base."
+        )
     return pixels
 
 

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedpeft.bases import Inputs
+from fedpeft.bases import Inputs, first_line
 from fedpeft.config import RunConfig, Truncate
 from fedpeft.data.readers import Place, plain_batches
 from fedpeft.errors import DataError, ModelError
@@ -131,16 +131,18 @@ def load_tokenizer(config: RunConfig, model_dir: Path) -> tuple[Any, int]:
         There is no tokenizer, or it has neither.
     """
     import transformers
+    from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             model_dir, local_files_only=True, trust_remote_code=config.model.trust_remote_code
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        what = str(error).strip().splitlines()[0]
+    except Exception as error:  # files of another tokenizer make its code raise whatever it likes
         raise ModelError(
-            f"'{model_dir}' has no tokenizer that can be loaded ({what}). Save one there with save_pretrained."
-        ) from None
+            f"'{model_dir}' has no tokenizer that can be loaded ({first_line(error)}). Save one there with "
+            "save_pretrained."
+        ) from error
+    tokenizer.model_max_length = int(VERY_LARGE_INTEGER)  # data.max_length alone counts
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     if pad is None:
         raise ModelError(f"the tokenizer in '{model_dir}' has neither a padding nor an end token. Set its pad_token.")
@@ -274,7 +276,8 @@ def _render(tokenizer: Any, prompt: str, completion: str) -> tuple[str, str]:
         whole = tokenizer.apply_chat_template(turns, tokenize=False)
     except TemplateError as error:
         raise ModelError(
-            f"the tokenizer's chat template refuses a user's and an assistant's turn: {error}. Save another one."
+            "the tokenizer's chat template refuses a user's and an assistant's turn: "
+            f"{first_line(error).rstrip('.')}. Save another one."
         ) from None
     border = next(
         (at for at, (a, b) in enumerate(zip(head, whole, strict=False)) if a != b), min(len(head), len(whole))
