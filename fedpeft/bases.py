@@ -113,7 +113,7 @@ def model_class(config: RunConfig, held: Any) -> type | None:
     from transformers.models.auto import modeling_auto as auto
 
     task = config.task
-    mappings = {
+    mappings: dict[Task, Any] = {
         "sequence-classification": auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
         "image-classification": auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
         "causal-lm": auto.MODEL_FOR_CAUSAL_LM_MAPPING,

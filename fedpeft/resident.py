@@ -103,6 +103,8 @@ class Resident:
     def check(self) -> None:
         """Find model and rows and divide them, which raises what is wrong with them."""
         _ = self.folder, self.partition, self.canaries
+        if self.config.privacy.level != "none":
+            _ = self.initial_training_rows  # the statement needs it in the end, when the file may be gone
 
     @cached_property
     def adapted(self) -> AdaptedModel:
