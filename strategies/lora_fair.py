@@ -164,7 +164,8 @@ class LoraFairOptions(StrategyOptions):
     """Options of LoRA-FAIR."""
 
     solver: Solver = Field(
-        "closed-form", description="closed-form: nearest product, ours; cosine: by columns, as the authors' code has it"
+        "closed-form",
+        description="closed-form: nearest product, ours; cosine: by columns, as code derived from the authors' has it",
     )
     regularization: float = Field(
         REGULARIZATION["closed-form"],
