@@ -15,7 +15,7 @@ from fedpeft.report.layout import cell, new_table
 from fedpeft.report.privacy import epsilon
 
 Facts = dict[str, Any]
-OWN_ROWS = "own rows"
+OWN_ROWS, OF_TOTAL = "own rows", "of total"
 MEANS = ("own_rows", "worst_domain", *ERRORS, "bytes", "seconds")  # of what a comparison shows of each run
 BOUNDS = {
     "centralized": "centralized, the upper bound, is no federation: one client holds all rows, and makes as many steps "
@@ -76,8 +76,8 @@ def _notes(facts: Facts) -> list[str]:
     spread = "; ± is the sample standard deviation" if many > 1 else ""
     notes = [
         f"After {facts['rounds']} rounds, {over}{spread}. Aggregation error is the last round's, |DW - sent|, relative "
-        "to what the round was to change, |DW - s B_t A_t|; of total: to all that has been learned. Moved is up and "
-        "down in all rounds, and time that of all rounds, of one run."
+        "to what the round was to change, |DW - s B_t A_t|; of total, in comparison.md, to all that has been learned. "
+        "Moved is up and down in all rounds, and time that of all rounds, of one run."
     ]
     if any(row["own_rows"] is not None for row in facts["rows"]):
         notes.append(
@@ -106,7 +106,7 @@ def _columns(facts: Mapping[str, Any]) -> dict[str, list[str]]:
         OWN_ROWS: [number(row["own_rows"]) for row in rows],
         "worst domain": [number(row["worst_domain"]) for row in rows],
         "aggregation error": [number(row["aggregation_error"]) for row in rows],
-        "of total": [number(row.get("aggregation_error_of_total")) for row in rows],
+        OF_TOTAL: [number(row.get("aggregation_error_of_total")) for row in rows],
         "moved": [size(row["bytes"]) for row in rows],
         "time": [duration(row["seconds"]) for row in rows],
     }
@@ -118,10 +118,12 @@ def _with_spread(row: Mapping[str, Any]) -> str:
 
 
 def comparison_table(facts: Mapping[str, Any]) -> RenderableType:
-    """Lay out what `comparison` returns."""
-    columns = _columns(facts)
+    """Lay out what `comparison` returns, for 80 columns: the error of total stands in the files alone."""
+    columns = {name: cells for name, cells in _columns(facts).items() if name != OF_TOTAL}
     others = list(columns)[1:]
     table = new_table(*columns, right=others, whole=others[:1])
+    for column, name in zip(table.columns, columns, strict=True):
+        column.header = Text(one_line(name).replace(" ", "\n"))
     for label, *cells in _across(columns):
         name, _, options = label.partition(":")
         shown = cell(name, "bold cyan")
