@@ -26,9 +26,14 @@ SHARED_MEMORY = Path("/dev/shm")
 PREFIX = "fedpeft-ray-"
 LOCK = "in-use"
 OWN = "local"  # Ray's word for a cluster to be started
-# without these Ray prints warnings about its own defaults
 START_TRIES = 2
-RAY_ENVIRONMENT = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+RAY_ENVIRONMENT = {
+    # without these Ray prints warnings about its own defaults
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # by default workers are at niceness 15: whatever else runs on the machine leaves them a thirtieth of it
+    "RAY_worker_niceness": "0",
+}
 
 
 @contextlib.contextmanager
