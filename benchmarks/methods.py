@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/methods"))
     arguments = parser.parse_args()
     silence()
-    text = DOCUMENT.read_text()
+    text = DOCUMENT.read_text(encoding="utf-8")
     for name, settings in SKEWS.items():
         rows, _ = split_words(METHODS)
         config = configure(
@@ -41,8 +41,8 @@ def main() -> None:
         folder = arguments.out / name.replace(" ", "-")
         jobs = plan_jobs(rows, config, arguments.seeds, folder)
         write_comparison(jobs, run_jobs(jobs, config), folder)
-        text = between(text, name, (folder / "comparison.md").read_text())
-    DOCUMENT.write_text(text)
+        text = between(text, name, (folder / "comparison.md").read_text(encoding="utf-8"))
+    DOCUMENT.write_text(text, encoding="utf-8")
 
 
 def between(text: str, mark: str, table: str) -> str:
@@ -50,7 +50,7 @@ def between(text: str, mark: str, table: str) -> str:
     start, end = f"<!-- {mark} -->", f"<!-- end of {mark} -->"
     found = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
     if not found.search(text):
-        raise SystemExit(f"{DOCUMENT.name} has no marks for '{mark}'")
+        raise SystemExit(f"the document has no marks for '{mark}'")
     return found.sub(lambda _: f"{start}\n\n{table.strip()}\n\n{end}", text)
 
 

@@ -8,7 +8,6 @@ goes on where it was stopped. The tables are written into the document between t
 from __future__ import annotations
 
 import argparse
-import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.methods import between
 from fedpeft.base_change import matrix
 from fedpeft.chatter import silence
 from fedpeft.config import configure
@@ -285,15 +285,6 @@ def main() -> None:
     for name in [arguments.only] if arguments.only else TABLES:
         table = regression_table(seeds) if name == "regression" else digits_table(arguments.out, seeds)
         DOCUMENT.write_text(between(DOCUMENT.read_text(encoding="utf-8"), name, table), encoding="utf-8")
-
-
-def between(text: str, mark: str, table: str) -> str:
-    """Put a table between the marks of its name."""
-    start, end = f"<!-- {mark} -->", f"<!-- end of {mark} -->"
-    found = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
-    if not found.search(text):
-        raise SystemExit(f"{DOCUMENT.name} has no marks for '{mark}'")
-    return found.sub(lambda _: f"{start}\n\n{table.strip()}\n\n{end}", text)
 
 
 if __name__ == "__main__":
