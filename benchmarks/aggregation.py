@@ -34,14 +34,14 @@ from rich.table import Table
 from sklearn.cluster import KMeans
 from torch import Tensor
 
-from fedpeft.state import AdapterState, ClientUpdate, LoraFactors
+from fedpeft.adapters.state import AdapterState, ClientUpdate, LoraFactors
+from fedpeft.strategies.algebra.factors import client_weights, inner, norm, stack
+from fedpeft.strategies.algebra.means import weighted_mean
 from fedpeft.strategies.base import AdapterStrategy
-from fedpeft.strategies.factors import client_weights, inner, norm, stack
 from fedpeft.strategies.fedit import FedIt
 from fedpeft.strategies.flexlora import FlexLora
 from fedpeft.strategies.lora_fair import LoraFair
 from fedpeft.strategies.lora_lego import LoraLego, merge, pool
-from fedpeft.strategies.means import weighted_mean
 
 LAYER = "layer"
 METHODS: dict[str, Callable[[], AdapterStrategy]] = {

@@ -30,7 +30,7 @@ from fedpeft.privacy.dp_sgd import PrivateGradients
 from fedpeft.privacy.mechanism import RecordMechanism
 from fedpeft.privacy.randomness import Randomness, secure, seeded
 from fedpeft.resident import Resident
-from fedpeft.training import PlainGradients
+from fedpeft.training.local import PlainGradients
 
 TARGET = 1.15
 

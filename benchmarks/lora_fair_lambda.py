@@ -16,13 +16,13 @@ import torch
 
 from benchmarks.methods import DOCUMENT, between
 from benchmarks.mixed_ranks import LAYER, begun, target, trained
+from fedpeft.adapters.state import ClientUpdate
 from fedpeft.chatter import silence
 from fedpeft.config import configure
 from fedpeft.report.history import History
 from fedpeft.simulations.compare import Job, plan_jobs, run_jobs, split_words
-from fedpeft.state import ClientUpdate
 from fedpeft.strategies import STRATEGIES
-from fedpeft.strategies.factors import round_errors
+from fedpeft.strategies.algebra.factors import round_errors
 
 LAMBDAS = ("0", "0.01", "0.1", "1")
 METHODS = [*(f"lora-fair:regularization={each}" for each in LAMBDAS), "fedit"]

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.methods import DOCUMENT, between
-from fedpeft.base_change import dense
-from fedpeft.state import AdapterState, ClientUpdate, LoraFactors
+from fedpeft.adapters.base_change import dense
+from fedpeft.adapters.state import AdapterState, ClientUpdate, LoraFactors
 from fedpeft.strategies import STRATEGIES
 from fedpeft.strategies.base import AdapterStrategy
 

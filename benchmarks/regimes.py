@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.methods import between
-from fedpeft.base_change import matrix
+from fedpeft.adapters.base_change import matrix
+from fedpeft.adapters.draws import draw_a
+from fedpeft.adapters.state import A_SUFFIX, AdapterState, ClientUpdate, LoraFactors, Role
 from fedpeft.chatter import silence
 from fedpeft.config import configure
-from fedpeft.draws import draw_a
 from fedpeft.simulations.compare import plan_jobs, run_jobs, split_words, write_comparison
-from fedpeft.state import A_SUFFIX, AdapterState, ClientUpdate, LoraFactors, Role
 from fedpeft.strategies import find
 from fedpeft.strategies.base import AdapterStrategy
 

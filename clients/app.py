@@ -14,7 +14,10 @@ from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable
 from torch import Tensor
 
-from fedpeft.adapters import AdaptedModel
+from fedpeft.adapters.adapted import AdaptedModel
+from fedpeft.adapters.draws import first_ranks
+from fedpeft.adapters.pruning import Tail
+from fedpeft.adapters.state import fingerprint, role_of
 from fedpeft.clients.privacy import (
     SITE_EPSILON,
     Permission,
@@ -26,13 +29,10 @@ from fedpeft.clients.privacy import (
 from fedpeft.clients.rows import ClientRows, client_rows, site_name
 from fedpeft.config import RunConfig, Scalar
 from fedpeft.deployment import run_config
-from fedpeft.draws import first_ranks
 from fedpeft.errors import DeploymentError
 from fedpeft.models import num_threads
-from fedpeft.pruning import Tail
 from fedpeft.resident import Resident, resident
-from fedpeft.state import fingerprint, role_of
-from fedpeft.training import Gradients, LocalResult, num_steps, train_locally
+from fedpeft.training.local import Gradients, LocalResult, num_steps, train_locally
 from fedpeft.wire import (
     ARRAYS,
     BUDGET_SPENT,

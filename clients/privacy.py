@@ -20,9 +20,11 @@ from typing import cast, get_args
 from flwr.app import ArrayRecord, Context, Message
 from torch import Tensor
 
+from fedpeft.adapters.state import fingerprint
 from fedpeft.clients.rows import DATA, ClientRows
 from fedpeft.clients.verdicts import is_simulated, verdict
 from fedpeft.config import DataConfig, RunConfig, Scalar
+from fedpeft.config.privacy import Accountant, PrivacyConfig
 from fedpeft.data.sources import digest, locate
 from fedpeft.errors import DeploymentError, nearest
 from fedpeft.privacy.budget import Budget, Limit, charged
@@ -30,10 +32,8 @@ from fedpeft.privacy.checks import check_privacy
 from fedpeft.privacy.ledger import Entry, Ledger
 from fedpeft.privacy.mechanism import RecordMechanism, record_mechanism
 from fedpeft.privacy.randomness import Randomness, secure, seeded
-from fedpeft.privacy.settings import Accountant, PrivacyConfig
 from fedpeft.privacy.statement import void
 from fedpeft.resident import Resident
-from fedpeft.state import fingerprint
 from fedpeft.wire import ARRAYS, CONFIG, NOISE_MULTIPLIER, ROUND, SAMPLE_RATE, SPENT_STEPS, to_tensors
 
 # keys of a site's own configuration

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
+    from fedpeft.adapters.state import AdapterState, ClientUpdate, LoraFactors
     from fedpeft.config import RunConfig, configure
     from fedpeft.errors import FedpeftError
     from fedpeft.simulations.simulate import simulate
-    from fedpeft.state import AdapterState, ClientUpdate, LoraFactors
     from fedpeft.strategies import STRATEGIES, AdapterStrategy
 
 __all__ = [
@@ -34,11 +34,11 @@ __all__ = [
 
 _HOMES = {
     "STRATEGIES": "fedpeft.strategies",
-    "AdapterState": "fedpeft.state",
+    "AdapterState": "fedpeft.adapters.state",
     "AdapterStrategy": "fedpeft.strategies",
-    "ClientUpdate": "fedpeft.state",
+    "ClientUpdate": "fedpeft.adapters.state",
     "FedpeftError": "fedpeft.errors",
-    "LoraFactors": "fedpeft.state",
+    "LoraFactors": "fedpeft.adapters.state",
     "RunConfig": "fedpeft.config",
     "configure": "fedpeft.config",
     "simulate": "fedpeft.simulations.simulate",

@@ -22,8 +22,8 @@ from fedpeft.data.readers import Place
 from fedpeft.data.splits import EncodedSplit
 from fedpeft.data.tokens import encode_texts, load_tokenizer
 from fedpeft.errors import ModelError
-from fedpeft.losses import row_losses
 from fedpeft.models import BaseModel, torch_seed
+from fedpeft.tasks.losses import row_losses
 
 # share of the largest score by which two computations of the same may differ
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.2}

@@ -90,8 +90,8 @@ def _of_privacy(config: RunConfig) -> str:
     if privacy.level == "none":
         return ""
     from fedpeft.privacy.ledger import LEDGER
-    from fedpeft.privacy.rounding import as_given
     from fedpeft.privacy.statement import void
+    from fedpeft.rounding import as_given
 
     asked = (
         f"noise multiplier {privacy.noise_multiplier:g}"

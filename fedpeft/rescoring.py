@@ -7,17 +7,17 @@ from pathlib import Path
 
 from peft import PeftModel
 
+from fedpeft.adapters.export import LABELS
 from fedpeft.agreement import agree
 from fedpeft.config import Layer, resolve
-from fedpeft.data.encoding import encode_rows
 from fedpeft.data.splits import EncodedSplit
 from fedpeft.errors import ConfigError, DataError, RunDirectoryError
-from fedpeft.evaluation import mean_metrics, score
-from fedpeft.export import LABELS
 from fedpeft.models import load_base
 from fedpeft.privacy.overlap import shared_rows
 from fedpeft.resident import Resident
 from fedpeft.runs import ADAPTER, Event, read_config
+from fedpeft.tasks.encoding import encode_rows
+from fedpeft.training.evaluation import mean_metrics, score
 
 ALLOWED = {
     "data": {"test", "text", "text_pair", "image", "label", "prompt", "completion", "domain"},

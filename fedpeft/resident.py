@@ -9,17 +9,17 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedpeft.adapters import AdaptedModel
+from fedpeft.adapters.adapted import AdaptedModel
 from fedpeft.agreement import agree
 from fedpeft.config import FederationConfig, RunConfig, RunSection, SimulationConfig, StrategyConfig
-from fedpeft.data.encoding import EncodedData, EncodedSplit, encode, encode_rows
+from fedpeft.config.privacy import PrivacyConfig
 from fedpeft.data.partition import Partition, partition
 from fedpeft.data.sources import places
 from fedpeft.models import load_base, locate
 from fedpeft.presets import PREFIX, is_preset, materialize
 from fedpeft.privacy.canaries import Canaries, plant
 from fedpeft.privacy.overlap import shared_rows
-from fedpeft.privacy.settings import PrivacyConfig
+from fedpeft.tasks.encoding import EncodedData, EncodedSplit, encode, encode_rows
 
 if TYPE_CHECKING:
     from fedpeft.privacy.dp_sgd import RowEngine

@@ -18,11 +18,11 @@ from fedpeft.deployment import split_run_config
 from fedpeft.errors import DeploymentError
 from fedpeft.presets import provenance
 from fedpeft.privacy.books import Books
-from fedpeft.privacy.rounding import number
 from fedpeft.resident import resident
+from fedpeft.rounding import number
 from fedpeft.runs import Event, RunDirectory, check_vacant
 from fedpeft.strategies import find, with_typed_options
-from fedpeft.strategies.federation import exported_bytes, federate
+from fedpeft.strategies.rounds.federation import exported_bytes, federate
 
 log = logging.getLogger("flwr")
 

@@ -14,9 +14,9 @@ from torch import Tensor
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 # keys of the server's config record
 ROUND, NUM_ROUNDS, SCALING, HELD_HASH = "server-round", "num-rounds", "scaling", "held-hash"
-RANK, DRAW = "rank", "draw"  # rank 0 is the adapter's own; see fedpeft.strategies.exchange.Exchange for draws
+RANK, DRAW = "rank", "draw"  # rank 0 is the adapter's own; see fedpeft.strategies.rounds.exchange.Exchange for draws
 TRAINED, PERSONAL, KEPT = "trained", "personal", "kept"  # lists of roles
-PRUNED_RANK, TAIL_PENALTY = "pruned-rank", "tail-penalty"  # see fedpeft.pruning
+PRUNED_RANK, TAIL_PENALTY = "pruned-rank", "tail-penalty"  # see fedpeft.adapters.pruning
 # keys of a client's config record
 CLIENT_ID, NEEDS_ARRAYS, BUDGET_SPENT = "client-id", "needs-arrays", "privacy-budget-spent"
 # keys of a client's metric record

@@ -19,7 +19,7 @@ from fedpeft.privacy.budget import Budget, Limit, charged
 from fedpeft.privacy.ledger import Entry, Ledger
 from fedpeft.privacy.mechanism import record_mechanism
 from fedpeft.resident import Resident
-from fedpeft.simulations.grid import SimulationGrid
+from fedpeft.simulations.grids.base import SimulationGrid
 from fedpeft.wire import CONFIG, ROUND
 
 

@@ -18,11 +18,11 @@ from fedpeft.report.formats import one_line
 from fedpeft.resident import Resident, resident
 from fedpeft.runs import Listener, RunDirectory, folder_name
 from fedpeft.simulations.charging import Charging
-from fedpeft.simulations.inline_grid import InlineGrid
-from fedpeft.simulations.ray_grid import RayGrid
+from fedpeft.simulations.grids.inline import InlineGrid
+from fedpeft.simulations.grids.ray import RayGrid
 from fedpeft.strategies import find
-from fedpeft.strategies.federation import Outcome, build_strategy, exported_bytes, federate
-from fedpeft.strategies.rounds import require_enough
+from fedpeft.strategies.rounds.federation import Outcome, build_strategy, exported_bytes, federate
+from fedpeft.strategies.rounds.report import require_enough
 from fedpeft.wire import to_tensors
 
 WITHHELD = (

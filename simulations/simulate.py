@@ -11,10 +11,10 @@ from fedpeft.chatter import silence
 from fedpeft.config import RunConfig
 from fedpeft.presets import presets_of
 from fedpeft.runs import Event, Listener, check_vacant, default_directory
-from fedpeft.simulations.ray_grid import RayGrid
+from fedpeft.simulations.grids.ray import RayGrid
 
 if TYPE_CHECKING:
-    from fedpeft.strategies.federation import Outcome
+    from fedpeft.strategies.rounds.federation import Outcome
 
 CLIENT_APP = "fedpeft.clients.app:app"
 
@@ -98,7 +98,7 @@ def _run(config: RunConfig, out: Path, listener: Listener, grid: RayGrid | None)
     from fedpeft.clients.app import app
     from fedpeft.resident import resident
     from fedpeft.simulations.driver import drive
-    from fedpeft.simulations.inline_grid import InlineGrid
+    from fedpeft.simulations.grids.inline import InlineGrid
 
     if grid is None:
         return drive(config, out, listener, InlineGrid(app, threads=config.simulation.threads_per_worker))

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedpeft.config import Layer, RunConfig, merge
+from fedpeft.config.privacy import ANY_LEVEL, PrivacyConfig
 from fedpeft.errors import ConfigError
 from fedpeft.jsons import strict_json, to_json
-from fedpeft.privacy.rounding import as_given
-from fedpeft.privacy.settings import ANY_LEVEL, PrivacyConfig
 from fedpeft.privacy.statement import read_statement
 from fedpeft.report.sweep import sweep, sweep_markdown, sweep_plot
 from fedpeft.resident import resident
+from fedpeft.rounding import as_given
 from fedpeft.simulations.compare import (
     Compared,
     Facts,
@@ -25,7 +25,7 @@ from fedpeft.simulations.compare import (
     refuse_options,
     write_files,
 )
-from fedpeft.strategies.plan import plan_privacy
+from fedpeft.simulations.plan import plan_privacy
 
 # what a sweep itself sets, and where from
 VARIED = {

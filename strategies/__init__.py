@@ -6,14 +6,14 @@ from importlib.metadata import entry_points
 
 from pydantic import ValidationError
 
+from fedpeft.adapters.kinds import INITS_OF_BASE
 from fedpeft.config import AdapterConfig, RunConfig, StrategyConfig, describe
+from fedpeft.config.privacy import Rng
 from fedpeft.errors import ConfigError, nearest
-from fedpeft.kinds import INITS_OF_BASE
 from fedpeft.privacy.checks import check_privacy, with_rng
-from fedpeft.privacy.settings import Rng
+from fedpeft.strategies.averaging.private_mean import require_sums
 from fedpeft.strategies.base import AdapterStrategy, StrategyOptions
 from fedpeft.strategies.capabilities import Capabilities
-from fedpeft.strategies.client_privacy import require_sums
 from fedpeft.strategies.fed_sb import FedSb
 from fedpeft.strategies.fedex_lora import FedExLora
 from fedpeft.strategies.fedit import FedIt

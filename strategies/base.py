@@ -19,20 +19,20 @@ from flwr.serverapp.strategy import Result, Strategy
 from pydantic import ValidationError
 from torch import Tensor
 
+from fedpeft.adapters.state import A_SUFFIX, AdapterState, ClientUpdate, LoraFactors, Role, role_of
 from fedpeft.config import AdapterConfig, cohort_size, describe
+from fedpeft.config.section import Section
 from fedpeft.errors import ConfigError, TooFewClientsError, nearest
-from fedpeft.section import Section
 from fedpeft.seeds import generator
-from fedpeft.state import A_SUFFIX, AdapterState, ClientUpdate, LoraFactors, Role, role_of
-from fedpeft.strategies.answers import Answers, known_clients
+from fedpeft.strategies.algebra.factors import round_errors
+from fedpeft.strategies.averaging.private_mean import ClientPrivacy, PrivateMean, require_sums
 from fedpeft.strategies.capabilities import Capabilities
-from fedpeft.strategies.client_privacy import ClientPrivacy, PrivateMean, require_sums
-from fedpeft.strategies.exchange import Exchange
-from fedpeft.strategies.factors import round_errors
-from fedpeft.strategies.outgoing import Outgoing, Terms
-from fedpeft.strategies.ranks import Ranks, cut
-from fedpeft.strategies.rounds import Fault, Observer, RoundReport, client_order, require_enough
-from fedpeft.strategies.updates import RefusedUpdateError, read_update
+from fedpeft.strategies.rounds.answers import Answers, known_clients
+from fedpeft.strategies.rounds.exchange import Exchange
+from fedpeft.strategies.rounds.outgoing import Outgoing, Terms
+from fedpeft.strategies.rounds.ranks import Ranks, cut
+from fedpeft.strategies.rounds.report import Fault, Observer, RoundReport, client_order, require_enough
+from fedpeft.strategies.rounds.updates import RefusedUpdateError, read_update
 from fedpeft.wire import (
     ARRAYS,
     NUM_ROUNDS,
@@ -72,14 +72,14 @@ class AdapterStrategy(Strategy):
     measure_error : bool
         Whether to compute the aggregation error, which keeps all the cohort's factors until the end of the round.
     ranks : sequence of int
-        Ranks of the clients, dealt in turn, where they differ; see `fedpeft.strategies.ranks`.
+        Ranks of the clients, dealt in turn, where they differ; see `fedpeft.strategies.rounds.ranks`.
     scaling_of : callable, optional
         Scaling of a client of some rank; ``alpha / rank``, with the alpha that `scaling` speaks of, if not given.
     offset : mapping of str to LoraFactors
         By layer, what the initialisation put into the adapter and took out of the base; see
-        `fedpeft.adapters.AdaptedModel`.
+        `fedpeft.adapters.adapted.AdaptedModel`.
     client_privacy : ClientPrivacy, optional
-        Clips the clients' updates and adds noise to their sum, see `fedpeft.strategies.client_privacy`; what single
+        Clips the clients' updates and adds noise to their sum, see `.averaging.private_mean`; what single
         clients report is then told to nobody, and `min_clients` must only exist, not answer.
     stop_when_spent : bool
         Whether a client whose privacy budget is spent ends the run; else it goes on without it.

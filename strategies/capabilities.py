@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedpeft.kinds import ADDITIVE_KINDS, Head
-from fedpeft.state import Role
+from fedpeft.adapters.kinds import ADDITIVE_KINDS, Head
+from fedpeft.adapters.state import Role
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ LoRA Fine-Tuning", arXiv 2502.15436. A layer's update is s B R A, where B and A 
 
 exactly. A client sends r^2 numbers a layer, however wide the layer is.
 
-B and A are those of the adapter's kind, see `fedpeft.lora_sb`. As the paper has it, they come from a gradient:
+B and A are those of the adapter's kind, see `fedpeft.adapters.lora_sb`. As the paper has it, they come from a gradient:
 ``adapter.kind=lora-sb``, which looks at rows that must be public (``adapter.init_data``). Without such rows they are
 singular vectors of the base's weights, ``adapter.kind=lora-xs``: then this is LoRA-XS (arXiv 2405.17604) in a
 federation, and what a run does that names no kind.
@@ -17,11 +17,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fedpeft.kinds import R_KINDS
-from fedpeft.state import AdapterState, ClientUpdate, Role
-from fedpeft.strategies.averaging import AveragingStrategy
+from fedpeft.adapters.kinds import R_KINDS
+from fedpeft.adapters.state import AdapterState, ClientUpdate, Role
+from fedpeft.strategies.averaging.averaging import AveragingStrategy
 from fedpeft.strategies.capabilities import Capabilities
-from fedpeft.strategies.exchange import Exchange
+from fedpeft.strategies.rounds.exchange import Exchange
 
 
 class FedSb(AveragingStrategy):

@@ -23,12 +23,12 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from fedpeft.state import AdapterState, ClientUpdate, LoraFactors
+from fedpeft.adapters.state import AdapterState, ClientUpdate, LoraFactors
+from fedpeft.strategies.algebra.base_changes import Piece, advance, as_step, step_floats
+from fedpeft.strategies.algebra.factors import client_weights
+from fedpeft.strategies.algebra.means import weighted_mean
 from fedpeft.strategies.base import AdapterStrategy
-from fedpeft.strategies.base_changes import Piece, advance, as_step, step_floats
 from fedpeft.strategies.capabilities import Capabilities
-from fedpeft.strategies.factors import client_weights
-from fedpeft.strategies.means import weighted_mean
 
 
 def residual(factors: Sequence[LoraFactors], weights: Sequence[float], mean: LoraFactors) -> Piece | None:

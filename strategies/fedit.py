@@ -13,16 +13,16 @@ Of every other kind of adapter it averages whatever is trained, name by name. Th
 in it, as with the R of LoRA-XS and LoRA-SB and in MiSS; in DoRA, AdaLoRA, VeRA, RandLoRA, LoHa and LoKr it is not.
 
 What differs from the paper: clients may have scalings s_k of their own, so each B_k is first put on the scale s of the
-adapter that is sent; and the sum is taken as updates arrive (`fedpeft.strategies.means`).
+adapter that is sent; and the sum is taken as updates arrive (`fedpeft.strategies.algebra.means`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fedpeft.kinds import ALL_KINDS
-from fedpeft.state import AdapterState, ClientUpdate
-from fedpeft.strategies.averaging import AveragingStrategy
+from fedpeft.adapters.kinds import ALL_KINDS
+from fedpeft.adapters.state import AdapterState, ClientUpdate
+from fedpeft.strategies.averaging.averaging import AveragingStrategy
 from fedpeft.strategies.capabilities import Capabilities
 
 

@@ -34,12 +34,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from fedpeft.adapters.state import AdapterState, ClientUpdate, LoraFactors
 from fedpeft.errors import AdapterError
-from fedpeft.state import AdapterState, ClientUpdate, LoraFactors
+from fedpeft.strategies.algebra.factors import require_layers
+from fedpeft.strategies.algebra.means import weighted_mean
 from fedpeft.strategies.base import AdapterStrategy, StrategyOptions
 from fedpeft.strategies.capabilities import Capabilities
-from fedpeft.strategies.factors import require_layers
-from fedpeft.strategies.means import weighted_mean
 
 Aligned = Literal["A", "B"]
 

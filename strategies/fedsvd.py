@@ -22,13 +22,13 @@ from dataclasses import replace
 
 import torch
 
+from fedpeft.adapters.state import AdapterState, ClientUpdate, LoraFactors, Role
 from fedpeft.config import AdapterConfig
 from fedpeft.errors import ConfigError
-from fedpeft.state import AdapterState, ClientUpdate, LoraFactors, Role
+from fedpeft.strategies.algebra.means import weighted_mean
 from fedpeft.strategies.base import AdapterStrategy, StrategyOptions
 from fedpeft.strategies.capabilities import Capabilities
-from fedpeft.strategies.exchange import Exchange
-from fedpeft.strategies.means import weighted_mean
+from fedpeft.strategies.rounds.exchange import Exchange
 
 
 def refactor(f: LoraFactors) -> LoraFactors:

@@ -33,12 +33,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from fedpeft.adapters.state import AdapterState, ClientUpdate, LoraFactors
 from fedpeft.seeds import generator
-from fedpeft.state import AdapterState, ClientUpdate, LoraFactors
+from fedpeft.strategies.algebra.factors import client_weights, stack, stacks, whole_cohort
+from fedpeft.strategies.algebra.means import mean_dense, weighted_mean
 from fedpeft.strategies.base import AdapterStrategy, StrategyOptions
 from fedpeft.strategies.capabilities import Capabilities
-from fedpeft.strategies.factors import client_weights, stack, stacks, whole_cohort
-from fedpeft.strategies.means import mean_dense, weighted_mean
 
 Solver = Literal["exact", "randomized"]
 

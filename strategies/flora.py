@@ -13,7 +13,7 @@ What differs from the paper's code:
 * alpha / r goes into the fold: s_k is part of B*, each client's own.
 * The new A follows from the run's seed, so that it need not travel.
 * A stack of K clients that is no smaller than the layer travels as the matrix DW.
-* Clients keep the base as the run began, and are sent how far it has moved: see `fedpeft.strategies.base_changes`.
+* Clients keep the base as the run began, and are sent how far it has moved: see `.algebra.base_changes`.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from fedpeft.draws import draw_a
-from fedpeft.state import AdapterState, ClientUpdate, LoraFactors, Role
+from fedpeft.adapters.draws import draw_a
+from fedpeft.adapters.state import AdapterState, ClientUpdate, LoraFactors, Role
+from fedpeft.strategies.algebra.base_changes import advance, as_step, step_floats
+from fedpeft.strategies.algebra.factors import client_weights, stack, whole_cohort
+from fedpeft.strategies.algebra.means import mean_dense
 from fedpeft.strategies.base import AdapterStrategy
-from fedpeft.strategies.base_changes import advance, as_step, step_floats
 from fedpeft.strategies.capabilities import Capabilities
-from fedpeft.strategies.exchange import Exchange
-from fedpeft.strategies.factors import client_weights, stack, whole_cohort
-from fedpeft.strategies.means import mean_dense
+from fedpeft.strategies.rounds.exchange import Exchange
 
 
 class FLora(AdapterStrategy):

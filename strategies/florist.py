@@ -30,15 +30,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from fedpeft.adapters.kinds import INITS_OF_BASE
+from fedpeft.adapters.state import AdapterState, ClientUpdate
 from fedpeft.config import AdapterConfig
 from fedpeft.errors import ConfigError
-from fedpeft.kinds import INITS_OF_BASE
-from fedpeft.state import AdapterState, ClientUpdate
+from fedpeft.strategies.algebra.factors import client_weights, whole_cohort
+from fedpeft.strategies.algebra.means import mean_dense, weighted_mean
 from fedpeft.strategies.base import AdapterStrategy, StrategyOptions
 from fedpeft.strategies.capabilities import Capabilities
-from fedpeft.strategies.factors import client_weights, whole_cohort
 from fedpeft.strategies.flexlora import decompose, truncate
-from fedpeft.strategies.means import mean_dense, weighted_mean
 
 
 def kept_rank(S: Tensor, threshold: float) -> int:

@@ -10,7 +10,7 @@ and the adapter is (A0, B0) again: what was learned is in the base, of any rank 
 begins in the directions that matter most to the layer. The mean of products is not met: Bbar Abar is one of means.
 
 The adapter begins as ``adapter.init = "pissa"`` sets it, which this method implies. The server needs sums of factors
-only. Clients are sent how far the base has moved (see `fedpeft.strategies.base_changes`), and draw (A0, B0) themselves.
+only. Clients are sent how far the base has moved (see `.algebra.base_changes`), and draw (A0, B0) themselves.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from fedpeft.state import AdapterState, ClientUpdate, LoraFactors, Role
+from fedpeft.adapters.state import AdapterState, ClientUpdate, LoraFactors, Role
+from fedpeft.strategies.algebra.base_changes import Piece, advance, as_step, step_floats
+from fedpeft.strategies.algebra.means import weighted_mean
 from fedpeft.strategies.base import AdapterStrategy
-from fedpeft.strategies.base_changes import Piece, advance, as_step, step_floats
 from fedpeft.strategies.capabilities import Capabilities
-from fedpeft.strategies.exchange import Exchange
-from fedpeft.strategies.means import weighted_mean
+from fedpeft.strategies.rounds.exchange import Exchange
 
 
 def residual(mean: LoraFactors, start: LoraFactors) -> Piece | None:

@@ -3,8 +3,9 @@
 Y. J. Cho et al., "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models", arXiv 2401.06432.
 
 * Client k of rank r_k gets the first r_k rows of A and columns of B ("distribution with truncation").
-* It may prune itself while it trains, see `fedpeft.pruning`: with q = gamma r_k it adds lambda |B_k[:, q:]| |A_k[q:]|
-  to its loss, and has rank q from then on if that product is smaller after training than before.
+* It may prune itself while it trains (`fedpeft.adapters.pruning`): with q = gamma r_k it adds
+  lambda |B_k[:, q:]| |A_k[q:]| to its loss, and has rank q from then on if that product is smaller after training than
+  before.
 * The server pads every A_k and B_k with zeros to the largest rank and averages the factors ("sparsity-weighted"):
 
       Abar = sum_k w_k A_k,    Bbar = sum_k w_k B_k,    w_k = |s_k B_k A_k| / sum_j |s_j B_j A_j|.
@@ -26,12 +27,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from fedpeft.adapters.state import AdapterState, ClientUpdate, LoraFactors
 from fedpeft.errors import ConfigError
-from fedpeft.state import AdapterState, ClientUpdate, LoraFactors
+from fedpeft.strategies.algebra.factors import client_weights, norm, whole_cohort
+from fedpeft.strategies.algebra.means import mean_dense
 from fedpeft.strategies.base import AdapterStrategy, StrategyOptions
 from fedpeft.strategies.capabilities import Capabilities
-from fedpeft.strategies.factors import client_weights, norm, whole_cohort
-from fedpeft.strategies.means import mean_dense
 from fedpeft.wire import PRUNED_RANK, TAIL_PENALTY
 
 

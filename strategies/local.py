@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 
-from fedpeft.kinds import ALL_KINDS
-from fedpeft.state import AdapterState, ClientUpdate
+from fedpeft.adapters.kinds import ALL_KINDS
+from fedpeft.adapters.state import AdapterState, ClientUpdate
 from fedpeft.strategies.base import AdapterStrategy
 from fedpeft.strategies.capabilities import Capabilities
-from fedpeft.strategies.exchange import EVERYTHING, Exchange
+from fedpeft.strategies.rounds.exchange import EVERYTHING, Exchange
 
 
 class Local(AdapterStrategy):

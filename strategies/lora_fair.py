@@ -43,11 +43,11 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from fedpeft.state import AdapterState, ClientUpdate, LoraFactors
+from fedpeft.adapters.state import AdapterState, ClientUpdate, LoraFactors
+from fedpeft.strategies.algebra.factors import client_weights, stack, stacks
+from fedpeft.strategies.algebra.means import weighted_mean
 from fedpeft.strategies.base import AdapterStrategy, StrategyOptions
 from fedpeft.strategies.capabilities import Capabilities
-from fedpeft.strategies.factors import client_weights, stack, stacks
-from fedpeft.strategies.means import weighted_mean
 
 Solver = Literal["closed-form", "cosine"]
 

@@ -17,7 +17,7 @@ What differs from the paper, since (c b, a / c) is the same rank for every c, wh
   raw units would just group by index. Units with b = 0 say nothing and are dropped.
 * (-a, -b) is the same unit, so each one takes the sign that is nearer to its centroid.
 * Units weigh p_k = n_k / sum n in centroids and in mean norms.
-* The start is greedy, nothing in it is drawn (see `fedpeft.strategies.clustering`), and units are put in an order given
+* The start is greedy, nothing in it is drawn (see `.algebra.clustering`), and units are put in an order given
   by their content first: neither the order of clients nor of any client's ranks matters.
 * A merged rank gets |a| back as its cluster's clients had it on average, and b takes the rest: clients that train it on
   find the A and B they know, not a balanced pair whose gradients have other sizes.
@@ -37,16 +37,16 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from fedpeft.adapters.state import AdapterState, ClientUpdate, LoraFactors
 from fedpeft.config import AdapterConfig
 from fedpeft.errors import ConfigError
 from fedpeft.seeds import generator
-from fedpeft.state import AdapterState, ClientUpdate, LoraFactors
+from fedpeft.strategies.algebra.clustering import axial_kmeans
+from fedpeft.strategies.algebra.factors import client_weights, require_layers
+from fedpeft.strategies.algebra.means import mean_dense, weighted_mean
 from fedpeft.strategies.base import AdapterStrategy, StrategyOptions
 from fedpeft.strategies.capabilities import Capabilities
-from fedpeft.strategies.clustering import axial_kmeans
-from fedpeft.strategies.factors import client_weights, require_layers
-from fedpeft.strategies.means import mean_dense, weighted_mean
-from fedpeft.strategies.ranks import cut
+from fedpeft.strategies.rounds.ranks import cut
 
 Reweight = Literal["least-squares", "paper", "none"]
 

@@ -31,12 +31,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fedpeft.state import AdapterState, ClientUpdate, LoraFactors
+from fedpeft.adapters.state import AdapterState, ClientUpdate, LoraFactors
+from fedpeft.strategies.algebra.factors import client_weights, whole_cohort
+from fedpeft.strategies.algebra.means import mean_dense, weighted_mean
 from fedpeft.strategies.base import AdapterStrategy
 from fedpeft.strategies.capabilities import Capabilities
-from fedpeft.strategies.factors import client_weights, whole_cohort
 from fedpeft.strategies.flexlora import best_rank
-from fedpeft.strategies.means import mean_dense, weighted_mean
 
 
 def rank_weights(ranks: Sequence[int], weights: Sequence[float]) -> Tensor:

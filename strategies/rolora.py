@@ -16,13 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from fedpeft.adapters.state import AdapterState, ClientUpdate, Role
 from fedpeft.config import AdapterConfig
 from fedpeft.errors import ConfigError
-from fedpeft.state import AdapterState, ClientUpdate, Role
-from fedpeft.strategies.averaging import AveragingStrategy
+from fedpeft.strategies.averaging.averaging import AveragingStrategy
 from fedpeft.strategies.base import StrategyOptions
 from fedpeft.strategies.capabilities import Capabilities
-from fedpeft.strategies.exchange import Exchange
+from fedpeft.strategies.rounds.exchange import Exchange
 
 FACTORS = frozenset({Role.A, Role.B})
 

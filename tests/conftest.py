@@ -18,7 +18,7 @@ from fedpeft.chatter import silence
 from fedpeft.config import RunConfig, nest, resolve
 
 if TYPE_CHECKING:
-    from fedpeft.simulations.ray_grid import RayGrid
+    from fedpeft.simulations.grids.ray import RayGrid
 
 silence()
 # how long an example takes says nothing on a machine that does other things too
@@ -173,7 +173,7 @@ class WatchedWorkers(NamedTuple):
 @pytest.fixture(scope="module")
 def watched_workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WatchedWorkers]:
     """Two for all tests of a file: Ray, and what its workers import, take longer to start than any tiny run takes."""
-    from fedpeft.simulations.ray_grid import RayGrid
+    from fedpeft.simulations.grids.ray import RayGrid
 
     folder = tmp_path_factory.mktemp("watch")
     apps = Path(__file__).parent / "simulations" / "apps"

@@ -12,13 +12,13 @@ import torch
 import transformers
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from fedpeft.adapters import AdaptedModel
+from fedpeft.adapters.adapted import AdaptedModel
 from fedpeft.agreement import agree
 from fedpeft.config import RunConfig, nest, resolve
-from fedpeft.data.encoding import encode_rows
 from fedpeft.errors import DataError, ModelError
 from fedpeft.models import BaseModel, load_base, locate
-from fedpeft.training import train_locally
+from fedpeft.tasks.encoding import encode_rows
+from fedpeft.training.local import train_locally
 
 WORDS = [f"w{i}" for i in range(37)]
 SMALL: dict[str, Any] = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}

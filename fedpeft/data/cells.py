@@ -5,8 +5,8 @@ from __future__ import annotations
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fedpeft.data.places import Place
 from fedpeft.errors import DataError
+from fedpeft.places import Place
 
 
 def stored(place: Place, column: str, cells: pa.ChunkedArray) -> pa.ChunkedArray:

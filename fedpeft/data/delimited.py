@@ -10,9 +10,9 @@ from typing import Any
 
 import datasets
 
-from fedpeft.data.places import Place, Wanted
 from fedpeft.data.text_files import opened, refuse_nul, table
 from fedpeft.errors import DataError
+from fedpeft.places import Place, Wanted
 
 SEPARATORS = {",": "a comma", "\t": "a tab", ";": "a semicolon", "|": "a bar"}
 

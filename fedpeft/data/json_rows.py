@@ -11,9 +11,9 @@ from typing import Any, TextIO
 
 import datasets
 
-from fedpeft.data.places import Place, Wanted, named
 from fedpeft.data.text_files import opened, refuse_nul, table
 from fedpeft.errors import DataError
+from fedpeft.places import Place, Wanted, named
 
 KEPT_DEPTH = 8  # rows and their cells lie less deep than this in every layout that is read
 LINES = {".jsonl", ".ndjson"}  # suffixes of files with an object a line

@@ -15,8 +15,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from fedpeft.data.cells import text_or_number
-from fedpeft.data.places import Place, refuse_missing
 from fedpeft.errors import DataError
+from fedpeft.places import Place, refuse_missing
 
 SHOWN = 10  # labels that a message lists
 BOOLEANS = frozenset({"true", "false"})

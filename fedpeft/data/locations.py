@@ -10,7 +10,8 @@ from pathlib import Path
 
 from fedpeft.config import DataConfig
 from fedpeft.data.hub import hub_dataset
-from fedpeft.data.places import (
+from fedpeft.errors import DataError, nearest
+from fedpeft.places import (
     KIND_BY_SUFFIX,
     PACKED,
     TEST_PARTS,
@@ -22,7 +23,6 @@ from fedpeft.data.places import (
     tables_in,
     unreadable,
 )
-from fedpeft.errors import DataError, nearest
 
 KINDS = (
     "a CSV, JSON lines or Parquet file, a folder of such files named train and test, a folder of images in one "

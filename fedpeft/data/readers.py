@@ -20,7 +20,9 @@ from fedpeft.data.cells import not_read, stored
 from fedpeft.data.delimited import read_delimited
 from fedpeft.data.hub import hub_dataset, quiet
 from fedpeft.data.json_rows import read_json
-from fedpeft.data.places import (
+from fedpeft.data.text_files import CHUNK_ROWS, table
+from fedpeft.errors import DataError
+from fedpeft.places import (
     IMAGE_SUFFIXES,
     Kind,
     Place,
@@ -33,8 +35,6 @@ from fedpeft.data.places import (
     refuse_missing,
     unreadable,
 )
-from fedpeft.data.text_files import CHUNK_ROWS, table
-from fedpeft.errors import DataError
 
 __all__ = ["Kind", "Place", "Wanted", "folder_notes", "listed", "plain_batches", "read", "refuse_missing", "unreadable"]
 

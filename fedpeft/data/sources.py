@@ -20,9 +20,9 @@ from fedpeft.config import DataConfig, Task
 from fedpeft.data.cells import stored, text_or_number
 from fedpeft.data.labels import column_codes, label_ids
 from fedpeft.data.locations import Location, locate, places, test_place
-from fedpeft.data.places import files_in
 from fedpeft.data.readers import Place, Wanted, hub_rows, read, refuse_missing, unreadable
 from fedpeft.errors import DataError
+from fedpeft.places import files_in
 from fedpeft.seeds import generator
 
 __all__ = [

@@ -14,8 +14,8 @@ from typing import BinaryIO, TextIO, cast
 import datasets
 import pyarrow as pa
 
-from fedpeft.data.places import Place, unreadable
 from fedpeft.errors import DataError
+from fedpeft.places import Place, unreadable
 
 CHUNK_ROWS = 4096
 HALF = re.compile("[\ud800-\udfff]")  # of a character

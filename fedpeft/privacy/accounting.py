@@ -27,8 +27,8 @@ from numpy.typing import NDArray
 from scipy.fft import next_fast_len
 from scipy.special import log_ndtr
 
+from fedpeft.config.privacy import Accountant
 from fedpeft.errors import ConfigError, nearest
-from fedpeft.privacy.settings import Accountant
 
 # prv: its error in epsilon, absolute and relative to RDP's epsilon, which is a few times too large at worst
 _ERROR, _RELATIVE_ERROR, _LARGEST_ERROR = 0.002, 0.001, 0.5

@@ -18,8 +18,8 @@ from fedpeft.privacy.accounting import Charge, merged, spent, upper_bound
 from fedpeft.privacy.budget import Budget, Limit, charged
 from fedpeft.privacy.ledger import EVERYBODY, LEDGER, Entry, Ledger
 from fedpeft.privacy.mechanism import record_mechanism
-from fedpeft.privacy.rounding import as_given
 from fedpeft.privacy.statement import PRIVACY, Facts, state, void
+from fedpeft.rounding import as_given
 from fedpeft.runs import RunDirectory, strict_json
 from fedpeft.wire import NOISE_MULTIPLIER, NUM_EXAMPLES, SAMPLE_RATE, SPENT_STEPS, STEPS
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from fedpeft.config.privacy import Accountant, PrivacyConfig
 from fedpeft.privacy.accounting import Charge, merged, spent, upper_bound
 from fedpeft.privacy.ledger import Entry, Ledger
-from fedpeft.privacy.settings import Accountant, PrivacyConfig
 
 
 @dataclass(frozen=True)

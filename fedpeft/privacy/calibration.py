@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 
+from fedpeft.config.privacy import Accountant
 from fedpeft.errors import ConfigError, PrivacyError
 from fedpeft.privacy.accounting import (
     Charge,
@@ -16,8 +17,7 @@ from fedpeft.privacy.accounting import (
     merged,
     spent_by,
 )
-from fedpeft.privacy.rounding import as_given, number
-from fedpeft.privacy.settings import Accountant
+from fedpeft.rounding import as_given, number
 
 LEAST_NOISE, MOST_NOISE = 1e-2, 1e4  # noise multipliers between which `calibrate` looks
 

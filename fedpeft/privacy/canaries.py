@@ -24,12 +24,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedpeft.config import RunConfig
-from fedpeft.data.encoding import EncodedSplit
 from fedpeft.data.partition import Partition
 from fedpeft.errors import ConfigError
-from fedpeft.evaluation import score
 from fedpeft.runs import CANARIES, strict_json
 from fedpeft.seeds import generator
+from fedpeft.tasks.encoding import EncodedSplit
+from fedpeft.training.evaluation import score
 
 if TYPE_CHECKING:
     from fedpeft.resident import Resident

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from fedpeft.adapters.kinds import INITS_FROM_DATA, R_KINDS
 from fedpeft.config import RunConfig
+from fedpeft.config.privacy import Rng
 from fedpeft.errors import ConfigError
-from fedpeft.kinds import INITS_FROM_DATA, R_KINDS
-from fedpeft.privacy.settings import Rng
 
 # whose per-row gradients Opacus's hooks give rightly: all that is trained are weights of linear layers
 RECORD_KINDS = frozenset({"lora", "rslora", "ffa-lora"}) | R_KINDS

@@ -31,13 +31,13 @@ from opacus.optimizers import DPOptimizer
 from opacus.utils.tensor_utils import sum_over_all_but_batch_and_last_n
 from torch import Tensor, nn
 
-from fedpeft.adapters import AdaptedModel
-from fedpeft.data.encoding import EncodedSplit
+from fedpeft.adapters.adapted import AdaptedModel
 from fedpeft.errors import PrivacyError
-from fedpeft.losses import row_losses
 from fedpeft.privacy.mechanism import RecordMechanism
 from fedpeft.privacy.randomness import Randomness
-from fedpeft.training import batches
+from fedpeft.tasks.encoding import EncodedSplit
+from fedpeft.tasks.losses import row_losses
+from fedpeft.training.local import batches
 
 Rows = NDArray[np.int64]
 FLOOR = 1e-6  # added to a norm before dividing by it; a clipped gradient stays below the bound
@@ -314,7 +314,7 @@ def advice(adapted: AdaptedModel, layers: Collection[str]) -> str:
 
 
 class PrivateGradients:
-    """The private gradients of one client's round; see `fedpeft.training.Gradients`.
+    """The private gradients of one client's round; see `fedpeft.training.local.Gradients`.
 
     Parameters
     ----------

@@ -43,14 +43,14 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fedpeft.adapters import AdaptedModel
-from fedpeft.data.encoding import EncodedSplit, encode_table
+from fedpeft.adapters.adapted import AdaptedModel
 from fedpeft.data.tokens import load_tokenizer
 from fedpeft.errors import PrivacyError
 from fedpeft.models import torch_seed
 from fedpeft.privacy.dp_sgd import RowEngine, advice, layer_of
 from fedpeft.seeds import derive_seed, generator
-from fedpeft.training import training_mode
+from fedpeft.tasks.encoding import EncodedSplit, encode_table
+from fedpeft.training.local import training_mode
 
 if TYPE_CHECKING:
     from fedpeft.resident import Resident

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from fedpeft.config import FederationConfig, RunConfig, TrainConfig
+from fedpeft.config.privacy import PrivacyConfig
 from fedpeft.errors import PrivacyError
 from fedpeft.privacy.accounting import Charge, spent
 from fedpeft.privacy.budget import Budget
 from fedpeft.privacy.calibration import calibrate
-from fedpeft.privacy.rounding import as_given, number
-from fedpeft.privacy.settings import PrivacyConfig
-from fedpeft.training import num_steps
+from fedpeft.rounding import as_given, number
+from fedpeft.training.local import num_steps
 
 
 @dataclass(frozen=True)

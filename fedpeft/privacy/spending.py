@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from fedpeft.config import RunConfig
+from fedpeft.config.privacy import Accountant
 from fedpeft.errors import ConfigError, LedgerError, RunDirectoryError
 from fedpeft.privacy.accounting import spent
 from fedpeft.privacy.ledger import EVERYBODY, LEDGER, Entry, read_entries
-from fedpeft.privacy.rounding import number
-from fedpeft.privacy.settings import Accountant
 from fedpeft.privacy.statement import Facts, read_statement, state, void
+from fedpeft.rounding import number
 from fedpeft.runs import CONFIG, read_config, strict_json
 
 DELTA = 1e-5  # at which a site's ledger is summed up unless another is asked for

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from fedpeft.config import RunConfig
+from fedpeft.config.privacy import PrivacyConfig
 from fedpeft.errors import RunDirectoryError
 from fedpeft.privacy.accounting import Charge, Spent, spent
-from fedpeft.privacy.rounding import number as number
-from fedpeft.privacy.settings import PrivacyConfig
+from fedpeft.rounding import number as number
 
 PRIVACY = "privacy.json"  # in a run directory
 Facts = dict[str, Any]

@@ -9,8 +9,8 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from fedpeft.privacy.audit import downwards
-from fedpeft.privacy.rounding import number
 from fedpeft.report.layout import pairs
+from fedpeft.rounding import number
 
 
 def audit_view(facts: Mapping[str, Any]) -> RenderableType:

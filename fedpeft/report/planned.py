@@ -62,7 +62,7 @@ class DryRun:
     changes_base : bool
         Whether clients are also sent what became of the base before the last round, which `bytes_down` leaves out.
     privacy : mapping, optional
-        What may be said of a private run beforehand, see `fedpeft.strategies.plan.plan_privacy`.
+        What may be said of a private run beforehand, see `fedpeft.simulations.plan.plan_privacy`.
     notes : tuple of str
         What should be known of base and adapter, and of how the rows were read.
     """

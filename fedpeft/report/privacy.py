@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from fedpeft.privacy.rounding import as_given, number
 from fedpeft.report.formats import NONE, finite, one_line
 from fedpeft.report.layout import cell, new_table, pairs
+from fedpeft.rounding import as_given, number
 
 if TYPE_CHECKING:
-    from fedpeft.privacy.settings import PrivacyConfig
+    from fedpeft.config.privacy import PrivacyConfig
 
 Facts = Mapping[str, Any]
 LONGEST = 10_000  # characters of a statement
@@ -76,7 +76,7 @@ def planned_rows(facts: Facts, privacy: PrivacyConfig) -> list[tuple[str, str]]:
     Parameters
     ----------
     facts : mapping
-        See `fedpeft.strategies.plan.plan_privacy`.
+        See `fedpeft.simulations.plan.plan_privacy`.
     privacy : PrivacyConfig
         The run's.
     """

@@ -196,7 +196,7 @@ def scores_table(scores: Mapping[str, Any]) -> RenderableType:
 
 
 def merged_table(facts: Mapping[str, Any]) -> RenderableType:
-    """Lay out what `fedpeft.strategies.merging.Merged.to_dict` returns."""
+    """Lay out what `fedpeft.strategies.merging.merge.Merged.to_dict` returns."""
     table = new_table("adapter", "rank", "scaling", "weight", right=("rank", "scaling", "weight"))
     for each in facts["inputs"]:
         ranks, scalings = (", ".join(f"{value:.4g}" for value in each[name]) for name in ("ranks", "scalings"))

@@ -11,10 +11,10 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedpeft.adapters.state import Role, fingerprint, role_of
 from fedpeft.clients.app import ClientFailedError, app
 from fedpeft.config import RunConfig
 from fedpeft.resident import resident
-from fedpeft.state import Role, fingerprint, role_of
 from fedpeft.wire import (
     ARRAYS,
     CLIENT_ID,

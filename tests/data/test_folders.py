@@ -14,10 +14,10 @@ from PIL import Image
 from fedpeft.cli import app
 from fedpeft.config import DataConfig, configure
 from fedpeft.data import hub
-from fedpeft.data.encoding import encode
 from fedpeft.data.readers import folder_notes
 from fedpeft.data.sources import SourceRows, digest, load_rows, locate
 from fedpeft.errors import DataError
+from fedpeft.tasks.encoding import encode
 
 
 def load(source: str | Path, task: Any = "image-classification", **data: Any) -> SourceRows:

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fedpeft.config import RunConfig, nest, resolve
-from fedpeft.data.encoding import encode
 from fedpeft.data.partition import Partition, partition, partition_table, plot_partition
 from fedpeft.data.splits import EncodedSplit
 from fedpeft.errors import PartitionError
+from fedpeft.tasks.encoding import encode
 
 
 def rows_of(
@@ -271,7 +271,7 @@ import hashlib, sys
 from pathlib import Path
 from fedpeft.config import nest, resolve
 from fedpeft.data import tokens
-from fedpeft.data.encoding import encode
+from fedpeft.tasks.encoding import encode
 from fedpeft.data.partition import partition
 tokens.tokenise = None  # what is cached is not tokenised again
 config = resolve([nest(eval(sys.argv[1]))])

@@ -13,11 +13,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fedpeft.config import RunConfig, Truncate, nest, resolve
-from fedpeft.data.encoding import encode
 from fedpeft.data.tokens import tokenise
 from fedpeft.errors import ConfigError, DataError
+from fedpeft.simulations.plan import plan
 from fedpeft.simulations.simulate import simulate
-from fedpeft.strategies.plan import plan
+from fedpeft.tasks.encoding import encode
 
 WORDS = [f"{kind}{index}" for kind in "pc" for index in range(30)]
 vocabulary = {word: index for index, word in enumerate(["[UNK]", "</s>", *WORDS])}

@@ -11,14 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fedpeft.adapters.kinds import R_KINDS
 from fedpeft.config import RunConfig
 from fedpeft.errors import ConfigError
-from fedpeft.kinds import R_KINDS
 from fedpeft.rescoring import rescore
 from fedpeft.runs import read_config, read_events
+from fedpeft.simulations.plan import plan
 from fedpeft.simulations.simulate import simulate
 from fedpeft.strategies import STRATEGIES
-from fedpeft.strategies.plan import plan
 
 Make = Callable[..., RunConfig]
 HEAD_A_B = (".classifier.weight", ".lora_A.weight", ".lora_B.weight")

@@ -14,10 +14,10 @@ from scipy.optimize import linprog
 from scipy.stats import binom
 from typer.testing import CliRunner
 
+from fedpeft.cli.privacy import privacy_app
 from fedpeft.config import RunConfig, nest, resolve
 from fedpeft.errors import FedpeftError, PrivacyError, RunDirectoryError
 from fedpeft.privacy.audit import FRACTIONS, audit_run, bound_of, downwards, epsilon_lower_bound, p_value
-from fedpeft.privacy_commands import privacy_app
 
 
 def randomised_response(

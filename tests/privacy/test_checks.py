@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from fedpeft.adapters.kinds import ALL_KINDS, R_KINDS
 from fedpeft.config import RunConfig
+from fedpeft.config.privacy import PrivacyConfig
 from fedpeft.errors import ConfigError
-from fedpeft.kinds import ALL_KINDS, R_KINDS
 from fedpeft.privacy.checks import RECORD_KINDS
-from fedpeft.privacy.settings import PrivacyConfig
 from fedpeft.strategies import with_typed_options
 
 Make = Callable[..., RunConfig]

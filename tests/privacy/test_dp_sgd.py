@@ -18,7 +18,7 @@ from fedpeft.privacy.dp_sgd import PrivateGradients, RowEngine
 from fedpeft.privacy.mechanism import RecordMechanism
 from fedpeft.privacy.randomness import secure, seeded
 from fedpeft.resident import Resident
-from fedpeft.training import train_locally
+from fedpeft.training.local import train_locally
 
 TASKS = ("sequence-classification", "image-classification", "causal-lm")
 KINDS = ("lora", "ffa-lora", "rslora", "lora-xs")

@@ -15,8 +15,8 @@ from fedpeft.privacy.accounting import Charge
 from fedpeft.privacy.statement import state
 from fedpeft.rescoring import caution, rescore
 from fedpeft.resident import Resident
+from fedpeft.simulations.plan import plan_privacy
 from fedpeft.simulations.simulate import simulate
-from fedpeft.strategies.plan import plan_privacy
 
 Make = Callable[..., RunConfig]
 

@@ -14,8 +14,8 @@ from fedpeft.privacy.accounting import Charge, spent
 from fedpeft.privacy.books import Books
 from fedpeft.privacy.ledger import Ledger
 from fedpeft.privacy.mechanism import record_mechanism
-from fedpeft.privacy.rounding import as_given, number
 from fedpeft.privacy.statement import state
+from fedpeft.rounding import as_given, number
 from fedpeft.runs import RunDirectory
 from fedpeft.server import _log_event
 from fedpeft.wire import NOISE_MULTIPLIER, NUM_EXAMPLES, SAMPLE_RATE, SPENT_STEPS, STEPS

@@ -12,13 +12,13 @@ import pytest
 from scipy.stats import norm
 from typer.testing import CliRunner
 
+from fedpeft.cli.privacy import privacy_app
 from fedpeft.config import RunConfig, nest, resolve
 from fedpeft.errors import FedpeftError, PrivacyError
 from fedpeft.models import torch_seed
 from fedpeft.privacy import independence
 from fedpeft.privacy.dp_sgd import RowGradients
 from fedpeft.privacy.white_box import audit_steps, mu_lower_bound
-from fedpeft.privacy_commands import privacy_app
 from fedpeft.resident import Resident
 
 

@@ -12,7 +12,7 @@ import pytest
 import fedpeft.clients.app as clients
 from fedpeft.config import RunConfig
 from fedpeft.runs import Event, read_events
-from fedpeft.simulations.grid import place_of
+from fedpeft.simulations.grids.base import place_of
 from fedpeft.simulations.simulate import simulate
 
 Make = Callable[..., RunConfig]

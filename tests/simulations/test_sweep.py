@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from fedpeft.config import RunConfig
+from fedpeft.config.privacy import PrivacyConfig
 from fedpeft.errors import ConfigError, PrivacyError
-from fedpeft.privacy.settings import PrivacyConfig
 from fedpeft.privacy.statement import PRIVACY, read_statement
 from fedpeft.simulations.compare import Job, run_jobs
 from fedpeft.simulations.sweep import (

@@ -10,7 +10,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedpeft.state import AdapterState, ClientUpdate, LoraFactors
+from fedpeft.adapters.state import AdapterState, ClientUpdate, LoraFactors
 from fedpeft.strategies.base import AdapterStrategy
 
 LAYERS = ("encoder.0.query", "encoder.1.query")

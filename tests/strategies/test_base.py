@@ -13,10 +13,10 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 from torch import Tensor
 
+from fedpeft.adapters.state import AdapterState, fingerprint
 from fedpeft.errors import ConfigError, DeploymentError, TooFewClientsError
-from fedpeft.state import AdapterState, fingerprint
 from fedpeft.strategies import FedIt, find
-from fedpeft.strategies.rounds import RoundReport, client_order, error_class, in_order
+from fedpeft.strategies.rounds.report import RoundReport, client_order, error_class, in_order
 from fedpeft.wire import (
     ARRAYS,
     CLIENT_ID,

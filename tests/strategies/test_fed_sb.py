@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from fedpeft.state import AdapterState, ClientUpdate, LoraFactors
+from fedpeft.adapters.state import AdapterState, ClientUpdate, LoraFactors
 from fedpeft.strategies import FedIt, FedSb
 from fedpeft.strategies.base import AdapterStrategy
 from tests.strategies.oracles import LAYERS, Cohort, assert_close, cohorts, ideal, make_cohort, mean, products

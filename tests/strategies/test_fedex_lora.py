@@ -7,11 +7,11 @@ from dataclasses import replace
 import torch
 from hypothesis import given
 
-from fedpeft.base_change import dense
-from fedpeft.state import LoraFactors
-from fedpeft.strategies.factors import client_weights
+from fedpeft.adapters.base_change import dense
+from fedpeft.adapters.state import LoraFactors
+from fedpeft.strategies.algebra.factors import client_weights
+from fedpeft.strategies.algebra.means import weighted_mean
 from fedpeft.strategies.fedex_lora import FedExLora, residual
-from fedpeft.strategies.means import weighted_mean
 from tests.strategies.oracles import LAYERS, Cohort, cohorts, ideal, make, make_cohort, share_a
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}

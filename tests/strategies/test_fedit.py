@@ -10,10 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 
+from fedpeft.adapters.state import AdapterState, ClientUpdate
 from fedpeft.errors import AdapterError, TooFewClientsError
-from fedpeft.state import AdapterState, ClientUpdate
+from fedpeft.strategies.algebra.means import mean_dense, weighted_mean
 from fedpeft.strategies.fedit import FedIt
-from fedpeft.strategies.means import mean_dense, weighted_mean
 from tests.strategies.oracles import (
     Cohort,
     assert_close,

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fedpeft.adapters.state import AdapterState, LoraFactors
 from fedpeft.errors import AdapterError, ConfigError
-from fedpeft.state import AdapterState, LoraFactors
+from fedpeft.strategies.algebra.means import weighted_mean
 from fedpeft.strategies.fedrot_lora import (
     Aligned,
     FedRotLora,
@@ -22,7 +23,6 @@ from fedpeft.strategies.fedrot_lora import (
     rotate,
     rotation,
 )
-from fedpeft.strategies.means import weighted_mean
 from tests.strategies.oracles import (
     LAYERS,
     Cohort,

@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 
+from fedpeft.adapters.state import Role
 from fedpeft.config import AdapterConfig
 from fedpeft.errors import ConfigError
-from fedpeft.state import Role
 from fedpeft.strategies.fedsa_lora import FedSaLora
 from tests.strategies.oracles import Cohort, assert_close, cohorts, make, mean
 

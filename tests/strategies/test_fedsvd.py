@@ -9,9 +9,9 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from fedpeft.adapters.state import LoraFactors
 from fedpeft.config import AdapterConfig
 from fedpeft.errors import ConfigError
-from fedpeft.state import LoraFactors
 from fedpeft.strategies.fedsvd import FedSvd, refactor
 from tests.strategies.oracles import (
     Cohort,

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fedpeft.adapters.state import AdapterState, LoraFactors
 from fedpeft.errors import AdapterError, ConfigError, TooFewClientsError
-from fedpeft.state import AdapterState, LoraFactors
-from fedpeft.strategies.factors import client_weights
+from fedpeft.strategies.algebra.factors import client_weights
+from fedpeft.strategies.algebra.means import mean_dense, weighted_mean
 from fedpeft.strategies.flexlora import FlexLora, best_rank, decompose, singular_values, sketch
-from fedpeft.strategies.means import mean_dense, weighted_mean
 from tests.strategies.oracles import (
     LAYERS,
     Cohort,

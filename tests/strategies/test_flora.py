@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedpeft.base_change import dense
+from fedpeft.adapters.base_change import dense
+from fedpeft.adapters.draws import draw_a
+from fedpeft.adapters.state import AdapterState
 from fedpeft.config import configure
-from fedpeft.draws import draw_a
 from fedpeft.errors import ConfigError
-from fedpeft.state import AdapterState
 from fedpeft.strategies import with_typed_options
 from fedpeft.strategies.flora import FLora
 from tests.strategies.oracles import LAYERS, Cohort, cohorts, ideal, make, make_cohort, permuted

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedpeft.adapters.state import AdapterState
 from fedpeft.errors import AdapterError, ConfigError
-from fedpeft.state import AdapterState
+from fedpeft.strategies.algebra.means import mean_dense, weighted_mean
 from fedpeft.strategies.florist import Florist, kept_rank
-from fedpeft.strategies.means import mean_dense, weighted_mean
 from tests.strategies.oracles import (
     LAYERS,
     Cohort,

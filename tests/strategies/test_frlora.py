@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given
 
-from fedpeft.base_change import dense
+from fedpeft.adapters.base_change import dense
+from fedpeft.adapters.state import AdapterState, LoraFactors
 from fedpeft.config import configure
 from fedpeft.errors import ConfigError
-from fedpeft.state import AdapterState, LoraFactors
 from fedpeft.strategies import with_typed_options
 from fedpeft.strategies.frlora import FrLora
 from tests.strategies.oracles import LAYERS, Cohort, cohorts, make, make_cohort, mean, permuted

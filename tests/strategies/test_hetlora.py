@@ -9,11 +9,11 @@ import torch
 from flwr.app import Message
 from hypothesis import given
 
+from fedpeft.adapters.state import AdapterState, LoraFactors
 from fedpeft.errors import ConfigError
-from fedpeft.state import AdapterState, LoraFactors
+from fedpeft.strategies.algebra.means import weighted_mean
 from fedpeft.strategies.hetlora import HetLora, sparsity_weights
-from fedpeft.strategies.means import weighted_mean
-from fedpeft.strategies.ranks import Ranks, cut
+from fedpeft.strategies.rounds.ranks import Ranks, cut
 from fedpeft.wire import ARRAYS, CONFIG, PRUNED_RANK, to_record, to_tensors
 from tests.strategies.oracles import LAYERS, Cohort, cohorts, make, make_cohort, per_layer
 from tests.strategies.test_base import A, B, FunctionGrid, initial, reply_with

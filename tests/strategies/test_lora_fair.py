@@ -11,11 +11,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fedpeft.adapters.state import AdapterState, LoraFactors
 from fedpeft.errors import ConfigError, TooFewClientsError
-from fedpeft.state import AdapterState, LoraFactors
-from fedpeft.strategies.factors import client_weights
+from fedpeft.strategies.algebra.factors import client_weights
+from fedpeft.strategies.algebra.means import weighted_mean
 from fedpeft.strategies.lora_fair import CANCELLED, REGULARIZATION, LoraFair, own_sizes
-from fedpeft.strategies.means import weighted_mean
 from tests.strategies.oracles import (
     LAYERS,
     Cohort,

@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fedpeft.adapters.state import AdapterState, ClientUpdate, LoraFactors
 from fedpeft.errors import AdapterError, ConfigError, TooFewClientsError
-from fedpeft.state import AdapterState, ClientUpdate, LoraFactors
-from fedpeft.strategies import clustering, lora_lego
+from fedpeft.strategies import lora_lego
+from fedpeft.strategies.algebra import clustering
+from fedpeft.strategies.algebra.means import weighted_mean
 from fedpeft.strategies.lora_lego import LoraLego, merge, merge_layers, pool
-from fedpeft.strategies.means import weighted_mean
 from tests.strategies.oracles import (
     LAYERS,
     Cohort,

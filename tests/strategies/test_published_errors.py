@@ -9,11 +9,11 @@ import torch
 from flwr.app import Message
 from torch import Tensor
 
-from fedpeft.adapters import AdaptedModel
-from fedpeft.base_change import dense
+from fedpeft.adapters.adapted import AdaptedModel
+from fedpeft.adapters.base_change import dense
+from fedpeft.adapters.state import AdapterState, ClientUpdate
 from fedpeft.config import configure
 from fedpeft.resident import resident
-from fedpeft.state import AdapterState, ClientUpdate
 from fedpeft.strategies import STRATEGIES, with_typed_options
 from fedpeft.strategies.base import AdapterStrategy
 from fedpeft.strategies.fedex_lora import FedExLora

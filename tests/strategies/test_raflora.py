@@ -9,12 +9,12 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
+from fedpeft.adapters.state import AdapterState, LoraFactors
 from fedpeft.errors import AdapterError
-from fedpeft.state import AdapterState, LoraFactors
+from fedpeft.strategies.algebra.means import mean_dense, weighted_mean
 from fedpeft.strategies.flexlora import FlexLora
-from fedpeft.strategies.means import mean_dense, weighted_mean
 from fedpeft.strategies.raflora import RaFLora, rank_weights
-from fedpeft.strategies.ranks import cut
+from fedpeft.strategies.rounds.ranks import cut
 from tests.strategies.oracles import (
     LAYERS,
     Cohort,

@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 
+from fedpeft.adapters.state import AdapterState, LoraFactors, Role
 from fedpeft.config import AdapterConfig
 from fedpeft.errors import ConfigError
-from fedpeft.state import AdapterState, LoraFactors, Role
 from fedpeft.strategies.rolora import RoLora
 from tests.strategies.oracles import Cohort, assert_close, cohorts, ideal, make, per_layer, products, share_a
 

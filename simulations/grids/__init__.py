@@ -1,0 +1,1 @@
+"""Where simulated clients run: in this process, or on Ray's workers."""

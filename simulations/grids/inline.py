@@ -1,0 +1,97 @@
+"""All clients one after the other in this process: for debugging, and for runs too small to be worth any workers."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator, Mapping
+from types import TracebackType
+from typing import Self
+
+from flwr.app import ArrayRecord, Context, Message, RecordDict
+from flwr.app.message import make_message
+from flwr.clientapp import ClientApp
+
+from fedpeft.simulations.grids.base import SERVER_NODE_ID, FailureListener, SimulationGrid, answer, identify
+from fedpeft.simulations.grids.transport import SharedRecords, contents, duplicate, duplicate_arrays
+from fedpeft.simulations.grids.worker import load_app
+
+
+class InlineGrid(SimulationGrid):
+    """Flower's `Grid` in this process, lazy: a message is pulled and answered when its reply is asked for.
+
+    Parameters
+    ----------
+    app : ClientApp or str
+        The clients' code, or where to import it from, such as ``"fedpeft.clients.app:app"``.
+    contexts : mapping of int to Context
+        By node id; see `SimulationGrid`.
+    threads : int
+        torch threads while a client works; the caller's number is restored afterwards. With as many threads as a Ray
+        worker has, results are the same to the byte.
+    on_failure : callable, optional
+        See `SimulationGrid`.
+
+    Notes
+    -----
+    A timeout is looked at between messages only: nothing interrupts a client at work.
+    """
+
+    def __init__(
+        self,
+        app: ClientApp | str,
+        contexts: Mapping[int, Context] | None = None,
+        threads: int = 1,
+        *,
+        on_failure: FailureListener | None = None,
+    ) -> None:
+        super().__init__(contexts, on_failure=on_failure)
+        self._app = load_app(app) if isinstance(app, str) else app
+        self._threads = threads
+        self._shared = SharedRecords()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+    def _exchange(self, messages: Iterator[Message], timeout: float | None) -> Iterator[Message]:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while deadline is None or time.monotonic() < deadline:
+            try:
+                message = next(messages)
+            except StopIteration:
+                return
+            yield self._answer(message)
+
+    def _answer(self, message: Message) -> Message:
+        import torch
+
+        context, verdict = self._dispatched(message)
+        context.state = duplicate(context.state)  # the client may change whatever it gets, as in another process
+        threads = torch.get_num_threads()
+        torch.set_num_threads(self._threads)
+        identify(message.metadata.run_id, context.node_id)
+        try:
+            answered = answer(self._app, self._private(message), context, verdict)
+        finally:
+            identify(self._run.run_id, SERVER_NODE_ID)
+            torch.set_num_threads(threads)
+        return self._deliver(message, answered, context.state)
+
+    def _private(self, message: Message) -> Message:
+        """Return the message that the client sees, with the same array records for all clients of a round."""
+        arrays = message.content.array_records
+        rest = duplicate(RecordDict({name: record for name, record in message.content.items() if name not in arrays}))
+        return make_message(
+            copy.copy(message.metadata),
+            RecordDict(
+                {name: self._shared_arrays(arrays[name]) if name in arrays else rest[name] for name in message.content}
+            ),
+        )
+
+    def _shared_arrays(self, record: ArrayRecord) -> ArrayRecord:
+        return self._shared.get(contents(record), lambda: duplicate_arrays(record))

@@ -1,0 +1,100 @@
+"""What runs inside a Ray worker.
+
+The settings of OpenMP and others count only if they stand before torch is loaded, and Ray imports this module before it
+makes a `Worker`; so the top of this file imports the standard library only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import traceback
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flwr.app import ArrayRecord
+    from flwr.clientapp import ClientApp
+
+    from fedpeft.simulations.grids.transport import Parcel, ParcelledAnswer
+
+
+def environment(threads: int, *, gpu: bool) -> dict[str, str]:
+    """Return the environment variables of a worker with so many threads."""
+    variables = {
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        # threads that wait for work must not take cores from other workers
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
+    return variables if gpu else {**variables, "CUDA_VISIBLE_DEVICES": ""}
+
+
+def load_app(name: str) -> ClientApp:
+    """Import a ClientApp by a name of the form ``module:attribute``."""
+    from flwr.clientapp import ClientApp
+
+    module, colon, attribute = name.partition(":")
+    if not colon or not attribute:
+        raise ValueError(f"'{name}' is not of the form module:attribute, such as fedpeft.clients.app:app")
+    app = getattr(importlib.import_module(module), attribute)
+    if not isinstance(app, ClientApp):
+        raise TypeError(f"'{name}' is of type {type(app).__name__}, not a ClientApp")
+    return app
+
+
+class Worker:
+    """Answers one message at a time for whichever client it is sent to.
+
+    Parameters
+    ----------
+    app : str
+        The ClientApp, as ``module:attribute``: imported here, since what it caches must stay from message to message.
+    threads : int
+        torch threads.
+    variables : mapping of str to str
+        Environment variables.
+    """
+
+    def __init__(self, app: str, threads: int, variables: Mapping[str, str]) -> None:
+        os.environ.update(variables)
+        self._name = app
+        self._threads = threads
+        self._app: ClientApp | None = None
+
+    def load(self) -> str | None:
+        """Import torch and the app; return the traceback if that fails."""
+        import torch
+
+        torch.set_num_threads(self._threads)
+        with contextlib.suppress(RuntimeError):  # something has used them already
+            torch.set_num_interop_threads(1)
+        try:
+            from fedpeft.simulations.grids.transport import SharedRecords
+
+            self._app = load_app(self._name)
+            self._shared = SharedRecords()
+        except Exception:
+            return traceback.format_exc()
+        return None
+
+    def answer(self, parcel: Parcel) -> ParcelledAnswer:
+        """Have the app answer a message."""
+        from fedpeft.simulations.grids.base import answer, identify
+        from fedpeft.simulations.grids.transport import ParcelledAnswer
+
+        assert self._app is not None, "load comes first"
+        message, context = parcel.open(self._fetch)
+        identify(context.run_id, context.node_id)
+        return ParcelledAnswer.of(answer(self._app, message, context, parcel.verdict), context.state)
+
+    def _fetch(self, ref: Any) -> ArrayRecord:
+        """Return the arrays behind a reference: for the same one the same object, so that a client decodes it once."""
+        import ray
+
+        return self._shared.get(ref.hex(), lambda: ray.get(ref).unpack())

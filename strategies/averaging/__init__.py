@@ -1,0 +1,1 @@
+"""Averages of clients: robust ones, private ones, and steps of a server along them."""

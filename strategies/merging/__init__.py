@@ -1,0 +1,1 @@
+"""Merging adapters that are there already, without a federation."""

@@ -1,0 +1,154 @@
+"""What goes out in a round: the adapter as each client is sent it, and no more of it than the client lacks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+
+from fedpeft.adapters.state import AdapterState, Role
+from fedpeft.strategies.rounds.exchange import Deliveries, Exchange
+from fedpeft.wire import (
+    ARRAYS,
+    CONFIG,
+    DRAW,
+    HELD_HASH,
+    KEPT,
+    PERSONAL,
+    RANK,
+    ROUND,
+    SCALING,
+    TRAINED,
+    to_record,
+)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a method says of what it sends.
+
+    Parameters
+    ----------
+    exchange : callable
+        What a round trains, keeps and sends.
+    view : callable
+        The adapter as a client of a rank gets it, from the whole, the rank and its scaling.
+    scaling : callable
+        What a client of a rank multiplies its product with; rank 0 is the adapter's own.
+    settings : callable
+        What a client of a rank is told besides.
+    frozen : collection of str
+        Names that nobody trains.
+    """
+
+    exchange: Callable[[int], Exchange]
+    view: Callable[[AdapterState, int, float], AdapterState]
+    scaling: Callable[[int], float]
+    settings: Callable[[int], Mapping[str, float]]
+    frozen: Collection[str]
+
+
+class Outgoing:
+    """The server's adapter, and the messages that bring clients up to it.
+
+    Parameters
+    ----------
+    state : AdapterState
+        As the run begins with it.
+    terms : Terms
+        The method's.
+    """
+
+    def __init__(self, state: AdapterState, terms: Terms) -> None:
+        self._terms = terms
+        self._views = {0: state}  # what clients of a rank get; rank 0 is the whole
+        self._held: dict[int, Deliveries] = {}  # by rank
+        self._records: dict[int, ArrayRecord] = {}
+        self._contents: dict[tuple[int, frozenset[str]], RecordDict] = {}
+        self._asked: dict[str, int] = {}
+        self._config = ConfigRecord()
+        self._round = 0
+
+    def begin(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord) -> None:
+        """Begin a round.
+
+        Parameters
+        ----------
+        server_round : int
+            From 1.
+        arrays : flwr.app.ArrayRecord
+            The whole adapter, packed.
+        config : flwr.app.ConfigRecord
+            Sent to every client.
+        """
+        self._round, self._config = server_round, config
+        self._records, self._contents = {0: arrays}, {}
+
+    def content(self, client: str, rank: int) -> RecordDict:
+        """Return what a client is sent; clients of a rank that lack the same share one object."""
+        self._asked[client] = rank
+        names = frozenset(self._held_by(rank).lacking(client, self._exchange))
+        return self._content_of(rank, names)
+
+    def everything(self, client: str) -> RecordDict:
+        """Return all that a client can be sent, which turned out not to hold what it was believed to."""
+        rank = self._asked[client]
+        return self._content_of(rank, frozenset(self._held_by(rank).holds_others(client, self._exchange)))
+
+    def asked(self, client: str) -> int:
+        """Return the rank that a client was sent in this round."""
+        return self._asked[client]
+
+    def view(self, rank: int) -> AdapterState:
+        """Return the adapter as clients of a rank get it."""
+        if rank not in self._views:
+            self._views[rank] = self._terms.view(self._views[0], rank, self._terms.scaling(rank))
+        return self._views[rank]
+
+    def delivered(self, client: str, message: Message) -> None:
+        """Note that a client has trained with what a message brought."""
+        names = list(message.content.array_records[ARRAYS])
+        self._held_by(self._asked[client]).delivered(client, names, self._exchange)
+
+    def update(self, state: AdapterState) -> None:
+        """Take over the adapter that the next round begins with."""
+        self._views = {0: state}
+        for rank, held in self._held.items():
+            held.update(self.view(rank).to_tensors())
+
+    @property
+    def _exchange(self) -> Exchange:
+        return self._terms.exchange(self._round)
+
+    def _held_by(self, rank: int) -> Deliveries:
+        if rank not in self._held:
+            tensors = self.view(rank).to_tensors()
+            self._held[rank] = Deliveries(tensors, self._terms.exchange(1), self._terms.frozen)
+        return self._held[rank]
+
+    def _content_of(self, rank: int, names: frozenset[str]) -> RecordDict:
+        if (rank, names) not in self._contents:
+            if rank not in self._records:
+                self._records[rank] = to_record(self.view(rank).to_tensors())
+            sent = ArrayRecord({name: array for name, array in self._records[rank].items() if name in names})
+            settings = ConfigRecord(
+                {
+                    **self._config,
+                    ROUND: self._round,
+                    RANK: rank,
+                    SCALING: self._terms.scaling(rank),
+                    HELD_HASH: self._held_by(rank).held_hash(names, self._exchange),
+                    TRAINED: _listed(self._exchange.trained),
+                    PERSONAL: _listed(self._exchange.personal),
+                    KEPT: _listed(self._exchange.kept),
+                    DRAW: self._exchange.draw,
+                    **self._terms.settings(rank),
+                }
+            )
+            self._contents[rank, names] = RecordDict({ARRAYS: sent, CONFIG: settings})
+        return self._contents[rank, names]
+
+
+def _listed(roles: Collection[Role]) -> list[str]:
+    return sorted(str(role) for role in roles)

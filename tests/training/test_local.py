@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedpeft.config import RunConfig, TrainConfig
+from fedpeft.resident import Resident
+from fedpeft.training.local import batches, learning_rate, num_steps, train_locally
+
+Make = Callable[..., RunConfig]
+
+
+@given(
+    rows=st.lists(st.integers(0, 10**6), min_size=1, max_size=40, unique=True),
+    size=st.integers(1, 50),
+    steps=st.integers(1, 30),
+    seed=st.integers(0, 2**32),
+)
+def test_each_pass_takes_every_row_once_in_a_new_order(rows: list[int], size: int, steps: int, seed: int) -> None:
+    held = np.asarray(rows, dtype=np.int64)
+    drawn = list(batches(held, size, steps, np.random.default_rng(seed)))
+    assert len(drawn) == steps
+    a_pass = math.ceil(len(rows) / size)
+    for start in range(0, steps - a_pass + 1, a_pass):
+        assert sorted(np.concatenate(drawn[start : start + a_pass])) == sorted(rows)
+    again = batches(held, size, steps, np.random.default_rng(seed))
+    assert all(np.array_equal(one, two) for one, two in zip(drawn, again, strict=True))
+
+
+def test_steps_are_those_named_else_those_of_the_epochs() -> None:
+    assert num_steps(TrainConfig(local_steps=7), 100) == 7
+    assert num_steps(TrainConfig(local_epochs=2, batch_size=16), 33) == 6
+    assert num_steps(TrainConfig(batch_size=16), 33) == 3
+
+
+def test_schedules_go_from_the_whole_rate_towards_zero() -> None:
+    for schedule in ("linear", "cosine"):
+        train = TrainConfig(learning_rate=2.0, lr_schedule=schedule)
+        assert learning_rate(train, 0.0) == 2.0
+        assert learning_rate(train, 0.5) == pytest.approx(1.0)
+        assert 0 < learning_rate(train, 0.99) < 0.05
+    assert learning_rate(TrainConfig(learning_rate=2.0), 0.99) == 2.0
+
+
+def trained(config: RunConfig, server_round: int = 1, client_id: str = "site-0") -> dict[str, torch.Tensor]:
+    """Train a fresh adapter for one round and return its change."""
+    home = Resident(config)
+    adapted = home.adapted
+    train_locally(
+        adapted,
+        home.data.train,
+        home.partition.indices[0],
+        config.train,
+        seed=config.run.seed,
+        client_id=client_id,
+        server_round=server_round,
+        num_rounds=4,
+    )
+    return {name: tensor - adapted.initial[name] for name, tensor in adapted.tensors(adapted.initial).items()}
+
+
+def length(change: dict[str, torch.Tensor]) -> float:
+    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in change.values()))
+
+
+def test_only_what_is_to_be_trained_moves(text_config: Make) -> None:
+    change = trained(text_config(adapter__kind="ffa-lora"))
+    assert all(tensor.any() == ("lora_A" not in name) for name, tensor in change.items())
+
+
+def test_a_round_depends_on_seed_round_and_client_and_on_no_global_state(text_config: Make) -> None:
+    config = text_config(adapter__dropout=0.3)
+    torch.manual_seed(1)
+    first = trained(config)
+    torch.manual_seed(2)
+    again = trained(config)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    for other in (trained(config, server_round=2), trained(config, client_id="site-1")):
+        assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_one_sgd_step_is_the_gradient_times_the_rate(text_config: Make) -> None:
+    settings = {"train__optimizer": "sgd", "train__local_steps": 1, "train__batch_size": 64}
+    small, large = (trained(text_config(**settings, train__learning_rate=rate)) for rate in (0.01, 0.02))
+    for name in small:
+        torch.testing.assert_close(2 * small[name], large[name], rtol=1e-3, atol=1e-6)
+
+
+def test_the_proximal_term_adds_mu_times_the_distance_from_what_was_sent(text_config: Make) -> None:
+    rate, mu = 0.1, 3.0
+    settings = {"train__optimizer": "sgd", "train__learning_rate": rate}
+    first = trained(text_config(**settings, train__local_steps=1))
+    free, pulled = (trained(text_config(**settings, train__local_steps=2, train__proximal_mu=m)) for m in (0.0, mu))
+    assert length(first) > 0
+    for name in first:  # the second step's gradient is the same but for that term
+        torch.testing.assert_close(pulled[name] - free[name], -rate * mu * first[name], rtol=1e-3, atol=1e-6)
+
+
+def test_clipping_bounds_a_step(text_config: Make) -> None:
+    settings = {"train__optimizer": "sgd", "train__local_steps": 1, "train__learning_rate": 1.0}
+    assert length(trained(text_config(**settings, train__max_grad_norm=1e-3))) == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_adapters_stay_in_32_bits_over_a_16_bit_base(text_config: Make) -> None:
+    config = text_config(train__precision="bf16")
+    home = Resident(config)
+    assert {tensor.dtype for tensor in home.adapted.initial.values()} == {torch.float32}
+    assert torch.bfloat16 in {parameter.dtype for parameter in home.adapted.model.parameters()}
+    assert length(trained(config)) > 0
