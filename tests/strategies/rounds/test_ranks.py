@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from flwr.app import Message
-from tests.strategies.rounds.test_exchange import drawn
 from torch import Tensor
 
 from fedpeft.adapters.state import AdapterState
@@ -17,6 +16,7 @@ from fedpeft.strategies.flexlora import FlexLora
 from fedpeft.strategies.lora_lego import LoraLego, merge_layers
 from fedpeft.wire import ARRAYS, CONFIG, RANK, to_record, to_tensors
 from tests.strategies.oracles import LAYERS, make_cohort
+from tests.strategies.rounds.test_exchange import drawn
 from tests.strategies.test_base import A, B, FunctionGrid, initial, reply_with
 
 MIXED = [method for method in STRATEGIES.values() if method.capabilities.mixed_ranks]

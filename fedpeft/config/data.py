@@ -1,0 +1,67 @@
+"""``[data]``: the rows, and which columns hold what."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+from typing import Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from fedpeft.config.section import Section
+
+Truncate = Literal["longest", "prompt", "completion"]
+
+
+class DataConfig(Section):
+    """The rows, and which columns hold what."""
+
+    source: str | None = Field(
+        None, description="CSV, JSON lines, Parquet, image folder, saved dataset, hub id, preset:NAME"
+    )
+    test: str | None = Field(None, description="test rows, same kinds; else the source's test split, else held out")
+    test_fraction: float = Field(0.2, gt=0, lt=1, description="share of rows held out where no test rows are given")
+    text: str | None = Field(None, description="column of the text to classify")
+    text_pair: str | None = Field(None, description="column of a second text, for pairs")
+    image: str | None = Field(None, description="column of images to classify")
+    prompt: str | None = Field(None, description="column of prompts, for causal language modelling")
+    completion: str | None = Field(None, description="column of completions: the loss counts these tokens only")
+    label: str | None = Field(None, description="column of the label; 'label' if unset")
+    labels: str | None = Field(
+        None, description="all label names, comma-separated, where a site sees only some of them"
+    )
+    domain: str | None = Field(None, description="column by which test scores are also reported")
+    max_length: int = Field(128, ge=1, description="tokens kept of each row")
+    truncate: Truncate | None = Field(
+        None,
+        description="what is cut of prompt and completion that are too long together: longest (if unset), the longer "
+        "of both; prompt, at its beginning and wholly if need be; completion, at its end",
+    )
+    encoding: str = Field("utf-8", description="of CSV and JSON files, such as cp1252, latin-1, utf-16")
+
+    @property
+    def label_names(self) -> tuple[str, ...] | None:
+        """The names in ``labels``, or None where it is not set; quotes protect a comma in a name."""
+        if self.labels is None:
+            return None
+        return tuple(name.strip() for name in next(csv.reader([self.labels], skipinitialspace=True)))
+
+    @field_validator("encoding")
+    @classmethod
+    def _is_of_text(cls, name: str) -> str:
+        try:
+            found = codecs.lookup(name)
+            io.TextIOWrapper(io.BytesIO(), name)  # which refuses codecs that make no text
+        except (LookupError, ValueError):
+            raise ValueError(
+                f"data.encoding = '{name}' is no encoding of text. Give utf-8, utf-16, cp1252, latin-1, gb18030, "
+                "shift_jis or any other that Python knows"
+            ) from None
+        return found.name
+
+    @model_validator(mode="after")
+    def _labels_differ(self) -> Self:
+        if (names := self.label_names) is not None and (len(names) < 2 or len(set(names)) < len(names)):
+            raise ValueError(f"data.labels = '{self.labels}' must name two or more different labels")
+        return self

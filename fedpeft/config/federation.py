@@ -1,0 +1,57 @@
+"""``[strategy]``, ``[federation]``, ``[simulation]`` and ``[run]``: how a run goes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from fedpeft.config.section import Section
+
+
+class StrategyConfig(BaseModel):
+    """The server's method and its own options, which the method itself checks."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
+
+    name: str = Field("lora-fair", description="see `fedpeft strategies`")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Everything in the section but the name."""
+        return dict(self.__pydantic_extra__ or {})
+
+
+class FederationConfig(Section):
+    """How many clients, for how long."""
+
+    clients: int | None = Field(None, ge=1, description="number of clients; a natural partition's own number")
+    rounds: int = Field(10, ge=1, description="rounds of training")
+    fraction: float = Field(1.0, gt=0, le=1, description="share of the clients drawn each round")
+    min_clients: int = Field(1, ge=1, description="fewest good updates that make a round")
+    round_timeout: float = Field(3600.0, gt=0, description="seconds a deployment waits for a round's replies")
+
+
+def cohort_size(clients: int, fraction: float, min_clients: int) -> int:
+    """Return how many of the clients are drawn each round."""
+    return min(clients, max(1, min_clients, round(fraction * clients)))
+
+
+class SimulationConfig(Section):
+    """The machine. No result depends on the number of workers; last digits may depend on threads, and on a GPU."""
+
+    workers: int | None = Field(None, ge=0, description="Ray workers, one per core if unset; 0 trains in this process")
+    threads_per_worker: int = Field(1, ge=1, description="CPU threads of a worker")
+    gpus_per_worker: float = Field(0.0, ge=0, description="share of a GPU per worker")
+
+
+class RunSection(Section):
+    """Name, seed and what is recorded."""
+
+    seed: int = Field(0, ge=0, lt=2**63, description="everything random follows from it")
+    name: str | None = Field(None, description="folder under runs/ if --out is not given")
+    evaluate_every: int = Field(1, ge=1, description="rounds between evaluations; the last is always evaluated")
+    evaluate_clients: bool = Field(False, description="also score each client's share of the test rows")
+    evaluate_batch_size: int = Field(64, ge=1, description="rows a batch in evaluation")
+    aggregation_error: bool = Field(True, description="measure how far the sent adapter is from the mean of updates")
+    checkpoint_every: int = Field(5, ge=1, description="rounds between checkpoints; the newest two are kept")

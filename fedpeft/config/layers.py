@@ -1,0 +1,160 @@
+"""The layers that a configuration is made of: defaults < preset < TOML file < command line."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from fedpeft.config.run import RunConfig
+from fedpeft.config.values import describe
+from fedpeft.errors import ConfigError, nearest
+from fedpeft.places import at, divided_name, is_image_folder
+
+Layer = dict[str, dict[str, Any]]
+# keys of one section of which naming one takes back what an earlier layer said of the others
+EXCLUSIVE = {
+    "train": ("local_steps", "local_epochs"),
+    "partition": ("scheme", "by"),
+    "adapter": ("rank", "ranks"),
+}
+
+
+def nest(flat: Mapping[str, Any]) -> Layer:
+    """Turn ``{"section.key": value}`` into ``{"section": {"key": value}}``."""
+    layer: Layer = {}
+    for name, value in flat.items():
+        section, dot, key = name.partition(".")
+        if not dot or not key:
+            raise ConfigError(f"'{name}' is not of the form section.key. {nearest(section, RunConfig.model_fields)}")
+        layer.setdefault(section, {})[key] = value
+    return layer
+
+
+def parse_overrides(words: Iterable[str]) -> Layer:
+    """Read the command line's ``section.key=value`` words."""
+    flat: dict[str, str] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals:
+            raise ConfigError(
+                f"'{word}' is neither a .toml file nor section.key=value, such as train.learning_rate=1e-3."
+            )
+        flat[name.strip()] = value.strip()
+    return nest(flat)
+
+
+def read_toml(path: Path) -> Layer:
+    """Read a configuration file."""
+    try:
+        with path.open("rb") as file:
+            layer = tomllib.load(file)
+    except FileNotFoundError:
+        raise ConfigError(f"no configuration file '{path}'; name an existing .toml file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read '{path}': {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"'{path}' is not valid TOML: {error}") from None
+    for section, table in layer.items():
+        if not isinstance(table, dict):
+            raise ConfigError(
+                f"'{section}' stands outside a section in '{path}'. Write it as section.key, or under [section]."
+            )
+    return layer
+
+
+def merge(layers: Iterable[Layer]) -> Layer:
+    """Lay one layer over another: later ones win, key by key."""
+    merged: Layer = {}
+    for layer in layers:
+        for section, table in layer.items():
+            into = merged.setdefault(section, {})
+            if not table.keys().isdisjoint(EXCLUSIVE.get(section, ())):
+                for key in EXCLUSIVE[section]:
+                    into.pop(key, None)
+            # a strategy's options belong to it alone: naming another one drops them
+            if section == "strategy" and "name" in into and table.get("name", into["name"]) != into["name"]:
+                into.clear()
+            into.update(table)
+    return merged
+
+
+def resolve(layers: Iterable[Layer]) -> RunConfig:
+    """Merge layers over the defaults and check the result.
+
+    Raises
+    ------
+    ConfigError
+        An unknown section or key, a value of the wrong type or out of range, or values that contradict each other.
+    """
+    merged = merge(layers)
+    for section, table in merged.items():
+        if section not in RunConfig.model_fields:
+            raise ConfigError(f"unknown section '{section}'. {nearest(section, RunConfig.model_fields)}")
+        kind = RunConfig.model_fields[section].annotation
+        assert isinstance(kind, type)
+        assert issubclass(kind, BaseModel)
+        if kind.model_config.get("extra") == "allow":
+            continue
+        for key in table:
+            if key not in kind.model_fields:
+                raise ConfigError(f"unknown key '{section}.{key}'. {nearest(key, kind.model_fields)}")
+    try:
+        return RunConfig.model_validate(merged)
+    except ValidationError as error:
+        raise ConfigError(describe(error)) from None
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """Make paths of existing files and folders absolute, so that a saved configuration works from any folder.
+
+    Where rows lie in a folder of images and no column is named, that of the images is, from which follows the task.
+    """
+
+    def absolute(value: str | None) -> str | None:
+        if not value:
+            return value
+        name, parts = divided_name(value)
+        path = at(name)
+        return ":".join([str(path.resolve()), *parts]) if os.path.exists(path) else value
+
+    data, named = config.data, (config.data.text, config.data.image, config.data.prompt, config.data.completion)
+    if config.model.task is None and not any(named) and is_image_folder(data.source or data.test):
+        config = config.model_copy(update={"data": data.model_copy(update={"image": "image"})})
+    return config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"name": absolute(config.model.name)}),
+            "adapter": config.adapter.model_copy(update={"init_data": absolute(config.adapter.init_data)}),
+            "data": config.data.model_copy(
+                update={"source": absolute(config.data.source), "test": absolute(config.data.test)}
+            ),
+        }
+    )
+
+
+def configure(settings: Mapping[str, Any], *, preset: str | None = None, file: Path | None = None) -> RunConfig:
+    """Make a configuration in Python, as the command line makes it from words.
+
+    Parameters
+    ----------
+    settings : mapping
+        ``{"section.key": value}``; wins over file and preset.
+    preset : str, optional
+        Name of an embedded preset.
+    file : Path, optional
+        A TOML file.
+
+    Raises
+    ------
+    ConfigError
+        See `resolve`.
+    """
+    from fedpeft.presets import layer  # which itself is typed in terms of this module
+
+    layers = [layer(preset)] if preset else []
+    layers += [read_toml(file)] if file else []
+    return with_absolute_paths(resolve([*layers, nest(settings)]))

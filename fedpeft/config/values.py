@@ -1,0 +1,33 @@
+"""Values that are not plain TOML, and what is wrong with them in words."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field, ValidationError
+
+Scalar = str | int | float | bool
+
+
+def split_list(value: object) -> object:
+    """Read ``"query, value"`` as a list, since run configurations on the wire and command lines hold no lists."""
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(split_list)]
+Ranks = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1), BeforeValidator(split_list)]
+
+
+def describe(error: ValidationError, prefix: str = "") -> str:
+    """Say in one line what pydantic found wrong: the key, the value given, what is allowed."""
+    problems = []
+    for item in error.errors(include_url=False):
+        name = ".".join([*([prefix] if prefix else []), *(str(part) for part in item["loc"])])
+        if item["type"] == "value_error":
+            problems.append(str(item["ctx"]["error"]))
+        else:
+            given = item["input"]
+            shown = "nan" if isinstance(given, float) and math.isnan(given) else repr(given)
+            problems.append(f"{name} = {shown}: {item['msg'][0].lower()}{item['msg'][1:]}")
+    return "; ".join(problems)
