@@ -48,11 +48,8 @@ def init_app(directory: Path, config: RunConfig, out: Path | None) -> str:
         The folder is not empty, a strategy or option does not exist, or labels or clients cannot be read off the rows.
     """
     _check_vacant(directory)
-    if config.adapter.init == "lora-ga":
-        raise DeploymentError(
-            "adapter.init = 'lora-ga' works in simulations only: every site would take directions of its own gradient "
-            "out of the base, and their signs depend on the processor. Use 'pissa' or 'default'."
-        )
+    if why := config.adapter.start.simulations_only:
+        raise DeploymentError(f"adapter.init = '{config.adapter.init}' works in simulations only: {why}")
     _refuse_canaries(config)
     # this reaches up to the strategies, and loads torch; clients import this module for `run_config` alone
     from fedpeft.resident import resident

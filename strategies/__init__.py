@@ -6,7 +6,6 @@ from importlib.metadata import entry_points
 
 from pydantic import ValidationError
 
-from fedpeft.adapters.kinds import INITS_OF_BASE
 from fedpeft.config import AdapterConfig, RunConfig, StrategyConfig, describe
 from fedpeft.config.privacy import Rng
 from fedpeft.errors import ConfigError, nearest
@@ -133,7 +132,7 @@ def with_typed_options(config: RunConfig, *, rng: Rng = "seeded") -> RunConfig:
 
 def _check_kind(config: RunConfig, method: type[AdapterStrategy]) -> None:
     kind, kinds = config.adapter.kind, method.capabilities.kinds
-    if kind not in kinds:
+    if not method.capabilities.takes(config.adapter.facts):
         able = ", ".join(name for name, other in available().items() if _takes(other, config.adapter))
         raise ConfigError(
             f"strategy '{method.name}' cannot merge adapters of adapter.kind = '{kind}'. "
@@ -164,7 +163,7 @@ def _with_own_adapter(config: RunConfig, method: type[AdapterStrategy]) -> RunCo
 
 
 def _takes(method: type[AdapterStrategy], adapter: AdapterConfig) -> bool:
-    if adapter.kind not in method.capabilities.kinds:
+    if not method.capabilities.takes(adapter.facts):
         return False
     try:
         method.check(method.Options(), adapter)
@@ -183,9 +182,11 @@ def _check_ranks(config: RunConfig, method: type[AdapterStrategy]) -> None:
             f"adapter.ranks = {','.join(map(str, adapter.ranks))}: strategy '{method.name}' merges adapters of one "
             f"rank only. Mixed ranks: {able}."
         )
-    if adapter.kind == "ffa-lora":
-        raise ConfigError("adapter.ranks and adapter.kind = 'ffa-lora' exclude each other: a frozen A has one rank")
-    if adapter.init in INITS_OF_BASE:
+    if not adapter.facts.mixed_ranks:
+        raise ConfigError(
+            f"adapter.ranks and adapter.kind = '{adapter.kind}' exclude each other: a frozen A has one rank"
+        )
+    if adapter.start.of_base:
         raise ConfigError(
             f"adapter.ranks and adapter.init = '{adapter.init}' exclude each other: it takes as many ranks out of the "
             "base as the adapter has, the same for all clients"

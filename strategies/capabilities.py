@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedpeft.adapters.kinds import ADDITIVE_KINDS, Head
+from fedpeft.adapters.kinds import KINDS, Head, Kind, Update
 from fedpeft.adapters.state import Role
 
 
@@ -34,8 +34,10 @@ class Capabilities:
         Whether the frozen base moves too; clients are then sent its change.
     init : str
         The ``adapter.init`` that the method is defined with; any if empty.
-    kinds : frozenset of str
-        The ``adapter.kind`` that the method can merge.
+    updates : frozenset of str, optional
+        The forms of update that the method can merge, see `fedpeft.adapters.kinds.Kind`; any if None.
+    fixed_factors : bool
+        Whether it merges kinds of which a factor is fixed.
     kind : str
         The one of `kinds` that a run has where it names none; if empty ``lora``, or the only one that there is.
     head : {"shared", "local", "frozen"}
@@ -52,6 +54,16 @@ class Capabilities:
     mixed_ranks: bool = False
     changes_base: bool = False
     init: str = ""
-    kinds: frozenset[str] = ADDITIVE_KINDS
+    updates: frozenset[Update] | None = frozenset({"product"})
+    fixed_factors: bool = True
     kind: str = ""
     head: Head = "shared"
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """The ``adapter.kind`` that the method can merge, of all that are registered."""
+        return frozenset(name for name, kind in KINDS.all().items() if self.takes(kind))
+
+    def takes(self, kind: Kind) -> bool:
+        """Tell whether the method can merge adapters of a kind."""
+        return (self.updates is None or kind.update in self.updates) and (self.fixed_factors or not kind.fixed)

@@ -7,9 +7,9 @@ LoRA Fine-Tuning", arXiv 2502.15436. A layer's update is s B R A, where B and A 
 
 exactly. A client sends r^2 numbers a layer, however wide the layer is.
 
-B and A are those of the adapter's kind, see `fedpeft.adapters.lora_sb`. As the paper has it, they come from a gradient:
-``adapter.kind=lora-sb``, which looks at rows that must be public (``adapter.init_data``). Without such rows they are
-singular vectors of the base's weights, ``adapter.kind=lora-xs``: then this is LoRA-XS (arXiv 2405.17604) in a
+B and A are those of the adapter's kind, see `fedpeft.adapters.kinds.square`. As the paper has it, they come from a
+gradient: ``adapter.kind=lora-sb``, which looks at rows that must be public (``adapter.init_data``). Without such rows
+they are singular vectors of the base's weights, ``adapter.kind=lora-xs``: then this is LoRA-XS (arXiv 2405.17604) in a
 federation, and what a run does that names no kind.
 """
 
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fedpeft.adapters.kinds import R_KINDS
 from fedpeft.adapters.state import AdapterState, ClientUpdate, Role
 from fedpeft.strategies.averaging.averaging import AveragingStrategy
 from fedpeft.strategies.capabilities import Capabilities
@@ -34,7 +33,7 @@ class FedSb(AveragingStrategy):
         exact="always: A and B are shared",
         needs_single_factors=False,
         trains="R",
-        kinds=R_KINDS,
+        updates=frozenset({"square"}),
         kind="lora-xs",
     )
 

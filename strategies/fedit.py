@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fedpeft.adapters.kinds import ALL_KINDS
 from fedpeft.adapters.state import AdapterState, ClientUpdate
 from fedpeft.strategies.averaging.averaging import AveragingStrategy
 from fedpeft.strategies.capabilities import Capabilities
@@ -35,7 +34,7 @@ class FedIt(AveragingStrategy):
         sends="Abar, Bbar",
         exact="only where the update is linear in what is trained (ffa-lora, lora-xs, lora-sb, miss)",
         needs_single_factors=False,
-        kinds=ALL_KINDS,
+        updates=None,
     )
 
     def aggregate(self, updates: Iterable[ClientUpdate], current: AdapterState) -> AdapterState:

@@ -40,9 +40,10 @@ class FedSaLora(AveragingStrategy):
     @classmethod
     def check(cls, options: StrategyOptions, adapter: AdapterConfig) -> None:
         """Raise ConfigError if A is frozen: nothing would be left to share."""
-        if adapter.kind == "ffa-lora":
+        if Role.A in adapter.facts.fixed:
             raise ConfigError(
-                "strategy 'fedsa-lora' shares A, which adapter.kind = 'ffa-lora' freezes; use adapter.kind = 'lora'"
+                f"strategy 'fedsa-lora' shares A, which adapter.kind = '{adapter.kind}' freezes; "
+                "use adapter.kind = 'lora'"
             )
 
     @classmethod

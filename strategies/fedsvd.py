@@ -66,9 +66,9 @@ class FedSvd(AdapterStrategy):
     @classmethod
     def check(cls, options: StrategyOptions, adapter: AdapterConfig) -> None:
         """Raise ConfigError if A may not change even between rounds."""
-        if adapter.kind == "ffa-lora":
+        if Role.A in adapter.facts.fixed:
             raise ConfigError(
-                "strategy 'fedsvd' changes A between rounds, which adapter.kind = 'ffa-lora' forbids; "
+                f"strategy 'fedsvd' changes A between rounds, which adapter.kind = '{adapter.kind}' forbids; "
                 "use adapter.kind = 'lora' (fedsvd's clients train B alone)"
             )
 

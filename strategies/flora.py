@@ -44,7 +44,7 @@ class FLora(AdapterStrategy):
         mixed_ranks=True,
         changes_base=True,
         init="default",
-        kinds=frozenset({"lora", "rslora"}),
+        fixed_factors=False,
     )
 
     @classmethod

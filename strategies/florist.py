@@ -30,7 +30,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedpeft.adapters.kinds import INITS_OF_BASE
 from fedpeft.adapters.state import AdapterState, ClientUpdate
 from fedpeft.config import AdapterConfig
 from fedpeft.errors import ConfigError
@@ -90,7 +89,7 @@ class Florist(AdapterStrategy):
     @classmethod
     def check(cls, options: FloristOptions, adapter: AdapterConfig) -> None:
         """Raise ConfigError if a threshold would cut what the initialisation took out of the base."""
-        if adapter.init in INITS_OF_BASE and options.threshold < 1:
+        if adapter.start.of_base and options.threshold < 1:
             raise ConfigError(
                 f"strategy.threshold = {options.threshold:g} would cut parts of the weights that adapter.init = "
                 f"'{adapter.init}' has moved from the base into the adapter; give strategy.threshold=1, or another init"

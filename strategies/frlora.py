@@ -45,7 +45,7 @@ class FrLora(AdapterStrategy):
         needs_single_factors=False,
         changes_base=True,
         init="pissa",
-        kinds=frozenset({"lora", "rslora"}),
+        fixed_factors=False,
     )
 
     @classmethod

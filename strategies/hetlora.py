@@ -82,7 +82,7 @@ class HetLora(AdapterStrategy):
         exact="for one client: means of zero-padded factors",
         needs_single_factors=True,
         mixed_ranks=True,
-        kinds=frozenset({"lora", "rslora"}),
+        fixed_factors=False,
     )
     Options = HetLoraOptions
     options: HetLoraOptions

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 
-from fedpeft.adapters.kinds import ALL_KINDS
 from fedpeft.adapters.state import AdapterState, ClientUpdate
 from fedpeft.strategies.base import AdapterStrategy
 from fedpeft.strategies.capabilities import Capabilities
@@ -26,7 +25,7 @@ class Local(AdapterStrategy):
         exact="does not apply: there is no global update",
         needs_single_factors=False,
         personal=EVERYTHING,
-        kinds=ALL_KINDS,
+        updates=None,
         head="local",
     )
 

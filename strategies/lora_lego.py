@@ -37,7 +37,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedpeft.adapters.state import AdapterState, ClientUpdate, LoraFactors
+from fedpeft.adapters.state import AdapterState, ClientUpdate, LoraFactors, Role
 from fedpeft.config import AdapterConfig
 from fedpeft.errors import ConfigError
 from fedpeft.seeds import generator
@@ -342,7 +342,7 @@ class LoraLego(AdapterStrategy):
                 f"strategy.rank = {options.rank} and adapter.ranks = {','.join(map(str, adapter.ranks))} exclude each "
                 "other: clients of rank r are sent r clusters; leave strategy.rank unset"
             )
-        if adapter.kind == "ffa-lora":
+        if Role.A in adapter.facts.fixed:
             refuse_other_rank(options.rank, adapter.rank)
 
     def __init__(self, **settings: Any) -> None:

@@ -47,9 +47,9 @@ class RoLora(AveragingStrategy):
     @classmethod
     def check(cls, options: StrategyOptions, adapter: AdapterConfig) -> None:
         """Raise ConfigError if A is frozen for good."""
-        if adapter.kind == "ffa-lora":
+        if Role.A in adapter.facts.fixed:
             raise ConfigError(
-                "strategy 'rolora' trains A on even rounds, which adapter.kind = 'ffa-lora' freezes; "
+                f"strategy 'rolora' trains A on even rounds, which adapter.kind = '{adapter.kind}' freezes; "
                 "use adapter.kind = 'lora', or strategy 'fedit'"
             )
 

@@ -9,10 +9,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
+from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from fedpeft.adapters.kinds import Role as Role
+from fedpeft.adapters.kinds.names import is_of_a_kind
 
 A_SUFFIX = ".lora_A.weight"
 B_SUFFIX = ".lora_B.weight"
@@ -20,39 +23,23 @@ R_SUFFIX = ".lora_R.weight"  # the square matrix of LoRA-XS and LoRA-SB, between
 # change of a layer's frozen weight before the last round, and in it
 BASE_EARLIER, BASE_LAST = ".base_earlier", ".base_last"
 BASE_A, BASE_B, BASE_DENSE = ".A", ".B", ".weight"
-# parts of the names of what PEFT's other adapters train or draw
-PARAMETERS = (
-    ".lora_magnitude_vector",
-    ".lora_A",  # of AdaLoRA, which has no ".weight" here and is no product of A and B alone
-    ".lora_B",
-    ".lora_E",
-    ".hada_",
-    ".lokr_",
-    ".vera_",
-    ".miss_",
-    ".randlora_",
-)
 
 
-class Role(StrEnum):
-    """What a tensor of a run is."""
-
-    A = "A"
-    B = "B"
-    R = "R"
-    PARAMETER = "parameter"  # of an adapter, and no factor
-    HEAD = "head"  # and whatever else of the model is trained
-    BASE = "base"  # a change of the frozen base
-
-
+@lru_cache(maxsize=65536)  # it is asked of every tensor of every message
 def role_of(name: str) -> Role:
-    """Return the role of a tensor by its name."""
+    """Return the role of a tensor by its name.
+
+    Raises
+    ------
+    AdapterError
+        It is a tensor of an adapter that no registered kind claims.
+    """
     for suffix, role in ((A_SUFFIX, Role.A), (B_SUFFIX, Role.B), (R_SUFFIX, Role.R)):
         if name.endswith(suffix):
             return role
     if BASE_EARLIER in name or BASE_LAST in name:
         return Role.BASE
-    return Role.PARAMETER if any(part in name for part in PARAMETERS) else Role.HEAD
+    return Role.PARAMETER if is_of_a_kind(name) else Role.HEAD
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedpeft.adapters.kinds import AdapterKind
+from fedpeft.adapters.kinds import KINDS
 from fedpeft.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ Words = Annotated[
     ),
 ]
 Strategy = Annotated[str | None, typer.Option(help="The server's method; see `fedpeft strategies`.")]
-Adapter = Annotated[str | None, typer.Option(help=f"Kind of adapter: {', '.join(get_args(AdapterKind))}.")]
+Adapter = Annotated[str | None, typer.Option(help=f"Kind of adapter: {', '.join(KINDS.ours)}.")]
 PresetName = Annotated[str | None, typer.Option("--preset", help="Embedded model and data; see `fedpeft presets`.")]
 Clients = Annotated[int | None, typer.Option(help="Number of clients.")]
 Rounds = Annotated[int | None, typer.Option(help="Rounds of training.")]

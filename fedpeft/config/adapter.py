@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from fedpeft.adapters.kinds import (
-    INITS,
-    INITS_FROM_DATA,
-    INITS_OF_BASE,
-    WITHOUT_DROPOUT,
-    AdapterInit,
-    AdapterKind,
-    Head,
-)
+from fedpeft.adapters.kinds import INITS, KINDS, Head, Init, Kind
+from fedpeft.adapters.kinds.options import Option, typed
 from fedpeft.config.section import Section
 from fedpeft.config.values import Names, Ranks, split_list
 
 
 class AdapterConfig(Section):
-    """What is trained."""
+    """What is trained. Keys that are not named here are PEFT's own options of the kind."""
 
-    kind: AdapterKind = Field(
+    model_config = ConfigDict(extra="allow")
+
+    kind: str = Field(
         "lora",
         description="lora trains A and B; ffa-lora B only, A frozen and shared; lora-xs a square R between singular "
         "vectors of the base's weights, lora-sb one between those of a gradient on public rows; rslora scales by alpha "
         "/ sqrt(rank); dora, adalora (no rank is pruned), vera, randlora, miss, loha and lokr are as in PEFT",
     )
-    init: AdapterInit = Field(
+    init: str = Field(
         "default",
         description="how A is drawn (B starts at zero); for lora and rslora also pissa and olora, and eva and lora-ga "
         "from public rows; lora-sb-gradient, from public rows too, is that of lora-sb",
@@ -66,16 +60,26 @@ class AdapterConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _lora_sb_begins_at_a_gradient(cls, values: Any) -> Any:
-        if isinstance(values, Mapping):
-            if values.get("init") == "lora-sb-gradient" and "kind" not in values:
-                return {**values, "kind": "lora-sb"}
-            if values.get("kind") == "lora-sb" and values.get("init", "default") == "default":
-                return {**values, "init": "lora-sb-gradient"}
+    def _kind_and_start_go_together(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        if "kind" not in values and (kind := INITS.find(str(values.get("init", "default"))).kind):
+            return {**values, "kind": kind}
+        inits = KINDS.find(str(values.get("kind", "lora"))).inits
+        if values.get("init", "default") == "default" and "default" not in inits:
+            return {**values, "init": inits[0]}
         return values
 
     @model_validator(mode="after")
+    def _options_are_of_the_kind(self) -> Self:
+        extra = self.__pydantic_extra__ or {}
+        extra.update(typed(self.facts, extra, type(self).model_fields))
+        return self
+
+    @model_validator(mode="after")
     def _ranks_agree(self) -> Self:
+        if not self.facts.rank and (given := self.model_fields_set & {"rank", "ranks"}):
+            raise ValueError(f"adapter.kind = '{self.kind}' has no rank; drop adapter.{min(given)}")
         if self.ranks is not None and self.rank != max(self.ranks):
             raise ValueError(
                 f"adapter.rank = {self.rank} is not the largest of adapter.ranks = {','.join(map(str, self.ranks))}; "
@@ -85,37 +89,63 @@ class AdapterConfig(Section):
 
     @model_validator(mode="after")
     def _suits_the_kind(self) -> Self:
-        if self.kind not in INITS[self.init]:
-            allowed = ", ".join(init for init, kinds in INITS.items() if self.kind in kinds)
+        kind, init = self.facts, self.start
+        if init.name not in kind.inits:
+            goes = sorted(name for name, other in KINDS.all().items() if init.name in other.inits)
             raise ValueError(
-                f"adapter.init = '{self.init}' is not for adapter.kind = '{self.kind}'. Allowed: {allowed}; "
-                f"'{self.init}' goes with {', '.join(sorted(INITS[self.init]))}"
+                f"adapter.init = '{self.init}' is not for adapter.kind = '{self.kind}'. Allowed: "
+                f"{', '.join(kind.inits)}; '{self.init}' goes with {', '.join(goes)}"
             )
-        if self.init in INITS_OF_BASE and len(set(self.ranks or ())) > 1:
+        if init.of_base and len(set(self.ranks or ())) > 1:
             raise ValueError(
                 f"adapter.init = '{self.init}' takes ranks out of the base, which the clients with fewer of "
                 f"adapter.ranks = {','.join(map(str, self.ranks or ()))} would miss; use another adapter.init"
             )
-        if self.dropout and self.kind in WITHOUT_DROPOUT:
+        if self.dropout and kind.dropout is None:
             raise ValueError(
                 f"adapter.dropout = {self.dropout} is not for adapter.kind = '{self.kind}', which can drop no inputs; "
                 "leave it at 0"
             )
-        if self.init in INITS_FROM_DATA and self.init_data is None:
+        return self
+
+    @model_validator(mode="after")
+    def _rows_go_with_the_start(self) -> Self:
+        init = self.start
+        if init.from_data and self.init_data is None:
             what = f"adapter.init = '{self.init}'"
-            without = ""
-            if self.kind == "lora-sb":
-                what = "adapter.kind = 'lora-sb' begins at a gradient (adapter.init = 'lora-sb-gradient'), and"
-                without = "; without such rows use adapter.kind = 'lora-xs'"
+            if init.begins:
+                what = f"adapter.kind = '{self.kind}' begins {init.begins} (adapter.init = '{self.init}'), and"
+            without = f"; without such rows use {init.instead}" if init.instead else ""
             raise ValueError(
                 f"{what} needs adapter.init_data: a file or folder of public rows with the run's columns{without}"
             )
-        if self.init not in INITS_FROM_DATA and self.init_data is not None:
+        if not init.from_data and self.init_data is not None:
+            able = sorted(name for name, other in INITS.all().items() if other.from_data)
             raise ValueError(
                 f"adapter.init_data = '{self.init_data}' belongs to adapter.init = "
-                f"{' or '.join(repr(init) for init in sorted(INITS_FROM_DATA))}, not to '{self.init}'; drop it"
+                f"{' or '.join(map(repr, able))}, not to '{self.init}'; drop it"
             )
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_the_kind_has_not(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = handler(self)
+        return values if self.facts.rank else {name: value for name, value in values.items() if name != "rank"}
+
+    @property
+    def facts(self) -> Kind:
+        """What is known of the kind."""
+        return KINDS.find(self.kind)
+
+    @property
+    def start(self) -> Init:
+        """What is known of the initialisation."""
+        return INITS.find(self.init)
+
+    @property
+    def options(self) -> dict[str, Option]:
+        """PEFT's own options of the kind, by PEFT's names."""
+        return dict(self.__pydantic_extra__ or {})
 
     @property
     def scaling(self) -> float:
@@ -123,5 +153,5 @@ class AdapterConfig(Section):
         return self.scaling_of(self.rank)
 
     def scaling_of(self, rank: int) -> float:
-        """Return the scaling of a client of some rank: alpha / rank, and of rslora alpha / sqrt(rank)."""
-        return self.alpha / (math.sqrt(rank) if self.kind == "rslora" else rank)
+        """Return the scaling of a client of some rank, such as alpha / rank."""
+        return self.facts.scaled(self.alpha, rank)

@@ -10,6 +10,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from fedpeft.adapters.kinds import KINDS
+from fedpeft.config.adapter import AdapterConfig
 from fedpeft.config.run import RunConfig
 from fedpeft.config.values import describe
 from fedpeft.errors import ConfigError, nearest
@@ -79,8 +81,17 @@ def merge(layers: Iterable[Layer]) -> Layer:
             # a strategy's options belong to it alone: naming another one drops them
             if section == "strategy" and "name" in into and table.get("name", into["name"]) != into["name"]:
                 into.clear()
+            if section == "adapter" and table.get("kind", into.get("kind", "lora")) != into.get("kind", "lora"):
+                _leave_to_the_kind(into, str(table["kind"]))
             into.update(table)
     return merged
+
+
+def _leave_to_the_kind(adapter: dict[str, Any], kind: str) -> None:
+    """Drop what an earlier layer said of another kind: its options, and a rank that this one does not have."""
+    own = AdapterConfig.model_fields.keys() - (set() if KINDS.find(kind).rank else {"rank", "ranks"})
+    for name in adapter.keys() - own:
+        del adapter[name]
 
 
 def resolve(layers: Iterable[Layer]) -> RunConfig:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from fedpeft.adapters.kinds import INITS_FROM_DATA, R_KINDS
+from fedpeft.adapters.kinds import KINDS
 from fedpeft.config import RunConfig
 from fedpeft.config.privacy import Rng
 from fedpeft.errors import ConfigError
-
-# whose per-row gradients Opacus's hooks give rightly: all that is trained are weights of linear layers
-RECORD_KINDS = frozenset({"lora", "rslora", "ffa-lora"}) | R_KINDS
 
 
 def with_rng(config: RunConfig, default: Rng) -> RunConfig:
@@ -30,7 +27,7 @@ def check_privacy(config: RunConfig) -> None:
     privacy, adapter = config.privacy, config.adapter
     if privacy.level == "none":
         return
-    if adapter.init in INITS_FROM_DATA and not privacy.public_init_data:
+    if adapter.start.from_data and not privacy.public_init_data:
         raise ConfigError(
             f"adapter.init = '{adapter.init}' looks at adapter.init_data, which no noise covers. If those rows are "
             "public, say so: privacy.public_init_data=true; else take another adapter.init."
@@ -46,10 +43,11 @@ def check_privacy(config: RunConfig) -> None:
 
 def _check_record(config: RunConfig) -> None:
     privacy, adapter, train = config.privacy, config.adapter, config.train
-    if adapter.kind not in RECORD_KINDS:
+    if not adapter.facts.row_by_row:
+        able = sorted(name for name, kind in KINDS.all().items() if kind.row_by_row)
         raise ConfigError(
             f"adapter.kind = '{adapter.kind}' is not for privacy.level = 'record': the gradient of each single row "
-            f"cannot be had for what it trains. Allowed: {', '.join(sorted(RECORD_KINDS))}; or privacy.level=client."
+            f"cannot be had for what it trains. Allowed: {', '.join(able)}; or privacy.level=client."
         )
     if train.max_grad_norm:
         raise ConfigError(

@@ -16,7 +16,6 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from fedpeft.adapters.adapted import AdaptedModel
-from fedpeft.adapters.kinds import ADDITIVE_KINDS, R_KINDS
 from fedpeft.adapters.state import AdapterState, ClientUpdate, num_bytes, role_of
 from fedpeft.config import RunConfig
 from fedpeft.errors import BudgetSpentError, FedpeftError, TooFewClientsError
@@ -76,7 +75,7 @@ def build_strategy(config: RunConfig, home: Resident, client_ids: Mapping[int, s
         scaling=config.adapter.scaling,
         frozen=home.adapted.frozen,
         client_ids=client_ids,
-        measure_error=config.run.aggregation_error and adapter.kind in ADDITIVE_KINDS | R_KINDS,
+        measure_error=config.run.aggregation_error and adapter.facts.has_factors,
         ranks=client_ranks(config),
         scaling_of=adapter.scaling_of,
         offset=home.adapted.offset,

@@ -10,8 +10,9 @@ import torch
 import transformers
 from peft import PeftModel
 
-from fedpeft.adapters.adapted import AdaptedModel, choose_targets
+from fedpeft.adapters.adapted import AdaptedModel
 from fedpeft.adapters.state import AdapterState, LoraFactors
+from fedpeft.adapters.targets import choose_targets
 from fedpeft.config import RunConfig, nest, resolve
 from fedpeft.errors import AdapterError, ModelError
 from fedpeft.models import load_base, locate
