@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 
-from fedpeft.adapters.kinds import ALL_KINDS, R_KINDS
+from fedpeft.adapters.kinds import KINDS
 from fedpeft.config import RunConfig
 from fedpeft.config.privacy import PrivacyConfig
 from fedpeft.errors import ConfigError
-from fedpeft.privacy.checks import RECORD_KINDS
 from fedpeft.strategies import with_typed_options
 
 Make = Callable[..., RunConfig]
@@ -63,12 +62,12 @@ def test_leaks_around_the_mechanism_are_refused(settings: dict[str, Any], words:
         with_typed_options(text_config(**RECORD, **settings))
 
 
-@pytest.mark.parametrize("kind", sorted(ALL_KINDS))
+@pytest.mark.parametrize("kind", sorted(KINDS.ours))
 def test_kinds_without_gradients_of_single_rows_are_refused_by_name(kind: str, text_config: Make) -> None:
-    strategy = "fed-sb" if kind in R_KINDS else "fedit"
+    strategy = "fed-sb" if KINDS.find(kind).update == "square" else "fedit"
     rows = {"adapter__init_data": "r.csv", "privacy__public_init_data": True} if kind == "lora-sb" else {}
     config = text_config(**RECORD, adapter__kind=kind, strategy__name=strategy, **rows)
-    if kind in RECORD_KINDS:
+    if kind in {"lora", "rslora", "ffa-lora", "lora-xs", "lora-sb"}:
         assert with_typed_options(config).privacy.rng == "seeded"
         assert with_typed_options(config, rng="secure").privacy.rng == "secure"
         return

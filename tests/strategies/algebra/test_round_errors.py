@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fedpeft.adapters.base_change import dense
-from fedpeft.adapters.kinds import R_KINDS
 from fedpeft.adapters.state import AdapterState, ClientUpdate, LoraFactors, Role
 from fedpeft.strategies import STRATEGIES
 from fedpeft.strategies.algebra.factors import RoundErrors, round_errors, squared_norms
@@ -34,7 +33,7 @@ def started(name: str, rank: int) -> AdapterState:
     moved = facts.init == "pissa"
     factors = {}
     for seed, layer in enumerate(LAYERS):
-        square = facts.kinds <= R_KINDS
+        square = facts.updates == {"square"}
         B = normal(50 + seed, D_OUT, rank) if moved or square else torch.zeros(D_OUT, rank).double()
         R = torch.zeros(rank, rank).double() if square else None
         factors[layer] = LoraFactors(normal(seed, rank, D_IN), B, 2.0, R)

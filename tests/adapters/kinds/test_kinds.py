@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,16 +17,7 @@ from torch import Tensor
 
 from fedpeft.adapters import initial
 from fedpeft.adapters.adapted import AdaptedModel
-from fedpeft.adapters.kinds import (
-    ADDITIVE_KINDS,
-    ALL_KINDS,
-    INITS,
-    INITS_FROM_DATA,
-    INITS_OF_BASE,
-    R_KINDS,
-    WITHOUT_CONV1D,
-    AdapterInit,
-)
+from fedpeft.adapters.kinds import INITS, KINDS
 from fedpeft.adapters.state import AdapterState, ClientUpdate, Role, role_of
 from fedpeft.config import AdapterConfig, RunConfig, nest, resolve
 from fedpeft.errors import AdapterError, ConfigError, FedpeftError
@@ -38,7 +29,9 @@ from fedpeft.tasks.encoding import EncodedSplit, encode_rows
 from fedpeft.training.local import train_locally
 
 Make = Callable[..., RunConfig]
-KINDS = sorted(ALL_KINDS)
+NAMES = sorted(KINDS.ours)
+SQUARE = sorted(name for name, kind in KINDS.ours.items() if kind.update == "square")
+PRODUCT = {name for name, kind in KINDS.ours.items() if kind.update == "product"}
 BEGUN = ("default", "pissa", "olora", "eva", "lora-ga")
 
 
@@ -89,7 +82,7 @@ def same_as_peft_loads(held: Resident, tensors: dict[str, Tensor], folder: Path)
     return torch.allclose(logits(loaded, held), logits(adapted.model, held), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NAMES)
 def test_a_step_moves_what_is_trained_and_peft_loads_the_average(kind: str, text_config: Make, tmp_path: Path) -> None:
     held = home(text_config, kind)
     adapted = held.adapted
@@ -103,8 +96,8 @@ def test_a_step_moves_what_is_trained_and_peft_loads_the_average(kind: str, text
         for name, before in adapted.initial.items():
             assert torch.equal(clients[-1][name], before) == (name in adapted.frozen), name
     assert {role_of(name) for name in adapted.initial if not is_head(name)} == {
-        *([Role.A, Role.B] if kind in ADDITIVE_KINDS | R_KINDS | {"dora"} else [Role.PARAMETER]),
-        *([Role.R] if kind in R_KINDS else []),
+        *([Role.A, Role.B] if kind in {*PRODUCT, *SQUARE, "dora"} else [Role.PARAMETER]),
+        *([Role.R] if kind in SQUARE else []),
         *([Role.PARAMETER] if kind == "dora" else []),
     }
 
@@ -125,12 +118,12 @@ def test_a_step_moves_what_is_trained_and_peft_loads_the_average(kind: str, text
     assert same_as_peft_loads(held, merged, tmp_path)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NAMES)
 def test_the_seed_alone_draws_an_adapter(kind: str, text_config: Make) -> None:
     one, two, other = (home(text_config, kind, run__seed=seed).adapted for seed in (1, 1, 2))
     assert all(torch.equal(tensor, two.initial[name]) for name, tensor in one.initial.items())
     assert one.frozen_hash == two.frozen_hash
-    assert bool(one.frozen) == (kind in {"ffa-lora", "vera", "randlora"} | R_KINDS)
+    assert bool(one.frozen) == (kind in {"ffa-lora", "vera", "randlora", *SQUARE})
     if kind != "lora-xs":  # whose factors follow from the base alone
         assert (one.frozen_hash != other.frozen_hash) == bool(one.frozen)
 
@@ -153,7 +146,7 @@ def test_robust_means_and_server_optimizers_take_every_tensor(kind: str, method:
         assert key in adapted.trained or torch.equal(merged[key], adapted.initial[key])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NAMES)
 def test_the_mean_is_exact_where_the_update_is_linear_in_what_is_trained(kind: str, text_config: Make) -> None:
     adapted = home(text_config, kind).adapted
     layer = adapted.model.get_submodule("base_model.model.bert.encoder.layer.0.attention.self.query")
@@ -171,13 +164,11 @@ def test_the_mean_is_exact_where_the_update_is_linear_in_what_is_trained(kind: s
     )
     middle = outputs({name: (tensor + other[name]) / 2 for name, tensor in one.items()})
     ideal = (outputs(one) + outputs(other)) / 2
-    assert torch.allclose(middle, ideal, rtol=1e-4, atol=1e-4) == (kind in {"ffa-lora", "miss"} | R_KINDS)
-    for exact in ("ffa-lora", "lora-xs", "lora-sb", "miss"):
-        assert exact in FedIt.capabilities.exact
+    assert torch.allclose(middle, ideal, rtol=1e-4, atol=1e-4) == KINDS.find(kind).linear
 
 
 def public(text_csv: Path, init: str) -> dict[str, Any]:
-    return {"adapter__init": init, **({"adapter__init_data": str(text_csv)} if init in INITS_FROM_DATA else {})}
+    return {"adapter__init": init, **({"adapter__init_data": str(text_csv)} if INITS.find(init).from_data else {})}
 
 
 @pytest.mark.parametrize("kind", ["lora", "rslora"])
@@ -200,7 +191,7 @@ def test_an_initialisation_changes_a_but_no_output(
         )
     base = logits(original(held), held)
     torch.testing.assert_close(logits(adapted.model, held), base, rtol=1e-4, atol=1e-5)
-    assert bool(adapted.offset) == (init in INITS_OF_BASE)
+    assert bool(adapted.offset) == INITS.find(init).of_base
 
     begun = AdapterState.from_tensors(adapted.initial, adapted.scaling)
     adapted.save(tmp_path / "begun", begun, held.labels)
@@ -280,7 +271,7 @@ def test_lora_sb_begins_at_the_first_step_on_public_rows(optimizer: str, text_co
     assert all("query" in name for name in names)
 
 
-@pytest.mark.parametrize("kind", sorted(R_KINDS))
+@pytest.mark.parametrize("kind", SQUARE)
 def test_the_gradient_of_r_is_that_of_the_weight_between_b_and_a(kind: str, text_config: Make) -> None:
     adapted = home(text_config, kind).adapted
     name = "base_model.model.bert.encoder.layer.0.intermediate.dense"
@@ -337,7 +328,7 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("kind", "init"), [*((kind, "default") for kind in KINDS), ("lora", "pissa"), ("lora", "olora")]
+    ("kind", "init"), [*((kind, "default") for kind in NAMES), ("lora", "pissa"), ("lora", "olora")]
 )
 def test_transposed_layers_are_adapted_or_refused(
     kind: str, init: str, gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -351,7 +342,7 @@ def test_transposed_layers_are_adapted_or_refused(
         batch = torch.arange(2, 14).reshape(2, 6)
         monkeypatch.setattr(initial, "public_batches", lambda *_: [{"input_ids": batch, "labels": batch}])
     config = resolve([nest({**settings, "adapter.kind": kind, "adapter.init": init})])
-    if kind in WITHOUT_CONV1D or init == "olora":
+    if not KINDS.find(kind).conv1d or init == "olora":
         with pytest.raises(AdapterError, match=r"(adapter\.kind|adapter\.init).*c_attn.*Conv1D"):
             AdaptedModel(load_base(config, gpt2, ()), config)
         return
@@ -373,9 +364,10 @@ def test_transposed_layers_are_adapted_or_refused(
 @pytest.mark.parametrize("name", sorted(STRATEGIES))
 def test_a_method_takes_the_kinds_that_it_declares(name: str, text_config: Make) -> None:
     kinds = available()[name].capabilities.kinds
-    assert kinds == {"fedit": ALL_KINDS, "local": ALL_KINDS, "fed-sb": R_KINDS}.get(name, kinds & ADDITIVE_KINDS)
+    everything = set(NAMES)
+    assert kinds == {"fedit": everything, "local": everything, "fed-sb": set(SQUARE)}.get(name, kinds & PRODUCT)
     rows = {"lora-sb": {"adapter__init_data": "public.csv"}}
-    for kind in ALL_KINDS - kinds:
+    for kind in everything - kinds:
         with pytest.raises(ConfigError, match=rf"strategy '{name}'.*'{kind}'.*Allowed: .*{min(kinds)}"):
             with_typed_options(text_config(strategy__name=name, adapter__kind=kind, **rows.get(kind, {})))
     if name in ("fedit", "fed-sb"):
@@ -401,8 +393,11 @@ def test_what_does_not_go_together_is_one_line(settings: dict[str, Any], says: s
     assert "\n" not in str(caught.value)
 
 
-def test_every_initialisation_is_for_some_kind() -> None:
-    assert INITS.keys() == set(get_args(AdapterInit))
+def test_every_initialisation_is_for_some_kind_and_every_kind_has_one() -> None:
+    assert {init for kind in KINDS.ours.values() for init in kind.inits} == INITS.ours.keys()
+    assert all(
+        init.kind in {"", *(n for n in NAMES if name in KINDS.find(n).inits)} for name, init in INITS.ours.items()
+    )
 
 
 def test_lora_ga_needs_twice_the_ranks(text_config: Make, text_csv: Path) -> None:
