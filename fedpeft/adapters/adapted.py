@@ -134,7 +134,7 @@ class AdaptedModel:
             )
 
     def _weights_of_layers(self) -> BaseWeights:
-        if not self.kind.has_factors:  # whose base no method moves
+        if not self.kind.resizable:  # whose base no method moves
             return BaseWeights({})
         layers = {name: module for name, module in self.model.named_modules() if isinstance(module, LoraLayer)}
         transposed = frozenset(name for name, layer in layers.items() if getattr(layer, "fan_in_fan_out", False))

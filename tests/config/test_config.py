@@ -23,7 +23,7 @@ def _resolve(*words: str) -> RunConfig:
         ("train.learning_rate=-1", "train.learning_rate = '-1': input should be greater than 0"),
         ("adapter.rank=2.5", "adapter.rank = '2.5'"),
         ("adapter.rank=0", "adapter.rank = '0': input should be greater than or equal to 1"),
-        ("adapter.kind=dorra", "adapter.kind = 'dorra': input should be 'lora', 'ffa-lora', "),
+        ("adapter.kind=dorra", "unknown adapter.kind 'dorra'. Did you mean 'dora'?"),
         ("federation.fraction=1.5", "federation.fraction"),
         ("partition.scheme=natural", "needs partition.by"),
         ("data.labels=a", "must name two or more different labels"),
