@@ -9,6 +9,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedpeft import tasks
 from fedpeft.adapters.adapted import AdaptedModel
 from fedpeft.agreement import agree
 from fedpeft.config import FederationConfig, RunConfig, RunSection, SimulationConfig, StrategyConfig
@@ -78,8 +79,8 @@ class Resident:
 
     @cached_property
     def labels(self) -> tuple[str, ...]:
-        """Label names in the order of their ids; empty for causal language modelling."""
-        if self.config.task == "causal-lm":
+        """Label names in the order of their ids; empty where rows have none."""
+        if not tasks.of(self.config).has_labels:
             return ()
         return self.config.data.label_names or self.data.labels
 

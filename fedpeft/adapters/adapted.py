@@ -14,6 +14,7 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from fedpeft import tasks
 from fedpeft.adapters.base_change import BaseWeights, check_plain
 from fedpeft.adapters.draws import draw_a, first_ranks
 from fedpeft.adapters.export import PEFT_PREFIX, write_adapter, write_labels
@@ -21,7 +22,7 @@ from fedpeft.adapters.initial import adapt
 from fedpeft.adapters.kinds import ALL_KINDS, INITS_OF_BASE, R_KINDS, WITHOUT_CONV1D, peft_config
 from fedpeft.adapters.lora_sb import R_IN_PEFT
 from fedpeft.adapters.state import A_SUFFIX, AdapterState, LoraFactors, Role, base_changes, fingerprint, role_of
-from fedpeft.config import AdapterConfig, RunConfig, Task
+from fedpeft.config import AdapterConfig, RunConfig
 from fedpeft.errors import AdapterError, nearest
 from fedpeft.models import BaseModel, num_threads, seeded
 from fedpeft.seeds import derive_seed
@@ -45,11 +46,6 @@ MAMBAS = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")  # as PE
 OF_MODELS = ("transformers.models.", "transformers_modules.")  # where layers of one model are defined
 # what nobody trains of a kind
 FIXED = {"ffa-lora": frozenset({Role.A}), **dict.fromkeys(R_KINDS, frozenset({Role.A, Role.B}))}
-PEFT_TASKS: dict[Task, TaskType | None] = {
-    "sequence-classification": TaskType.SEQ_CLS,
-    "image-classification": None,
-    "causal-lm": TaskType.CAUSAL_LM,
-}
 
 
 def adaptable_modules(base: BaseModel) -> dict[str, tuple[int, int]]:
@@ -271,7 +267,7 @@ class AdaptedModel:
 
     def __init__(self, base: BaseModel, config: RunConfig) -> None:
         adapter = config.adapter
-        self.base = base
+        self.base, self.task = base, tasks.of(config)
         self.scaling = adapter.scaling
         everything = tuple(adapter.targets or ()) == (ALL_LINEAR,)
         # LoRA-GA takes twice the rank out of a layer's gradient
@@ -283,7 +279,7 @@ class AdaptedModel:
         self.peft_config = peft_config(
             adapter,
             derive_seed(config.run.seed, "adapter"),
-            task_type=PEFT_TASKS[config.task],
+            task_type=self.task.peft and TaskType[self.task.peft],
             target_modules=targets,
             modules_to_save=list(base.head) or None,
             base_model_name_or_path=str(base.folder),

@@ -18,6 +18,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, initialize_l
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor, nn
 
+from fedpeft import tasks
 from fedpeft.adapters import lora_sb
 from fedpeft.adapters.kinds import INITS_FROM_DATA, R_KINDS
 from fedpeft.config import RunConfig
@@ -25,6 +26,8 @@ from fedpeft.errors import AdapterError
 from fedpeft.models import BaseModel
 from fedpeft.seeds import generator
 from fedpeft.tasks.encoding import encode_rows
+from fedpeft.tasks.losses import mean_loss
+from fedpeft.tasks.task import Task
 
 BATCHES = 8  # of train.batch_size public rows
 PASSES = 32  # over them, for EVA's directions to settle
@@ -49,7 +52,7 @@ def adapt(base: BaseModel, settings: PeftConfig, config: RunConfig) -> PeftModel
     adapter = config.adapter
     batches = public_batches(base, config) if adapter.init in INITS_FROM_DATA else ()
     if adapter.init == "lora-ga":
-        _note_gradients(base, cast(LoraConfig, settings), batches)
+        _note_gradients(base, cast(LoraConfig, settings), tasks.of(config), batches)
     steps = _first_steps(base, settings, config, batches) if adapter.kind == "lora-sb" else None
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "lora with eva init|fan_in_fan_out is set to False")  # PEFT sets it itself
@@ -64,7 +67,7 @@ def adapt(base: BaseModel, settings: PeftConfig, config: RunConfig) -> PeftModel
 def public_batches(base: BaseModel, config: RunConfig) -> list[Batch]:
     """Return a few batches of the public rows of ``adapter.init_data``, drawn from the run's seed."""
     assert config.adapter.init_data is not None, "the configuration insists on it"
-    names = () if config.task == "causal-lm" else tuple(cast(Any, base.model).config.id2label.values())
+    names = tuple(cast(Any, base.model).config.id2label.values()) if tasks.of(config).has_labels else ()
     split = encode_rows(config, base.folder, config.adapter.init_data, names)
     order, size = generator(config.run.seed, "init").permutation(len(split)), config.train.batch_size
     on = next(base.model.parameters()).device
@@ -74,12 +77,12 @@ def public_batches(base: BaseModel, config: RunConfig) -> list[Batch]:
     ]
 
 
-def _note_gradients(base: BaseModel, settings: LoraConfig, batches: Sequence[Batch]) -> None:
+def _note_gradients(base: BaseModel, settings: LoraConfig, task: Task, batches: Sequence[Batch]) -> None:
     """Leave each target's gradient where PEFT looks for it while it makes the layer."""
 
     def step() -> None:
         for batch in batches:
-            base.model(**batch).loss.backward()
+            mean_loss(task, base.model, batch).backward()  # type: ignore[no-untyped-call]
 
     with warnings.catch_warnings():
         warnings.filterwarnings(
@@ -99,14 +102,14 @@ def _first_steps(
     """Return the first step that training all of each target's weight on public rows would make, by its name."""
     from transformers.pytorch_utils import Conv1D
 
-    names = list(getattr(settings, "target_modules", None) or ())
+    task, names = tasks.of(config), list(getattr(settings, "target_modules", None) or ())
     modules = {name: base.model.get_submodule(name) for name in names}
     weights = [cast(nn.Parameter, module.weight) for module in modules.values()]
     sums = [torch.zeros_like(weight, dtype=torch.float64, device="cpu") for weight in weights]
     with _trainable(weights):
         for batch in batches:
             rows = next(iter(batch.values())).shape[0]
-            gradients = torch.autograd.grad(base.model(**batch).loss, weights, allow_unused=True)
+            gradients = torch.autograd.grad(mean_loss(task, base.model, batch), weights, allow_unused=True)
             for total, gradient in zip(sums, gradients, strict=True):
                 if gradient is not None:
                     total.add_(gradient.to("cpu", torch.float64), alpha=rows)
