@@ -151,7 +151,8 @@ def dry_run_table(planned: DryRun) -> RenderableType:
     facts: list[tuple[str, object]] = [
         (
             "model",
-            f"{config.model.name or NONE} ({tasks.named(config)}, {planned.parameters:,} parameters, on {planned.device})",
+            f"{config.model.name or NONE} ({tasks.named(config)}, {planned.parameters:,} parameters, "
+            f"on {planned.device})",
         ),
         ("data", f"{config.data.source or NONE} ({sum(rows):,} training rows, {planned.test_rows:,} test rows)"),
         *(("", note) for note in planned.notes),

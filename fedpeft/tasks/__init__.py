@@ -22,10 +22,10 @@ def named(config: RunConfig) -> str:
     """Return the name of a run's task, known here or not: the one given, or that of which the data's columns speak."""
     if config.model.task is not None:
         return config.model.task
-    tasks = (
-        task for task in TASKS.ours.values() if task.spoken_by and getattr(config.data, task.spoken_by) is not None
-    )
-    return next(tasks, DEFAULT).name
+    for task in TASKS.ours.values():
+        if task.spoken_by is not None and getattr(config.data, task.spoken_by) is not None:
+            return task.name
+    return DEFAULT.name
 
 
 def of(config: RunConfig) -> Task:
