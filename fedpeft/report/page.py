@@ -173,7 +173,8 @@ def loading_code(run: Path, config: RunConfig) -> str:
         f"{inputs} = {reader}.from_pretrained(base_name{trust})",
     ]
     if not task.has_labels:
-        fields = "".join(f", {name}={value!r}" for name, value in task.settings.items())
+        settings = dict(task.settings) | ({"ignore_mismatched_sizes": True} if task.has_head else {})
+        fields = "".join(f", {name}={value!r}" for name, value in settings.items())
         lines.append(f"base = {task.auto}.from_pretrained(base_name{trust}{fields})")
     else:
         lines += [

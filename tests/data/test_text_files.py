@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from fedpeft import tasks
-from fedpeft.config import ConfigError, DataConfig, nest, resolve
+from fedpeft.config import DataConfig, nest, resolve
 from fedpeft.data.sources import load_rows
-from fedpeft.errors import DataError
+from fedpeft.errors import ConfigError, DataError
 
 ROWS = [{"text": f"Käse, {index}", "label": "xy"[index % 2], "note": "z"} for index in range(6)]
 HEAD = {"version": 1, "note": "n"}
