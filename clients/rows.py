@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 
 from fedpeft import tasks
 from fedpeft.config import Scalar
+from fedpeft.data.splits import EncodedSplit
 from fedpeft.errors import DeploymentError
 from fedpeft.resident import Resident
-from fedpeft.tasks.encoding import EncodedSplit, encode_rows, encode_what_can_be
+from fedpeft.tasks.encoding import encode_rows, encode_what_can_be
 
 PARTITION_ID, NUM_PARTITIONS, DATA, NODE_CLIENT_ID = "partition-id", "num-partitions", "data", "client-id"
 

@@ -16,11 +16,12 @@ from fedpeft.config import FederationConfig, RunConfig, RunSection, SimulationCo
 from fedpeft.config.privacy import PrivacyConfig
 from fedpeft.data.partition import Partition, partition
 from fedpeft.data.sources import places
+from fedpeft.data.splits import EncodedData, EncodedSplit
 from fedpeft.models import load_base, locate
 from fedpeft.presets import PREFIX, is_preset, materialize
 from fedpeft.privacy.canaries import Canaries, plant
 from fedpeft.privacy.overlap import shared_rows
-from fedpeft.tasks.encoding import EncodedData, EncodedSplit, encode, encode_rows
+from fedpeft.tasks.encoding import encode, encode_rows
 
 if TYPE_CHECKING:
     from fedpeft.privacy.dp_sgd import RowEngine

@@ -25,10 +25,10 @@ from torch import Tensor
 
 from fedpeft.config import RunConfig
 from fedpeft.data.partition import Partition
+from fedpeft.data.splits import EncodedSplit
 from fedpeft.errors import ConfigError
 from fedpeft.runs import CANARIES, strict_json
 from fedpeft.seeds import generator
-from fedpeft.tasks.encoding import EncodedSplit
 from fedpeft.training.evaluation import score
 
 if TYPE_CHECKING:

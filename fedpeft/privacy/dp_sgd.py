@@ -32,10 +32,10 @@ from opacus.utils.tensor_utils import sum_over_all_but_batch_and_last_n
 from torch import Tensor, nn
 
 from fedpeft.adapters.adapted import AdaptedModel
+from fedpeft.data.splits import EncodedSplit
 from fedpeft.errors import PrivacyError
 from fedpeft.privacy.mechanism import RecordMechanism
 from fedpeft.privacy.randomness import Randomness
-from fedpeft.tasks.encoding import EncodedSplit
 from fedpeft.tasks.losses import logits_of
 from fedpeft.training.local import batches
 

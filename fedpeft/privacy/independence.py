@@ -45,12 +45,13 @@ from torch.overrides import TorchFunctionMode
 
 from fedpeft import tasks
 from fedpeft.adapters.adapted import AdaptedModel
+from fedpeft.data.splits import EncodedSplit
 from fedpeft.data.tokens import load_tokenizer
 from fedpeft.errors import PrivacyError
 from fedpeft.models import torch_seed
 from fedpeft.privacy.dp_sgd import RowEngine, advice, layer_of
 from fedpeft.seeds import derive_seed, generator
-from fedpeft.tasks.encoding import EncodedSplit, encode_table
+from fedpeft.tasks.encoding import encode_table
 from fedpeft.training.local import training_mode
 
 if TYPE_CHECKING:

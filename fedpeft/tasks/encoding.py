@@ -33,8 +33,6 @@ from fedpeft.data.tokens import Cuts, cut_notes
 from fedpeft.errors import DataError, ModelError
 from fedpeft.tasks.classes import inputs_of
 
-__all__ = ["EncodedData", "EncodedSplit", "encode", "encode_rows", "encode_table", "encode_what_can_be", "model_digest"]
-
 FORMAT_VERSION = 3
 # what the tensors depend on in a model's folder
 MODEL_FILES = (

@@ -54,7 +54,9 @@ def next_token_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
     # labels are moved rather than scores, which are many times larger
     following = nn.functional.pad(targets[:, 1:], (0, 1), value=IGNORED)  # (b, t)
-    scores = logits[:, -targets.shape[1] :].float().flatten(0, 1)  # (b t, vocabulary)
+    if logits.shape[1] > targets.shape[1]:
+        logits = logits[:, -targets.shape[1] :]
+    scores = logits.float().flatten(0, 1)  # (b t, vocabulary)
     nll = nn.functional.cross_entropy(scores, following.flatten(), ignore_index=IGNORED, reduction="none")
     return nll.view(targets.shape).double().sum(1), (following != IGNORED).sum(1)
 

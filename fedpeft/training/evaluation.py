@@ -13,8 +13,8 @@ from torch import nn
 from fedpeft import tasks
 from fedpeft.config import RunConfig
 from fedpeft.data.partition import Partition
+from fedpeft.data.splits import EncodedSplit
 from fedpeft.errors import ConfigError
-from fedpeft.tasks.encoding import EncodedSplit
 from fedpeft.tasks.losses import logits_of
 from fedpeft.tasks.metrics import Scores, find, measures_of
 

@@ -16,9 +16,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedpeft.adapters.adapted import AdaptedModel
 from fedpeft.config import TrainConfig
+from fedpeft.data.splits import EncodedSplit
 from fedpeft.models import torch_seed
 from fedpeft.seeds import derive_seed, generator
-from fedpeft.tasks.encoding import EncodedSplit
 from fedpeft.tasks.losses import mean_loss
 
 

@@ -14,8 +14,9 @@ from PIL import Image
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from fedpeft.data import pixels
+from fedpeft.data.splits import EncodedData, EncodedSplit
 from fedpeft.errors import DataError, ModelError
-from fedpeft.tasks.encoding import EncodedData, EncodedSplit, encode, encode_rows
+from fedpeft.tasks.encoding import encode, encode_rows
 from tests.tasks.rows import configure, write_csv
 
 
