@@ -114,12 +114,12 @@ def test_the_task_follows_from_a_folder_of_images(pictures: Path, tmp_path: Path
     assert (tasks.named(config), config.data.image) == ("image-classification", "image")
     assert tasks.named(configure({"data.test": str(pictures)})) == "image-classification"
     pictures.rename(tmp_path / "train")
-    assert configure({"data.source": str(tmp_path)}).task == "image-classification"
-    assert configure({"data.source": str(text_csv)}).task == "sequence-classification"
+    assert tasks.named(configure({"data.source": str(tmp_path)})) == "image-classification"
+    assert tasks.named(configure({"data.source": str(text_csv)})) == "sequence-classification"
     asked = configure({"data.source": str(tmp_path), "data.text": "text"})
-    assert asked.task == "sequence-classification"
+    assert tasks.named(asked) == "sequence-classification"
     with pytest.raises(DataError, match=r"no column 'text' .* To classify images set data\.image=image\.$"):
-        load(tmp_path, asked.task)
+        load(tmp_path, tasks.named(asked))
 
 
 # splits
