@@ -225,7 +225,7 @@ def data_fingerprint(home: Resident, rows: ClientRows, node: Mapping[str, Scalar
     own = node.get(DATA)
     place = locate(home.config.data.source if own is None else Path(str(own)).expanduser()).train
     # as plain files, so that neither columns nor task of the run make a difference
-    total = hashlib.sha256(digest(place, DataConfig(), "sequence-classification").encode())
+    total = hashlib.sha256(digest(place, DataConfig()).encode())
     if own is None:
         total.update(rows.indices.astype("<i8").tobytes())
     return total.hexdigest()

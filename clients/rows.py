@@ -11,10 +11,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from fedpeft import tasks
 from fedpeft.config import Scalar
+from fedpeft.data.splits import EncodedSplit
 from fedpeft.errors import DeploymentError
 from fedpeft.resident import Resident
-from fedpeft.tasks.encoding import EncodedSplit, encode_rows, encode_what_can_be
+from fedpeft.tasks.encoding import encode_rows, encode_what_can_be
 
 PARTITION_ID, NUM_PARTITIONS, DATA, NODE_CLIENT_ID = "partition-id", "num-partitions", "data", "client-id"
 
@@ -109,7 +111,7 @@ def _own_rows(home: Resident, path: Path) -> tuple[EncodedSplit, int]:
     Without record-level privacy there must be none. With it, a failure would be an answer about a row, without noise.
     """
     labels = home.config.data.label_names
-    if labels is None and home.config.task != "causal-lm":
+    if labels is None and tasks.of(home.config).has_labels:
         raise DeploymentError(
             "a site with rows of its own needs data.labels, the comma-separated names of all labels: "
             "its own rows may not hold every one."

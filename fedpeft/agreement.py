@@ -1,8 +1,7 @@
 """Whether a base, and its tokenizer or image processor, agree: seen on a few rows of nobody's, before training.
 
 What configurations can tell is compared by `fedpeft.bases`. Here the model itself is asked: its scores must be there,
-finite, and the same whatever stands beside a row; its loss must be the cross-entropy that a run reports; and a language
-model must not see the tokens that it is to predict.
+finite, and the same whatever stands beside a row; and a language model must not see the tokens that it is to predict.
 """
 
 from __future__ import annotations
@@ -15,23 +14,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedpeft.bases import first_line, inputs_of, padding_of_positions
+from fedpeft import tasks
+from fedpeft.bases import first_line, padding_of_positions
 from fedpeft.config import RunConfig
 from fedpeft.data.pixels import load_processor, preprocess
 from fedpeft.data.readers import Place
 from fedpeft.data.splits import EncodedSplit
-from fedpeft.data.tokens import encode_texts, load_tokenizer
+from fedpeft.data.tokens import load_tokenizer
 from fedpeft.errors import ModelError
 from fedpeft.models import BaseModel, torch_seed
-from fedpeft.tasks.losses import row_losses
+from fedpeft.tasks.classes import inputs_of
+from fedpeft.tasks.losses import logits_of
+from fedpeft.tasks.task import Task
 
 # share of the largest score by which two computations of the same may differ
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.2}
 LONG, SHORT = 12, 3  # tokens of the rows, about
-
-
-class NoLossError(Exception):
-    """A model that computes none, though it was given labels."""
 
 
 def agree(base: BaseModel, config: RunConfig, pixels: tuple[int, ...] | None = None) -> None:
@@ -51,18 +49,19 @@ def agree(base: BaseModel, config: RunConfig, pixels: tuple[int, ...] | None = N
     ModelError
         They do not agree.
     """
-    if config.task == "image-classification":
+    task = tasks.of(config)
+    if task.reads_images:
         rows = _images(base, config, pixels)
         what = f"its images of shape {tuple(rows.tensors['pixels'].shape[1:])}"
     else:
-        _agree_on_padding(base, config)
-        rows = _texts(base, config)
+        _agree_on_padding(base, config, task)
+        rows = _texts(base, config, task)
         what = "what its tokenizer makes"
     with torch_seed(0), torch.no_grad():
-        _probe(base, config, rows, what)
+        _probe(base, config, task, rows, what)
 
 
-def _agree_on_padding(base: BaseModel, config: RunConfig) -> None:
+def _agree_on_padding(base: BaseModel, config: RunConfig, task: Task) -> None:
     """Let a classifier look for the last token that is not the tokenizer's padding.
 
     Where positions are counted from the padding token's id, a change of it would be another model.
@@ -74,11 +73,11 @@ def _agree_on_padding(base: BaseModel, config: RunConfig) -> None:
             f"the tokenizer in '{base.folder}' pads with token {pad} ({tokenizer.convert_ids_to_tokens(pad)!r}), but "
             f"the model counts its positions from padding token {counted_from}. Save the tokenizer that belongs to it."
         )
-    if config.task == "sequence-classification":
+    if task.reads_last_token:
         cast(Any, base.model).config.get_text_config().pad_token_id = pad
 
 
-def _texts(base: BaseModel, config: RunConfig) -> EncodedSplit:
+def _texts(base: BaseModel, config: RunConfig, task: Task) -> EncodedSplit:
     """Return a long row, a short one, and a short one with the padding token inside, of the tokenizer's own words."""
     tokenizer, pad = load_tokenizer(config, base.folder)
     special = {*tokenizer.all_special_ids, pad}
@@ -86,14 +85,12 @@ def _texts(base: BaseModel, config: RunConfig) -> EncodedSplit:
     chosen = [ids[at] for at in np.linspace(0, len(ids) - 1, LONG).astype(int)] if ids else [pad]
     long, short = (tokenizer.decode(part) for part in (chosen, chosen[-SHORT:]))
     texts = [long, short, f"{short}{tokenizer.convert_ids_to_tokens(pad)}{short}"]
-    if config.task == "causal-lm":
-        columns: dict[str, list[Any]] = {"prompt": texts, "completion": [short] * 3}
-    else:
-        columns = {"text": texts} | ({"text_pair": [short] * 3} if config.data.text_pair is not None else {})
+    named = [each.name for each in task.columns if each.kind == "text" and each.named(config.data) is not None]
+    columns: dict[str, list[Any]] = dict.fromkeys(named, [short] * 3) | {named[0]: texts}
     table = datasets.Dataset.from_dict({"row": list(range(3)), **columns})
     place = Place("the rows of a first check", "json", None)
-    tensors, pad, _ = encode_texts(config, base.folder, inputs_of(config, base.folder), place, table)
-    return EncodedSplit(config.task, tensors | _labels(base, config), pad_token_id=pad)
+    encoding = task.encode(config, base.folder, inputs_of(config, base.folder), place, table)
+    return EncodedSplit(task.name, encoding.tensors, pad_token_id=encoding.pad_token_id)
 
 
 def _images(base: BaseModel, config: RunConfig, shape: tuple[int, ...] | None) -> EncodedSplit:
@@ -106,42 +103,25 @@ def _images(base: BaseModel, config: RunConfig, shape: tuple[int, ...] | None) -
         image = PIL.Image.fromarray(draw.integers(0, 256, size, dtype=np.uint8)).convert(mode)
         shape = tuple(preprocess(processor, [image], raw=False).shape[1:])
     pixels = torch.from_numpy(draw.standard_normal((3, *shape), dtype=np.float32))
-    return EncodedSplit(config.task, {"pixels": pixels} | _labels(base, config))
+    return EncodedSplit(tasks.named(config), {"pixels": pixels})
 
 
-def _labels(base: BaseModel, config: RunConfig) -> dict[str, Tensor]:
-    if config.task == "causal-lm":
-        return {}
-    return {"labels": torch.arange(3) % int(cast(Any, base.model).config.num_labels)}
+def _probe(base: BaseModel, config: RunConfig, task: Task, rows: EncodedSplit, what: str) -> None:
+    model, folder = cast(Any, base.model), base.folder
 
+    def run(inputs: Mapping[str, Tensor]) -> Tensor:
+        return logits_of(base.model, inputs, config.train.precision).float().cpu()
 
-def _probe(base: BaseModel, config: RunConfig, rows: EncodedSplit, what: str) -> None:
-    model, folder, causal = cast(Any, base.model), base.folder, config.task == "causal-lm"
-    on = next(base.model.parameters()).device
-
-    def run(inputs: Mapping[str, Tensor]) -> tuple[Tensor, float]:
-        with torch.autocast(on.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
-            output = model(**{name: value.to(on) for name, value in inputs.items()})
-        if getattr(output, "loss", None) is None:
-            raise NoLossError("it computes no loss")
-        return output.logits.float().cpu(), float(output.loss)
-
-    batch = rows.batch(range(3))
     try:
-        scores, loss = run(batch)
-        alone = [run(rows.batch([row]))[0][0] for row in (1, 2)]
-    except NoLossError:
-        raise ModelError(
-            f"'{folder}' ({type(base.model).__name__}) gives scores but no loss: it can be used but not trained. Take "
-            "another base, such as one that was not distilled."
-        ) from None
+        scores = run(rows.batch(range(3)))
+        alone = [run(rows.batch([row]))[0] for row in (1, 2)]
     except Exception as error:  # whatever code of a model raises, it cannot train on such rows
         raise ModelError(
             f"'{folder}' ({type(base.model).__name__}) cannot read {what}: {first_line(error).rstrip('.')}."
-            f"{_advice(model, config, error, rows)}"
+            f"{_advice(model, task, error, rows)}"
         ) from error
     labels = int(model.config.num_labels)
-    if not causal and scores.shape != (3, labels):
+    if not task.per_token and scores.shape != (3, labels):
         raise ModelError(
             f"'{folder}' ({type(base.model).__name__}) gives scores of shape {tuple(scores.shape)} for 3 rows and "
             f"{labels} labels; it is no classifier. Take another base."
@@ -152,7 +132,7 @@ def _probe(base: BaseModel, config: RunConfig, rows: EncodedSplit, what: str) ->
             f"train.precision = '{config.train.precision}'."
         )
     tolerance = TOLERANCE[config.train.precision]
-    held = rows.lengths if causal else [labels] * 3  # of a row's scores, how many are its own
+    held = rows.lengths if task.per_token else [labels] * 3  # of a row's scores, how many are its own
 
     def differ(a: Tensor, b: Tensor) -> bool:
         return bool((a - b).abs().max() > tolerance * scores.abs().max())
@@ -162,30 +142,23 @@ def _probe(base: BaseModel, config: RunConfig, rows: EncodedSplit, what: str) ->
             f"'{folder}' ({type(base.model).__name__}) gives a row other scores beside longer rows than alone: it does "
             "not leave padding out, so that results would depend on the size of batches. Take another base."
         )
-    if causal and int(held[0]) > 1:
+    if task.continues and int(held[0]) > 1:
         later = {name: value[:1].clone() for name, value in rows.batch([0]).items()}
         later["input_ids"][0, -1] = (later["input_ids"][0, -1] + 1) % model.config.get_text_config().vocab_size
-        if differ(run(later)[0][0][:-1], scores[0][: held[0] - 1]):
+        if differ(run(later)[0][:-1], scores[0][: held[0] - 1]):
             raise ModelError(
                 f"'{folder}' ({type(base.model).__name__}) is no causal language model: its scores of a token depend "
                 "on those after it. Take a model that was made to continue texts, such as GPT-2 or Llama."
             )
-    losses, counts = row_losses(scores, batch["labels"])
-    expected = float(losses.sum() / counts.sum())
-    if abs(loss - expected) > tolerance * (1 + abs(expected)):
-        raise ModelError(
-            f"'{folder}' ({type(base.model).__name__}) trains another loss ({loss:.4g}) than the cross-entropy that a "
-            f"run reports ({expected:.4g}). Take another base."
-        )
 
 
-def _advice(model: Any, config: RunConfig, error: Exception, rows: EncodedSplit) -> str:
+def _advice(model: Any, task: Task, error: Exception, rows: EncodedSplit) -> str:
     """Say what the model was made for."""
     held = model.config
     if isinstance(error, IndexError):
         return f" It has {held.get_text_config().vocab_size} embeddings: save the tokenizer that belongs to it."
     size = getattr(held, "image_size", getattr(getattr(held, "vision_config", None), "image_size", None))
-    if config.task == "image-classification" and size is not None and not _is_size(size, rows):
+    if task.reads_images and size is not None and not _is_size(size, rows):
         return f" It was made for image_size = {size}: set size and crop in preprocessor_config.json to that."
     return " Take another base."
 

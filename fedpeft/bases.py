@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from fedpeft.config import RunConfig, Task
+from fedpeft.config import RunConfig
 from fedpeft.errors import ModelError
-
-AUTO_CLASSES: dict[Task, str] = {
-    "sequence-classification": "AutoModelForSequenceClassification",
-    "image-classification": "AutoModelForImageClassification",
-    "causal-lm": "AutoModelForCausalLM",
-}
 
 
 @dataclass(frozen=True)
@@ -102,89 +95,9 @@ def first_line(error: BaseException) -> str:
     return said[:300] or type(error).__name__
 
 
-def model_class(config: RunConfig, held: Any) -> type | None:
-    """Return the class that transformers has for the run's task; None where the folder brings its own.
-
-    Raises
-    ------
-    ModelError
-        There is none, or it would be taken for what it is not.
-    """
-    from transformers.models.auto import modeling_auto as auto
-
-    task = config.task
-    mappings: dict[Task, Any] = {
-        "sequence-classification": auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-        "image-classification": auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
-        "causal-lm": auto.MODEL_FOR_CAUSAL_LM_MAPPING,
-    }
-    name = f"'{config.model.name}'"
-    is_a = f"{name} is a {held.model_type} model{_made_as(held)}"
-    if task == "causal-lm" and getattr(held, "is_encoder_decoder", False):
-        raise ModelError(
-            f"{is_a}, an encoder with a decoder: as a causal language model its decoder alone would be trained. "
-            "model.task = 'causal-lm' takes models that are a decoder only, such as GPT-2, Llama or Qwen."
-        )
-    if AUTO_CLASSES[task] in (getattr(held, "auto_map", None) or {}):
-        return None
-    if type(held) not in mappings[task]:
-        others = [other for other, mapping in mappings.items() if type(held) in mapping and _may_be(other, held)]
-        raise ModelError(
-            f"{is_a}, and transformers has no model of that type for {task}. "
-            + (f"It has some for {' and '.join(others)}: set model.task, or take" if others else "Take")
-            + " another base."
-        )
-    if not _may_be(task, held):
-        raise ModelError(
-            f"{is_a}, which was made to fill in masks (is_decoder = false): it sees the tokens that a causal language "
-            "model is to predict. Take one that was made to continue texts, such as GPT-2, Llama or Qwen."
-        )
-    found = mappings[task][type(held)]
-    return found[0] if isinstance(found, list | tuple) else found  # type: ignore[no-any-return]
-
-
-def _may_be(task: Task, held: Any) -> bool:
-    """Tell whether a model does not see the tokens that the task predicts, and is whole in it."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
-
-    if task != "causal-lm":
-        return True
-    continues = getattr(held, "is_decoder", False) or getattr(held, "causal", False)
-    fills_masks = type(held) in MODEL_FOR_MASKED_LM_MAPPING and not continues
-    return not (fills_masks or getattr(held, "is_encoder_decoder", False))
-
-
-def _made_as(held: Any) -> str:
-    names = getattr(held, "architectures", None)
-    return f" ({', '.join(names)})" if names else ""
-
-
-def inputs_of(config: RunConfig, folder: Path) -> Inputs:
-    """Return what a base can be given.
-
-    Raises
-    ------
-    ModelError
-        It is no model for the run's task.
-    """
-    if not (folder / "config.json").is_file():  # a tokenizer or processor alone, which encodes as well
-        return Inputs(None, None, None, 3)
-    held = read_config(config, folder)
-    kind = model_class(config, held)
-    text, vision = held.get_text_config(), getattr(held, "vision_config", held)
-    takes_types = kind is None or "token_type_ids" in inspect.signature(cast(Any, kind).forward).parameters
-    return Inputs(
-        tokens=_positions(text, kind),
-        vocabulary=_number(text, "vocab_size"),
-        types=_number(text, "type_vocab_size") if takes_types else 0,
-        channels=_number(held, "num_channels") or _number(vision, "num_channels") or 3,
-        end=_number(text, "eos_token_id") if getattr(held, "is_encoder_decoder", False) else None,
-    )
-
-
-def _positions(text: Any, kind: type | None) -> int | None:
+def positions(text: Any, kind: type | None) -> int | None:
     """Return how many tokens the positions of a model last for."""
-    told = _number(text, "max_position_embeddings") or _number(text, "max_seq_len")  # as MPT calls it
+    told = number_in(text, "max_position_embeddings") or number_in(text, "max_seq_len")  # as MPT calls it
     if not told or told < 0:  # XLNet says -1
         return None
     if getattr(text, "position_biased_input", True) is False:
@@ -202,7 +115,7 @@ def counts_from_padding(kind: type) -> bool:
 
 
 def _padding(text: Any, kind: type) -> int | None:
-    return 1 if text.model_type == "mpnet" else _number(text, "pad_token_id")  # MPNet's is written into its code
+    return 1 if text.model_type == "mpnet" else number_in(text, "pad_token_id")  # MPNet's is written into its code
 
 
 def padding_of_positions(model: Any) -> int | None:
@@ -212,6 +125,7 @@ def padding_of_positions(model: Any) -> int | None:
     return _padding(model.config.get_text_config(), type(model))
 
 
-def _number(held: Any, name: str) -> int | None:
+def number_in(held: Any, name: str) -> int | None:
+    """Return a whole number of a configuration; None where it says none."""
     value = getattr(held, name, None)
     return value if isinstance(value, int) else None

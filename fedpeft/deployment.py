@@ -16,6 +16,7 @@ from typing import Any
 
 import tomli_w
 
+from fedpeft import tasks
 from fedpeft.config import DataConfig, RunConfig, Scalar, nest
 from fedpeft.errors import DeploymentError
 
@@ -67,7 +68,7 @@ def init_app(directory: Path, config: RunConfig, out: Path | None) -> str:
             "adapter.head = 'local' works in simulations only: a SuperNode would lose its head with each restart. "
             "Use 'shared' or 'frozen'."
         )
-    named = config.task == "causal-lm" or config.data.label_names is not None
+    named = not tasks.of(config).has_labels or config.data.label_names is not None
     home = resident(config)
     clients = config.federation.clients or len(home.partition.client_ids)
     path = write_app(directory, config, out or default_directory(config), None if named else tuple(home.data.labels))

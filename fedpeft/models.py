@@ -12,12 +12,15 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from fedpeft.bases import AUTO_CLASSES, check_folder, first_line, model_class, read_config
-from fedpeft.config import ModelConfig, RunConfig, Task
+from fedpeft import tasks
+from fedpeft.bases import check_folder, first_line, read_config
+from fedpeft.config import ModelConfig, RunConfig
 from fedpeft.data.tokens import load_tokenizer
 from fedpeft.errors import ConfigError, ModelError
 from fedpeft.presets import PREFIX, is_preset, materialize
 from fedpeft.seeds import derive_seed
+from fedpeft.tasks.classes import model_class
+from fedpeft.tasks.task import Task
 
 # what a base may be made of: never pickle, and no code
 HUB_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
@@ -140,7 +143,7 @@ def load_base(config: RunConfig, folder: Path, labels: Sequence[str]) -> BaseMod
     folder : Path
         What `locate` returned.
     labels : sequence of str
-        Label names in the order of their ids; empty for causal language modelling.
+        Label names in the order of their ids; empty where rows have none.
 
     Raises
     ------
@@ -160,27 +163,26 @@ def load_base(config: RunConfig, folder: Path, labels: Sequence[str]) -> BaseMod
     }
     if bf16 and on.type == "cpu":
         options["attn_implementation"] = "eager"  # bf16 attention's fused backward is slower on CPUs than the plain one
-    saved, held = read_config(config, folder), read_config(config, folder, **_of_this_run(labels))
+    task = tasks.of(config)
+    saved, held = read_config(config, folder), read_config(config, folder, **_of_this_run(task, labels))
     model_class(config, held)
     for part in (held, held.get_text_config()):
         for name in BESIDES:
             if getattr(part, name, None):
                 setattr(part, name, False)
-    if labels:
+    if task.has_head:
         options["ignore_mismatched_sizes"] = True  # a saved head for other labels is drawn anew
     transformers.utils.logging.disable_progress_bar()  # it would spoil the run's own lines
     try:
         with seeded(config.run.seed, "head"):
-            model, info = getattr(transformers, AUTO_CLASSES[config.task]).from_pretrained(
-                folder, config=held, **options
-            )
+            model, info = getattr(transformers, task.auto).from_pretrained(folder, config=held, **options)
     except Exception as error:  # what a folder holds makes a model's own code raise whatever it likes
-        raise ModelError(f"cannot load '{folder}' for {config.task}: {first_line(error)}") from error
+        raise ModelError(f"cannot load '{folder}' for {task.name}: {first_line(error)}") from error
     text = model.config.get_text_config()
-    if config.task == "sequence-classification" and getattr(text, "pad_token_id", 0) is None:
+    if task.reads_last_token and getattr(text, "pad_token_id", 0) is None:
         # Llama-like classifiers read the last token that is not padding
         text.pad_token_id = load_tokenizer(config, folder)[1]
-    head = _head_modules(model, info, config.task, folder)
+    head = _head_modules(model, info, task, folder)
     notes = [*_earlier_use(saved, labels)]
     if labels:
         notes += _to_labels(model, _scorers(model), saved, labels, config.run.seed)
@@ -193,10 +195,10 @@ def load_base(config: RunConfig, folder: Path, labels: Sequence[str]) -> BaseMod
 BESIDES = ("use_cache", "output_hidden_states", "output_attentions", "output_router_logits")
 
 
-def _of_this_run(labels: Sequence[str]) -> dict[str, Any]:
+def _of_this_run(task: Task, labels: Sequence[str]) -> dict[str, Any]:
     """Return what counts in place of a folder's own configuration, which may be of another use."""
     settings: dict[str, Any] = {"return_dict": True, "torchscript": False, "output_attentions": False}
-    settings["problem_type"] = None
+    settings |= {"problem_type": None, **task.settings}
     if labels:
         settings |= {
             "num_labels": len(labels),
@@ -262,8 +264,9 @@ def _inside(name: str, modules: Sequence[str]) -> bool:
 
 def _head_modules(model: nn.Module, info: dict[str, Any], task: Task, folder: Path) -> tuple[str, ...]:
     """Name the scoring modules, and any that the checkpoint lacks: a random frozen layer would be lost on export."""
-    head = [] if task == "causal-lm" else _scorers(model)
-    if task != "causal-lm":
+    head: list[str] = []
+    if task.has_head:
+        head += _scorers(model)
         head += [
             name for name, module in model.named_modules() if name.endswith(".pooler.dense") and _untrained(module)
         ]
@@ -273,7 +276,7 @@ def _head_modules(model: nn.Module, info: dict[str, Any], task: Task, folder: Pa
         module = key.rpartition(".")[0]
         if not _inside(module, head):
             head.append(module)
-    if task == "causal-lm" and head:
+    if head and not task.has_head:
         raise ModelError(f"'{folder}' lacks weights for {', '.join(head)}; it is no complete causal language model.")
     return tuple(head)
 

@@ -38,7 +38,7 @@ def rescore(run: Path, overrides: Layer) -> Event:
     Returns
     -------
     dict
-        ``loss``, ``accuracy`` and ``macro_f1`` or ``perplexity``, ``examples``, and ``domains`` where rows name theirs.
+        ``loss`` and the task's metrics, ``examples``, and ``domains`` where rows name theirs.
         Of a private run, ``training_rows``: how many of these the run was to protect, None where that is not known.
 
     Raises

@@ -9,17 +9,19 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedpeft import tasks
 from fedpeft.adapters.adapted import AdaptedModel
 from fedpeft.agreement import agree
 from fedpeft.config import FederationConfig, RunConfig, RunSection, SimulationConfig, StrategyConfig
 from fedpeft.config.privacy import PrivacyConfig
 from fedpeft.data.partition import Partition, partition
 from fedpeft.data.sources import places
+from fedpeft.data.splits import EncodedData, EncodedSplit
 from fedpeft.models import load_base, locate
 from fedpeft.presets import PREFIX, is_preset, materialize
 from fedpeft.privacy.canaries import Canaries, plant
 from fedpeft.privacy.overlap import shared_rows
-from fedpeft.tasks.encoding import EncodedData, EncodedSplit, encode, encode_rows
+from fedpeft.tasks.encoding import encode, encode_rows
 
 if TYPE_CHECKING:
     from fedpeft.privacy.dp_sgd import RowEngine
@@ -78,8 +80,8 @@ class Resident:
 
     @cached_property
     def labels(self) -> tuple[str, ...]:
-        """Label names in the order of their ids; empty for causal language modelling."""
-        if self.config.task == "causal-lm":
+        """Label names in the order of their ids; empty where rows have none."""
+        if not tasks.of(self.config).has_labels:
             return ()
         return self.config.data.label_names or self.data.labels
 

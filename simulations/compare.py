@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fedpeft import tasks
 from fedpeft.config import Layer, RunConfig, cohort_size, nest, resolve
 from fedpeft.errors import ConfigError, FedpeftError, RunDirectoryError, nearest
 from fedpeft.jsons import strict_json, to_json
 from fedpeft.privacy.statement import read_statement
 from fedpeft.report.comparison import BOUNDS, comparison, comparison_markdown
 from fedpeft.report.formats import duration, finite, number
-from fedpeft.report.history import ERRORS, History, domain_scores, main_metric, worst
+from fedpeft.report.history import ERRORS, History, domain_scores, worst
 from fedpeft.report.privacy import epsilon
 from fedpeft.resident import Resident, resident
 from fedpeft.runs import CONFIG, check_vacant, read_config
@@ -175,7 +176,7 @@ def _scoring_clients(config: RunConfig) -> RunConfig:
     if "evaluate_clients" in config.run.model_fields_set or config.privacy.level != "none":
         return config
     named = config.partition.by is not None and Resident(config).holds_out_test_rows  # so that test rows are named too
-    can = config.task != "causal-lm" or config.data.domain is not None or named
+    can = tasks.of(config).has_labels or config.data.domain is not None or named
     return config.model_copy(update={"run": config.run.model_copy(update={"evaluate_clients": can})})
 
 
@@ -279,7 +280,7 @@ def _score(facts: Facts) -> str:
 def run_facts(job: Job) -> Facts:
     """Return what a comparison shows of one run."""
     history = History.read(job.path)
-    metric = main_metric(job.config.task)
+    metric = tasks.of(job.config).main_metric
     domains = domain_scores(history.last, metric)
     federated = job.row.method != CENTRALIZED  # else what moved and merged says nothing
     statement = read_statement(job.path) or {}

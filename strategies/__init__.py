@@ -6,6 +6,7 @@ from importlib.metadata import entry_points
 
 from pydantic import ValidationError
 
+from fedpeft import tasks
 from fedpeft.config import AdapterConfig, RunConfig, StrategyConfig, describe
 from fedpeft.config.privacy import Rng
 from fedpeft.errors import ConfigError, nearest
@@ -105,7 +106,7 @@ def find(name: str) -> type[AdapterStrategy]:
 
 
 def with_typed_options(config: RunConfig, *, rng: Rng = "seeded") -> RunConfig:
-    """Check strategy and privacy, and return the configuration with every option spelled out.
+    """Check task, strategy and privacy, and return the configuration with every option spelled out.
 
     Parameters
     ----------
@@ -114,6 +115,7 @@ def with_typed_options(config: RunConfig, *, rng: Rng = "seeded") -> RunConfig:
     rng : {"seeded", "secure"}
         What ``privacy.rng`` is where nobody says: a simulation's, unless given.
     """
+    tasks.of(config)
     method = find(config.strategy.name)
     parsed = method.parse_options(config.strategy.options)
     if "kind" in config.adapter.model_fields_set:  # before what goes with the kind

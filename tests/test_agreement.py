@@ -17,7 +17,9 @@ from fedpeft.agreement import agree
 from fedpeft.config import RunConfig, nest, resolve
 from fedpeft.errors import DataError, ModelError
 from fedpeft.models import BaseModel, load_base, locate
+from fedpeft.resident import Resident
 from fedpeft.tasks.encoding import encode_rows
+from fedpeft.tasks.losses import mean_loss
 from fedpeft.training.local import train_locally
 
 WORDS = [f"w{i}" for i in range(37)]
@@ -351,14 +353,21 @@ def test_a_processor_for_other_channels_serves_where_that_changes_no_value(
     assert "4 channels" in refused(image_base(base, channels=4), "image-classification")
 
 
-def test_a_model_that_computes_no_loss_is_refused_for_that(base: Callable[..., Path]) -> None:
+def test_a_model_that_computes_no_loss_of_its_own_trains_as_others_do(
+    base: Callable[..., Path], image_folder: Path
+) -> None:
     config = transformers.DeiTConfig(image_size=8, patch_size=4, **SMALL)
     folder = base(
         transformers.DeiTForImageClassificationWithTeacher(config), ViTImageProcessorPil(size={"height": 8, "width": 8})
     )
-    said = refused(folder, "image-classification")
-    assert "gives scores but no loss" in said
-    assert "image_size" not in said
+    chosen = configure(
+        folder, "image-classification", data__source=image_folder, partition__scheme="iid", federation__clients=1
+    )
+    home = Resident(chosen)
+    home.adapted.begin_training(home.adapted.trained)
+    assert set(home.adapted.base.head) == {"cls_classifier", "distillation_classifier"}
+    mean_loss(home.adapted.task, home.adapted.model, home.data.train.batch(range(4))).backward()
+    assert all(home.adapted.parameter(name).grad is not None for name in home.adapted.trained)
 
 
 def test_a_processor_that_makes_no_images_is_refused(base: Callable[..., Path]) -> None:

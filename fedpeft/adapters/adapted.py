@@ -11,6 +11,7 @@ from peft import PeftModel, TaskType, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from fedpeft import tasks
 from fedpeft.adapters.base_change import BaseWeights, check_plain
 from fedpeft.adapters.draws import draw_a, first_ranks
 from fedpeft.adapters.export import PEFT_PREFIX, write_adapter, write_labels
@@ -18,15 +19,9 @@ from fedpeft.adapters.initial import adapt
 from fedpeft.adapters.kinds import INITS, Kind
 from fedpeft.adapters.state import A_SUFFIX, AdapterState, LoraFactors, Role, base_changes, fingerprint, role_of
 from fedpeft.adapters.targets import ALL_LINEAR, check_layers, choose_targets, left_out
-from fedpeft.config import RunConfig, Task
+from fedpeft.config import RunConfig
 from fedpeft.errors import AdapterError, nearest
 from fedpeft.models import BaseModel, num_threads, seeded
-
-PEFT_TASKS: dict[Task, TaskType | None] = {
-    "sequence-classification": TaskType.SEQ_CLS,
-    "image-classification": None,
-    "causal-lm": TaskType.CAUSAL_LM,
-}
 
 
 def _tensors_on_the_wire(model: PeftModel, kind: Kind) -> dict[str, Tensor]:
@@ -76,12 +71,12 @@ class AdaptedModel:
     def __init__(self, base: BaseModel, config: RunConfig) -> None:
         adapter = config.adapter
         self.kind, self.init = adapter.facts, adapter.start
-        self.base = base
+        self.base, self.task = base, tasks.of(config)
         self.scaling = adapter.scaling
         targets = self._choose(config)
         self.layers = tuple(targets)
         common = {
-            "task_type": PEFT_TASKS[config.task],
+            "task_type": self.task.peft and TaskType[self.task.peft],
             "modules_to_save": list(base.head) or None,
             "base_model_name_or_path": str(base.folder),
             **({"target_modules": targets} if targets else {}),

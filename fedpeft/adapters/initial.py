@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, cast
 
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor
 
+from fedpeft import tasks
 from fedpeft.adapters.kinds import Start
 from fedpeft.config import RunConfig
 from fedpeft.errors import AdapterError
 from fedpeft.models import BaseModel
 from fedpeft.seeds import derive_seed, generator
 from fedpeft.tasks.encoding import encode_rows
+from fedpeft.tasks.losses import mean_loss
 
 BATCHES = 8  # of train.batch_size public rows
 
@@ -60,7 +63,9 @@ def adapt(base: BaseModel, config: RunConfig, common: Mapping[str, Any]) -> tupl
             options=adapter.options,
             common=common,
         )
-        start = Start(base.model, settings, batches, str(adapter.init_data), seed, train.optimizer, train.learning_rate)
+        loss = partial(mean_loss, tasks.of(config), base.model)
+        rows = str(adapter.init_data)
+        start = Start(base.model, settings, loss, batches, rows, seed, train.optimizer, train.learning_rate)
         prepared = None if init.prepare is None else init.prepare(start)
         with warnings.catch_warnings():
             warnings.filterwarnings(
@@ -79,7 +84,7 @@ def adapt(base: BaseModel, config: RunConfig, common: Mapping[str, Any]) -> tupl
 def public_batches(base: BaseModel, config: RunConfig) -> list[Batch]:
     """Return a few batches of the public rows of ``adapter.init_data``, drawn from the run's seed."""
     assert config.adapter.init_data is not None, "the configuration insists on it"
-    names = () if config.task == "causal-lm" else tuple(cast(Any, base.model).config.id2label.values())
+    names = tuple(cast(Any, base.model).config.id2label.values()) if tasks.of(config).has_labels else ()
     split = encode_rows(config, base.folder, config.adapter.init_data, names)
     order, size = generator(config.run.seed, "init").permutation(len(split)), config.train.batch_size
     on = next(base.model.parameters()).device

@@ -322,7 +322,7 @@ def presets(context: typer.Context, json_lines: Json = False) -> None:
     from fedpeft.presets import PRESETS
     from fedpeft.report.tables import presets_table
 
-    found = [asdict(preset) for preset in PRESETS.values()]
+    found = [{"name": preset.name, "task": preset.task, **asdict(preset)} for preset in PRESETS.values()]
     show(found, presets_table, json_lines)
 
 

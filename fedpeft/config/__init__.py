@@ -17,7 +17,7 @@ from fedpeft.config.layers import (
     resolve,
     with_absolute_paths,
 )
-from fedpeft.config.model import ModelConfig, Task
+from fedpeft.config.model import ModelConfig
 from fedpeft.config.partition import PartitionConfig, PartitionScheme
 from fedpeft.config.run import RunConfig
 from fedpeft.config.train import TrainConfig
@@ -38,7 +38,6 @@ __all__ = [
     "Scalar",
     "SimulationConfig",
     "StrategyConfig",
-    "Task",
     "TrainConfig",
     "Truncate",
     "cohort_size",

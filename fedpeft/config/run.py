@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Self
-
-from pydantic import model_validator
 
 from fedpeft.config.adapter import AdapterConfig
 from fedpeft.config.data import DataConfig
 from fedpeft.config.federation import FederationConfig, RunSection, SimulationConfig, StrategyConfig
-from fedpeft.config.model import ModelConfig, Task
+from fedpeft.config.model import ModelConfig
 from fedpeft.config.partition import PartitionConfig
 from fedpeft.config.privacy import PrivacyConfig
 from fedpeft.config.section import Section
@@ -31,26 +28,6 @@ class RunConfig(Section):
     privacy: PrivacyConfig = PrivacyConfig()
     simulation: SimulationConfig = SimulationConfig()
     run: RunSection = RunSection()
-
-    @model_validator(mode="after")
-    def _truncation_is_of_prompts(self) -> Self:
-        if self.data.truncate is not None and self.task != "causal-lm":
-            raise ValueError(
-                f"data.truncate = '{self.data.truncate}' is for prompts and completions, but the task is "
-                f"'{self.task}'; drop it"
-            )
-        return self
-
-    @property
-    def task(self) -> Task:
-        """The task named, or the one that the data's columns speak of."""
-        if self.model.task is not None:
-            return self.model.task
-        if self.data.image is not None:
-            return "image-classification"
-        if self.data.completion is not None:
-            return "causal-lm"
-        return "sequence-classification"
 
     @property
     def label_column(self) -> str:

@@ -15,10 +15,10 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from fedpeft.bases import first_line
+from fedpeft.bases import Inputs, first_line
 from fedpeft.config import RunConfig
 from fedpeft.data.readers import Place, listed, plain_batches
-from fedpeft.data.splits import EncodedSplit, Normalisation
+from fedpeft.data.splits import EncodedSplit, Encoding, Normalisation
 from fedpeft.errors import DataError, ModelError
 
 BATCH_ROWS = 64
@@ -32,6 +32,20 @@ UNREADABLE: tuple[type[Exception], ...] = (
 
 class BrokenImageError(DataError):
     """An image that cannot be opened, or not to its end."""
+
+
+def encode_images(config: RunConfig, model_dir: Path, inputs: Inputs, place: Place, rows: datasets.Dataset) -> Encoding:
+    """Bring all images of a place to a model's size, once they are written.
+
+    Parameters
+    ----------
+    config, model_dir, place, rows
+        As for `ImageEncoder`, which says what is raised.
+    inputs : Inputs
+        What the model can be given.
+    """
+    images = ImageEncoder(config, model_dir, inputs.channels, place, rows)
+    return Encoding({}, normalisation=images.normalisation, write_pixels=images.write)
 
 
 class ImageEncoder:
@@ -242,7 +256,7 @@ def _find_normalisation(processor: Any, images: list[Any]) -> Normalisation | No
         tuple(np.atleast_1d(processor.image_mean).tolist()) if normalised else (0.0,),
         tuple(np.atleast_1d(processor.image_std).tolist()) if normalised else (1.0,),
     )
-    split = EncodedSplit("image-classification", {"pixels": raw}, normalisation=found)
+    split = EncodedSplit("", {"pixels": raw}, normalisation=found)
     remade = split.batch(range(len(images)))["pixel_values"]
     return found if remade.shape == whole.shape and torch.allclose(remade, whole.float(), atol=1e-5) else None
 

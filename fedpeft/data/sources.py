@@ -16,8 +16,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from fedpeft.config import DataConfig, Task
-from fedpeft.data.cells import stored, text_or_number
+from fedpeft.config import DataConfig
+from fedpeft.data.cells import not_read, stored, text_or_number
+from fedpeft.data.columns import Column
 from fedpeft.data.labels import column_codes, label_ids
 from fedpeft.data.locations import Location, locate, places, test_place
 from fedpeft.data.readers import Place, Wanted, hub_rows, read, refuse_missing, unreadable
@@ -67,15 +68,15 @@ class Table:
     labels: tuple[str, ...]
 
 
-def load_rows(data: DataConfig, task: Task, *, client_column: str | None, seed: int) -> SourceRows:
+def load_rows(data: DataConfig, columns: Sequence[Column], *, client_column: str | None, seed: int) -> SourceRows:
     """Read the configured rows and divide them into training and test rows.
 
     Parameters
     ----------
     data : DataConfig
         Names the source and its columns.
-    task : Task
-        Which columns are needed.
+    columns : sequence of Column
+        What is read.
     client_column : str, optional
         Column whose values name the clients.
     seed : int
@@ -87,10 +88,10 @@ def load_rows(data: DataConfig, task: Task, *, client_column: str | None, seed: 
         The rows cannot be read or do not hold what is asked for; see `read_rows`.
     """
     place, test_rows = places(data)
-    train = read_rows(place, data, task, labels=data.label_names, client_column=client_column)
+    train = read_rows(place, data, columns, labels=data.label_names, client_column=client_column)
     if test_rows is not None:
         test = read_rows(
-            test_rows, data, task, labels=train.labels or None, client_column=client_column, optional=CLIENT
+            test_rows, data, columns, labels=train.labels or None, client_column=client_column, optional=CLIENT
         )
         return SourceRows(train.rows, test.rows, train.labels)
     labels = np.asarray(train.rows.with_format("numpy")["label"][:]) if train.labels else None
@@ -142,33 +143,23 @@ DOMAIN = frozenset({"data.domain"})
 
 def wanted_columns(
     data: DataConfig,
-    task: Task,
+    columns: Sequence[Column],
     client_column: str | None,
     optional: frozenset[str] = frozenset(),
     *,
     tolerant: bool = False,
 ) -> Wanted:
-    """Return the columns that a task reads, by the configuration's keys."""
-    columns: dict[str, str | None]
-    if task == "image-classification":
-        columns = {"data.image": data.image or "image", "data.label": data.label or "label"}
-    elif task == "causal-lm":
-        columns = {"data.prompt": data.prompt or "prompt", "data.completion": data.completion or "completion"}
-    else:
-        columns = {
-            "data.text": data.text or "text",
-            "data.text_pair": data.text_pair,
-            "data.label": data.label or "label",
-        }
-    columns |= {"data.domain": data.domain, "partition.by": client_column}
-    named = {key: column for key, column in columns.items() if column is not None}
+    """Return what these columns are called in the rows, and those of domain and client, by the configuration's keys."""
+    called = {f"data.{column.name}": column.named(data) for column in columns}
+    called |= {"data.domain": data.domain, "partition.by": client_column}
+    named = {key: name for key, name in called.items() if name is not None}
     return Wanted(named, optional, data.encoding, tolerant)
 
 
 def read_rows(
     place: Place,
     data: DataConfig,
-    task: Task,
+    columns: Sequence[Column],
     *,
     labels: tuple[str, ...] | None,
     client_column: str | None = None,
@@ -183,9 +174,9 @@ def read_rows(
     place : Place
         Where they lie.
     data : DataConfig
-        Names the columns.
-    task : Task
-        Which of them are needed.
+        Names them.
+    columns : sequence of Column
+        What is read.
     labels : tuple of str, optional
         Names of all labels in the order of their ids; if None, those of the rows: in their own order where the column
         knows one, else by value where all are numbers, else alphabetically.
@@ -204,34 +195,38 @@ def read_rows(
         A column is missing; a row has no text, label, domain or client, or a label that is not in `labels`; or there is
         but one label.
     """
-    wanted = wanted_columns(data, task, client_column, optional)
+    wanted = wanted_columns(data, columns, client_column, optional)
+    kinds = {column.name: column.kind for column in columns}
     raw = read(place, wanted) if raw is None else raw
     numbers = np.arange(1, len(raw) + 1) if only is None else np.asarray(only, dtype=np.int64) + 1
     if only is not None:
         raw = raw.select(only)
     table: pa.Table = raw.with_format("arrow")[:]
-    columns: dict[str, Any] = {}
+    cells: dict[str, Any] = {}
     features: dict[str, Any] = {}
     names: tuple[str, ...] = ()
     for key, column in wanted.columns.items():
         role = "client" if key == "partition.by" else key.removeprefix("data.")
         if column not in raw.column_names:
             continue
-        if role == "label":
-            ids, names = label_ids(place, column, table[column], raw.features[column], labels)
-            columns[role], features[role] = ids, datasets.Value("int64")
-        elif role == "image":
-            columns[role], features[role] = _images(place, column, table[column]), datasets.Image()
-        elif role in ("domain", "client"):
+        kind = kinds.get(role)
+        if kind == "label":
+            cells[role], names = label_ids(place, column, table[column], raw.features[column], labels)
+            features[role] = datasets.Value("int64")
+        elif kind == "number":
+            cells[role], features[role] = _numbers(place, column, table[column]), datasets.Value("float64")
+        elif kind == "image":
+            cells[role], features[role] = _images(place, column, table[column]), datasets.Image()
+        elif kind == "text":
+            cells[role], features[role] = _text(place, column, table[column]), datasets.Value("large_string")
+        else:  # a domain or a client
             codes, values = column_codes(place, column, table[column], raw.features[column])
             refuse_missing(place, column, codes < 0, "no value")
-            columns[role] = pa.array(values, pa.large_string()).take(pa.array(codes))
+            cells[role] = pa.array(values, pa.large_string()).take(pa.array(codes))
             features[role] = datasets.Value("large_string")
-        else:
-            columns[role], features[role] = _text(place, column, table[column]), datasets.Value("large_string")
-    columns["row"], features["row"] = numbers, datasets.Value("int64")
+    cells["row"], features["row"] = numbers, datasets.Value("int64")
     info = datasets.DatasetInfo(features=datasets.Features(features))
-    return Table(datasets.Dataset(pa.table(columns), info=info), names)
+    return Table(datasets.Dataset(pa.table(cells), info=info), names)
 
 
 def _text(place: Place, column: str, cells: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -242,6 +237,15 @@ def _text(place: Place, column: str, cells: pa.ChunkedArray) -> pa.ChunkedArray:
     blank = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(text), ""), True)
     refuse_missing(place, column, blank.to_numpy(), "no text")
     return text
+
+
+def _numbers(place: Place, column: str, cells: pa.ChunkedArray) -> NDArray[np.float64]:
+    try:
+        values = pc.cast(text_or_number(place, column, cells), pa.float64()).to_numpy()
+    except pa.ArrowException:
+        raise not_read(place, column, cells.type, "numbers") from None
+    refuse_missing(place, column, ~np.isfinite(values), "no finite number")
+    return values  # type: ignore[no-any-return]
 
 
 def _images(place: Place, column: str, cells: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -280,11 +284,11 @@ def _resolved(place: Place, paths: Iterable[str]) -> list[Path]:
     return [base / path for path in paths]
 
 
-def linked_files(place: Place, data: DataConfig, task: Task) -> list[Path]:
+def linked_files(place: Place, data: DataConfig, columns: Sequence[Column]) -> list[Path]:
     """Return the image files that rows name by their paths, for rows whose images lie elsewhere."""
-    if task != "image-classification" or place.kind not in ("csv", "json", "parquet", "saved"):
+    column = next((each.named(data) for each in columns if each.kind == "image"), None)
+    if column is None or place.kind not in ("csv", "json", "parquet", "saved"):
         return []
-    column = data.image or "image"
     if place.kind == "parquet":
         assert place.path is not None
         try:
@@ -301,8 +305,10 @@ def linked_files(place: Place, data: DataConfig, task: Task) -> list[Path]:
     return [path for path in paths if os.path.isfile(path)]  # reading the rows says which are missing
 
 
-def digest(place: Place, data: DataConfig, task: Task) -> str:
+def digest(place: Place, data: DataConfig, columns: Sequence[Column] = ()) -> str:
     """Return the SHA-256 of everything that the rows of a place are made of, without reading them as rows.
+
+    Where one of the columns to be read is of images, this includes the files that it names.
 
     Raises
     ------
@@ -315,7 +321,7 @@ def digest(place: Place, data: DataConfig, task: Task) -> str:
     if place.path.is_dir():
         files = sorted(path for path in files_in(place.path) if path.is_file())
     total = hashlib.sha256()
-    for path in [*files, *linked_files(place, data, task)]:
+    for path in [*files, *linked_files(place, data, columns)]:
         named = str(path.relative_to(place.path)) if place.path.is_dir() and path.is_relative_to(place.path) else ""
         try:
             with path.open("rb") as file:

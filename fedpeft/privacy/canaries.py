@@ -25,10 +25,10 @@ from torch import Tensor
 
 from fedpeft.config import RunConfig
 from fedpeft.data.partition import Partition
+from fedpeft.data.splits import EncodedSplit
 from fedpeft.errors import ConfigError
 from fedpeft.runs import CANARIES, strict_json
 from fedpeft.seeds import generator
-from fedpeft.tasks.encoding import EncodedSplit
 from fedpeft.training.evaluation import score
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def plant(config: RunConfig, train: EncodedSplit, held: Partition, num_labels: i
     held : Partition
         The clients, to whom canaries are dealt in turn.
     num_labels : int
-        Number of labels; 0 for causal language modelling.
+        Number of labels; 0 where rows have none.
 
     Raises
     ------
@@ -99,6 +99,8 @@ def plant(config: RunConfig, train: EncodedSplit, held: Partition, num_labels: i
         )
     if train.labels is not None and num_labels < 2:
         raise ConfigError("privacy.canaries: the training rows have one label, and no canary can be wrong.")
+    if train.labels is None and "prompts" not in train.tensors:
+        raise ConfigError(f"privacy.canaries: {train.task} rows have neither labels nor completions to be made wrong.")
     rng = generator(config.run.seed, "canaries", "rows")
     sources = rng.choice(len(train), count, replace=False).astype(np.int64)
     if train.labels is None:

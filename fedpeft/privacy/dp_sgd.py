@@ -32,11 +32,11 @@ from opacus.utils.tensor_utils import sum_over_all_but_batch_and_last_n
 from torch import Tensor, nn
 
 from fedpeft.adapters.adapted import AdaptedModel
+from fedpeft.data.splits import EncodedSplit
 from fedpeft.errors import PrivacyError
 from fedpeft.privacy.mechanism import RecordMechanism
 from fedpeft.privacy.randomness import Randomness
-from fedpeft.tasks.encoding import EncodedSplit
-from fedpeft.tasks.losses import row_losses
+from fedpeft.tasks.losses import logits_of
 from fedpeft.training.local import batches
 
 Rows = NDArray[np.int64]
@@ -227,17 +227,14 @@ class RowEngine:
             ``train.precision``.
         """
         adapted, hooks = self.adapted, self._hooks
-        held = {name: value.to(adapted.device) for name, value in inputs.items()}
-        targets = held.pop("labels")
         for name in adapted.trained:
             adapted.parameter(name).grad = None  # tells afterwards whether the loss depends on it at all
-        hooks.rows = len(targets)
+        hooks.rows = len(inputs["labels"])
         hooks.enable_hooks()
         try:
-            with torch.autocast(adapted.device.type, torch.bfloat16, enabled=precision == "bf16"):
-                logits = adapted.model(**held).logits
+            logits = logits_of(adapted.model, inputs, precision)
             self._see_rows_alone()
-            losses, counted = row_losses(logits, targets)
+            losses, counted = adapted.task.losses(logits, inputs["labels"].to(logits.device))
             loss = (losses / counted.clamp(min=1)).sum()  # each row's own mean, whatever the others are
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Full backward hook is firing")  # nobody needs inputs' gradients

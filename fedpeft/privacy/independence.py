@@ -43,13 +43,15 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from fedpeft import tasks
 from fedpeft.adapters.adapted import AdaptedModel
+from fedpeft.data.splits import EncodedSplit
 from fedpeft.data.tokens import load_tokenizer
 from fedpeft.errors import PrivacyError
 from fedpeft.models import torch_seed
 from fedpeft.privacy.dp_sgd import RowEngine, advice, layer_of
 from fedpeft.seeds import derive_seed, generator
-from fedpeft.tasks.encoding import EncodedSplit, encode_table
+from fedpeft.tasks.encoding import encode_table
 from fedpeft.training.local import training_mode
 
 if TYPE_CHECKING:
@@ -205,21 +207,25 @@ def public_rows(home: Resident) -> EncodedSplit:
     config = home.config
     rng = generator(0, "public rows")
     columns: dict[str, list[Any]] = {"row": list(range(1, 7))}
-    if config.task == "image-classification":
-        pixels = rng.integers(0, 256, (6, 64, 64, 3), dtype=np.uint8)
-        columns["image"] = [PIL.Image.fromarray(image) for image in pixels]
-    else:
-        tokenizer, _ = load_tokenizer(config, home.folder)
-        special = set(tokenizer.all_special_ids)
-        ids = np.array([index for index in range(len(tokenizer)) if index not in special])
-        paired = ["text_pair"] if config.data.text_pair is not None else []
-        for name in ["prompt", "completion"] if config.task == "causal-lm" else ["text", *paired]:
-            words = (rng.choice(ids, count).tolist() for count in (*LENGTHS, *[2 * config.data.max_length] * 2))
-            columns[name] = [str(tokenizer.decode(row)).strip() or "a" for row in words]
-    if config.task != "causal-lm":
-        columns["label"] = [index % len(home.labels) for index in range(6)]
-    rows = datasets.Dataset.from_dict(columns)
-    return encode_table(config, home.folder, rows, home.labels)
+    for column in tasks.of(config).columns:
+        if column.kind == "image":
+            pixels = rng.integers(0, 256, (6, 64, 64, 3), dtype=np.uint8)
+            columns[column.name] = [PIL.Image.fromarray(image) for image in pixels]
+        elif column.kind == "text" and column.named(config.data) is not None:
+            columns[column.name] = _made_up_texts(home, rng)
+        elif column.kind == "label":
+            columns[column.name] = [index % len(home.labels) for index in range(6)]
+        elif column.kind == "number":
+            columns[column.name] = rng.normal(size=6).tolist()
+    return encode_table(config, home.folder, datasets.Dataset.from_dict(columns), home.labels)
+
+
+def _made_up_texts(home: Resident, rng: np.random.Generator) -> list[str]:
+    tokenizer, _ = load_tokenizer(home.config, home.folder)
+    special = set(tokenizer.all_special_ids)
+    ids = np.array([index for index in range(len(tokenizer)) if index not in special])
+    lengths = (*LENGTHS, *[2 * home.config.data.max_length] * 2)
+    return [str(tokenizer.decode(rng.choice(ids, count).tolist())).strip() or "a" for count in lengths]
 
 
 # --- a model as it is in training, but still ---------------------------------------------------------------------

@@ -5,24 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from fedpeft.errors import RunDirectoryError
 from fedpeft.report.formats import finite
-
-if TYPE_CHECKING:
-    from fedpeft.config import Task
+from fedpeft.tasks.metrics import find, shown
 
 Event = dict[str, Any]
-HIGHER_IS_BETTER = frozenset({"accuracy", "macro_f1"})
-# metrics in the order in which they are shown; the first one present names the run's score
-METRICS = ("accuracy", "perplexity", "macro_f1", "loss")
 ERRORS = ("aggregation_error", "aggregation_error_of_total")  # relative to the round's step, and to all learned
-
-
-def main_metric(task: Task) -> str:
-    """Return the metric by which runs of a task are judged."""
-    return "perplexity" if task == "causal-lm" else "accuracy"
 
 
 @dataclass
@@ -141,7 +131,12 @@ class History:
     @property
     def metric(self) -> str | None:
         """The score by which the run is judged; None before the first evaluation."""
-        return next((name for name in METRICS if any(name in event for event in self.evaluations.values())), None)
+        return next(iter(self.metrics), None)
+
+    @property
+    def metrics(self) -> list[str]:
+        """All scores on record, in the order in which they are shown."""
+        return shown({name for event in self.evaluations.values() for name in event})
 
     @property
     def first(self) -> Event | None:
@@ -204,5 +199,5 @@ def domain_scores(evaluation: Event | None, metric: str) -> dict[str, float]:
 
 def worst(scores: Mapping[str, float], metric: str) -> str:
     """Return the name of the worst score; of equal ones the first by name."""
-    sign = 1.0 if metric in HIGHER_IS_BETTER else -1.0
+    sign = 1.0 if find(metric).better == "higher" else -1.0
     return min(sorted(scores), key=lambda name: sign * scores[name])

@@ -17,14 +17,16 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from fedpeft import tasks
 from fedpeft.config import RunConfig
 from fedpeft.privacy.statement import PRIVACY
 from fedpeft.report.formats import NONE, duration, finite, number, size
-from fedpeft.report.history import ERRORS, HIGHER_IS_BETTER, METRICS, History, domain_scores, worst
+from fedpeft.report.history import ERRORS, History, domain_scores, worst
 from fedpeft.report.plots import DARK, draw, write_plots
 from fedpeft.report.privacy import epsilon, guarantee
 from fedpeft.report.tables import environment_rows
 from fedpeft.runs import ADAPTER, CONFIG, ENVIRONMENT, read_config
+from fedpeft.tasks.metrics import find
 
 PAGE, PLOTS = "report.html", "plots"
 TEMPLATE = "page.html.jinja"
@@ -35,11 +37,6 @@ REPEATS_SECRETLY = (
     "This file, config.toml in the run directory, repeats the run with other noise: its randomness is secret "
     "(privacy.rng = secure)."
 )
-CLASSES = {
-    "sequence-classification": "AutoModelForSequenceClassification",
-    "image-classification": "AutoModelForImageClassification",
-    "causal-lm": "AutoModelForCausalLM",
-}
 
 
 @dataclass(frozen=True)
@@ -135,7 +132,7 @@ def render(run: Path, config: RunConfig, history: History, images: Iterable[Imag
         state=history.state,
         reason=(history.end or {}).get("reason", ""),
         strategy=config.strategy.name,
-        task=config.task,
+        task=tasks.named(config),
         cards=_cards(config, history, statement),
         images=list(images),
         views=[view for view in views if view.rows or view.text],
@@ -161,34 +158,35 @@ def loading_code(run: Path, config: RunConfig) -> str:
     """
     described = _json(run / ADAPTER / "adapter_config.json")
     base = str(described.get("base_model_name_or_path") or config.model.name or "BASE_MODEL")
-    kind, causal = CLASSES[config.task], config.task == "causal-lm"
+    task = tasks.of(config)
     trust = ", trust_remote_code=True" if config.model.trust_remote_code else ""
-    of_images = config.task == "image-classification"
-    reader, inputs = ("AutoImageProcessor", "processor") if of_images else ("AutoTokenizer", "tokenizer")
+    reader, inputs = ("AutoImageProcessor", "processor") if task.reads_images else ("AutoTokenizer", "tokenizer")
     lines = [
-        *([] if causal else ["import json"]),
+        *(["import json"] if task.has_labels else []),
         "from pathlib import Path",
         "",
         "from peft import PeftModel",
-        f"from transformers import {', '.join(sorted([kind, reader]))}",
+        f"from transformers import {', '.join(sorted([task.auto, reader]))}",
         "",
         f"base_name = {base!r}",
         f"adapter = Path({str(run.resolve() / ADAPTER)!r})",
         f"{inputs} = {reader}.from_pretrained(base_name{trust})",
     ]
-    if causal:
-        lines.append(f"base = {kind}.from_pretrained(base_name{trust})")
+    if not task.has_labels:
+        settings = dict(task.settings) | ({"ignore_mismatched_sizes": True} if task.has_head else {})
+        fields = "".join(f", {name}={value!r}" for name, value in settings.items())
+        lines.append(f"base = {task.auto}.from_pretrained(base_name{trust}{fields})")
     else:
         lines += [
             'labels = json.loads((adapter / "labels.json").read_text(encoding="utf-8"))',
-            f"base = {kind}.from_pretrained(",
+            f"base = {task.auto}.from_pretrained(",
             f"    base_name{trust},",
             "    id2label=dict(enumerate(labels)),",
             "    label2id={name: index for index, name in enumerate(labels)},",
             "    ignore_mismatched_sizes=True,  # the head comes with the adapter",
             ")",
         ]
-    if config.task == "sequence-classification":
+    if task.reads_last_token:
         lines += [
             "if base.config.pad_token_id is None:",
             "    base.config.pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id",
@@ -287,7 +285,7 @@ def _whole(value: object) -> str:
 
 
 def _evaluations(history: History) -> View:
-    metrics = [name for name in METRICS if any(name in event for event in history.evaluations.values())]
+    metrics = history.metrics
     errors, totals = (any(key in event for event in history.rounds.values()) for key in ERRORS)
     private = history.is_private
     trained = not private or any(event.get("train_loss") is not None for event in history.rounds.values())
@@ -315,7 +313,7 @@ def _domains(history: History) -> View:
         change = value - before[name] if name in before else None
         rows.append((name, number(before.get(name)), number(value), _signed(change)))
     first, last = (event["round"] if event else 0 for event in (history.first, history.last))
-    better = "higher" if metric in HIGHER_IS_BETTER else "lower"
+    better = find(metric).better
     return View(
         "Domains",
         ("domain", f"{metric}, round {first}", f"round {last}", "change"),

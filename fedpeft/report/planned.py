@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from fedpeft import tasks
 from fedpeft.jsons import strict_json
 from fedpeft.report.formats import NONE, size
 from fedpeft.report.holdings import rows_summary
@@ -108,7 +109,7 @@ class DryRun:
         """Return plain data, for ``--json``."""
         return {
             "config": self.config.model_dump(mode="json", exclude_none=True),
-            "task": self.config.task,
+            "task": tasks.named(self.config),
             "parameters": self.parameters,
             "trainable": self.trainable,
             "layers": self.layers,
@@ -150,7 +151,8 @@ def dry_run_table(planned: DryRun) -> RenderableType:
     facts: list[tuple[str, object]] = [
         (
             "model",
-            f"{config.model.name or NONE} ({config.task}, {planned.parameters:,} parameters, on {planned.device})",
+            f"{config.model.name or NONE} ({tasks.named(config)}, {planned.parameters:,} parameters, "
+            f"on {planned.device})",
         ),
         ("data", f"{config.data.source or NONE} ({sum(rows):,} training rows, {planned.test_rows:,} test rows)"),
         *(("", note) for note in planned.notes),

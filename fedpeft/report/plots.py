@@ -23,6 +23,7 @@ from matplotlib.ticker import MaxNLocator
 
 from fedpeft.report.formats import finite, number, one_line
 from fedpeft.report.history import ERRORS, Event, History
+from fedpeft.tasks.metrics import find
 
 SIZE, DPI = (7.0, 4.0), 144  # inches, pixels per inch
 NAMED_DOMAINS = 8  # with more than that lines cannot be told apart, and are drawn alike
@@ -79,7 +80,7 @@ def draw(history: History, theme: Theme = LIGHT) -> list[Plot]:
     Returns
     -------
     list of Plot
-        ``accuracy`` or ``perplexity``, ``loss``, ``aggregation_error``, ``epsilon`` and ``communication``, those that
+        The main metric, ``loss``, ``aggregation_error``, ``epsilon`` and ``communication``, those that
         have points.
     """
     figures: list[tuple[str, str, Callable[[Axes], bool]]] = []
@@ -135,7 +136,7 @@ def _scores(axes: Axes, history: History, metric: str, theme: Theme) -> bool:
         axes.lines[-1].set_label(f"each of {len(domains)} domains")
     axes.set_ylabel(metric)
     everything = [*points, *(point for values in domains.values() for point in values)]
-    scale_axis(axes, everything, bounded=metric != "perplexity")
+    scale_axis(axes, everything, bounded=bounded(metric))
     return _finish(axes, lines, points)
 
 
@@ -185,7 +186,7 @@ def _communication(axes: Axes, history: History, metric: str, theme: Theme) -> b
         return False
     draw_line(axes, points, "", theme, 0, width=2.0)
     axes.set_ylabel(metric)
-    scale_axis(axes, points, bounded=metric != "perplexity")
+    scale_axis(axes, points, bounded=bounded(metric))
     _finish(axes, [], points)
     axes.set_xlabel("MB moved, up and down together")
     axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
@@ -232,6 +233,11 @@ def draw_line(axes: Axes, points: Points, label: str, theme: Theme, index: int, 
         zorder=4 if index == 0 else 3,
     )
     return line
+
+
+def bounded(metric: str) -> bool:
+    """Tell whether a metric ends at 1."""
+    return find(metric).bounds[1] == 1.0
 
 
 def scale_axis(axes: Axes, points: Points, *, bounded: bool = False) -> None:

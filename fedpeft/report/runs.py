@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import RenderableType
 from rich.text import Text
 
+from fedpeft import tasks
 from fedpeft.errors import FedpeftError, RunDirectoryError
 from fedpeft.presets import PREFIX, is_preset
 from fedpeft.report.formats import NONE, finite, number, one_line
@@ -76,7 +77,7 @@ def _run_facts(path: Path, now: float) -> Facts:
     return facts | {
         "state": state,
         "strategy": config.strategy.name,
-        "task": config.task,
+        "task": tasks.named(config),
         "preset": _preset(config),
         "rounds": history.done,
         "planned": config.federation.rounds,

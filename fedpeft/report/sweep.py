@@ -19,7 +19,7 @@ from rich.text import Text
 from fedpeft.report.comparison import BOUNDS
 from fedpeft.report.formats import NONE, finite, number, one_line
 from fedpeft.report.layout import cell, new_table
-from fedpeft.report.plots import LIGHT, Theme, draw_line, place_legend, render_figure, scale_axis, short_label
+from fedpeft.report.plots import LIGHT, Theme, bounded, draw_line, place_legend, render_figure, scale_axis, short_label
 from fedpeft.report.privacy import accountants, epsilon
 from fedpeft.rounding import as_given
 from fedpeft.runs import read_config
@@ -244,7 +244,7 @@ def _curves(axes: Axes, facts: Mapping[str, Any], theme: Theme) -> bool:
     axes.xaxis.set_major_locator(FixedLocator(list(ticks)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticklabels(list(ticks.values()))
-    scale_axis(axes, every, bounded=facts["metric"] != "perplexity")
+    scale_axis(axes, every, bounded=bounded(facts["metric"]))
     if len(lines) > 1:
         place_legend(axes, lines)
     return bool(lines)

@@ -11,8 +11,8 @@ from rich.text import Text
 
 from fedpeft.jsons import to_json
 from fedpeft.report.formats import NONE, number, one_line
-from fedpeft.report.history import METRICS
 from fedpeft.report.layout import as_typed, cell, new_table, pairs
+from fedpeft.tasks.metrics import shown
 
 if TYPE_CHECKING:
     from fedpeft.strategies.base import AdapterStrategy
@@ -184,7 +184,7 @@ def scores_table(scores: Mapping[str, Any]) -> RenderableType:
     scores : mapping
         Metrics by name, and ``domains``, ``run`` and ``examples`` where known.
     """
-    metrics = [name for name in METRICS if name in scores]
+    metrics = shown(scores)
     table = new_table("", *metrics, right=metrics)
     table.add_row(cell("all test rows", "bold"), *(cell(number(scores[name]), "bold green") for name in metrics))
     domains = scores.get("domains")

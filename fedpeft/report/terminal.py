@@ -26,9 +26,10 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from fedpeft import tasks
 from fedpeft.jsons import to_json
 from fedpeft.report.formats import duration, finite, number, one_line, size
-from fedpeft.report.history import Event, History, domain_scores, main_metric, worst
+from fedpeft.report.history import Event, History, domain_scores, worst
 
 if TYPE_CHECKING:
     from fedpeft.config import RunConfig
@@ -127,7 +128,7 @@ class TerminalListener:
             next_commands = PRIVATE_COMMANDS if self.private else NEXT_COMMANDS
         self.next_commands = tuple(next_commands)
         self.history = History()
-        self.metric = main_metric(config.task)
+        self.metric = tasks.of(config).main_metric
         self._progress = progress if progress is not None else open_console(stderr=True)
         self._out = out if out is not None else open_console()
         self._clock = clock

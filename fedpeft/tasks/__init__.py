@@ -1,1 +1,45 @@
-"""What models are trained for."""
+"""What models are trained for: one file a task, and the registry that finds them by name.
+
+This loads neither torch nor transformers: the command line asks it too.
+"""
+
+from __future__ import annotations
+
+from fedpeft.config import RunConfig
+from fedpeft.errors import ConfigError
+from fedpeft.registry import Registry
+from fedpeft.tasks import causal_lm, image_classification, sequence_classification
+from fedpeft.tasks.task import Task
+
+__all__ = ["TASKS", "Task", "find", "named", "of"]
+
+DEFAULT = sequence_classification.TASK  # where the data's columns say nothing
+TASKS = Registry("task", "fedpeft.tasks", (DEFAULT, image_classification.TASK, causal_lm.TASK))
+find = TASKS.find
+
+
+def named(config: RunConfig) -> str:
+    """Return the name of a run's task, known here or not: the one given, or that of which the data's columns speak."""
+    if config.model.task is not None:
+        return config.model.task
+    for task in TASKS.ours.values():
+        if task.spoken_by is not None and getattr(config.data, task.spoken_by) is not None:
+            return task.name
+    return DEFAULT.name
+
+
+def of(config: RunConfig) -> Task:
+    """Return a run's task.
+
+    Raises
+    ------
+    ConfigError
+        There is none of that name, or a setting is of no use to it.
+    """
+    task = find(named(config))
+    if config.data.truncate is not None and not task.reads("completion"):
+        raise ConfigError(
+            f"data.truncate = '{config.data.truncate}' is for prompts and completions, but the task is "
+            f"'{task.name}'; drop it"
+        )
+    return task

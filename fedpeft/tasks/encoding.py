@@ -10,7 +10,7 @@ import hashlib
 import importlib.metadata
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,17 +22,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fedpeft.bases import inputs_of
+from fedpeft import tasks
 from fedpeft.cache import cache_dir, locked, publishing
-from fedpeft.config import RunConfig, Task
-from fedpeft.data.pixels import ImageEncoder
+from fedpeft.config import RunConfig
+from fedpeft.data.columns import Column
 from fedpeft.data.readers import Place, folder_notes, read
 from fedpeft.data.sources import CLIENT, DOMAIN, digest, hold_out, locate, places, read_rows, test_place, wanted_columns
 from fedpeft.data.splits import EncodedData, EncodedSplit, Normalisation
-from fedpeft.data.tokens import Cuts, cut_notes, encode_texts
+from fedpeft.data.tokens import Cuts, cut_notes
 from fedpeft.errors import DataError, ModelError
-
-__all__ = ["EncodedData", "EncodedSplit", "encode", "encode_rows", "encode_table", "encode_what_can_be", "model_digest"]
+from fedpeft.tasks.classes import inputs_of
 
 FORMAT_VERSION = 3
 # what the tensors depend on in a model's folder
@@ -65,6 +64,8 @@ def encode(config: RunConfig, model_dir: Path) -> EncodedData:
         The rows cannot be read or encoded, or the cache cannot be written.
     ModelError
         The folder has no tokenizer or image processor that can be loaded.
+    ConfigError
+        See `fedpeft.tasks.of`.
     """
     place, test_rows = places(config.data)
     by = config.partition.by
@@ -78,7 +79,7 @@ def encode(config: RunConfig, model_dir: Path) -> EncodedData:
     total = hashlib.sha256("\x1f".join([train.fingerprint, test.fingerprint, *labels]).encode())
     for split in (train, test):
         total.update(b"" if split.rows is None else split.rows.astype("<i8").tobytes())
-    return EncodedData(train, test, labels, total.hexdigest(), config.task, train.pad_token_id)
+    return EncodedData(train, test, labels, total.hexdigest(), train.task, train.pad_token_id)
 
 
 def encode_rows(
@@ -134,7 +135,7 @@ def encode_table(
     """
     with tempfile.TemporaryDirectory() as folder:
         _make(config, model_dir, Place("rows in memory", "json", None), rows, labels, Path(folder) / "rows")
-        found = _open(Path(folder) / "rows", config.task)
+        found = _open(Path(folder) / "rows", tasks.named(config))
         assert found is not None
         split = found[0]
         return replace(split, tensors={name: tensor.clone() for name, tensor in split.tensors.items()})
@@ -149,28 +150,29 @@ def _entry(
     optional: frozenset[str] = frozenset(),
 ) -> tuple[EncodedSplit, tuple[str, ...]]:
     """Open the entry of one table of rows, making it where there is none; also return its label names."""
-    wanted = wanted_columns(config.data, config.task, client_column, optional)
+    task = tasks.of(config)
+    wanted = wanted_columns(config.data, task.columns, client_column, optional)
     key = _key(
-        task=config.task,
-        rows=digest(place, config.data, config.task),
+        task=task.name,
+        rows=digest(place, config.data, task.columns),
         columns=dict(wanted.columns),
         labels=labels,
         encoding=config.data.encoding,
-        max_length=None if config.task == "image-classification" else config.data.max_length,
+        max_length=None if task.reads_images else config.data.max_length,
         truncate=config.data.truncate or "longest",
         model=model_digest(model_dir),
         versions=[importlib.metadata.version(name) for name in LIBRARIES],
     )
     folder = cache_dir() / "encoded" / key
-    if (found := _open(folder, config.task)) is not None:
+    if (found := _open(folder, task.name)) is not None:
         return _noted(config, place, found)
     with locked(folder):
-        if (found := _open(folder, config.task)) is None:  # another process may have been first
+        if (found := _open(folder, task.name)) is None:  # another process may have been first
             table = read_rows(
-                place, config.data, config.task, labels=labels, client_column=client_column, optional=optional
+                place, config.data, task.columns, labels=labels, client_column=client_column, optional=optional
             )
             _make(config, model_dir, place, table.rows, table.labels, folder)
-            found = _open(folder, config.task)
+            found = _open(folder, task.name)
     if found is None:
         raise DataError(f"the cache entry '{folder}' was written but cannot be read. Remove the folder and run again.")
     return _noted(config, place, found)
@@ -210,7 +212,7 @@ def _model_fields(model_dir: Path) -> dict[str, Any]:
         raise ModelError(f"'{model_dir / 'config.json'}' cannot be read: {error}. Save the model again.") from None
 
 
-def _open(folder: Path, task: Task) -> tuple[EncodedSplit, tuple[str, ...], Cuts] | None:
+def _open(folder: Path, task: str) -> tuple[EncodedSplit, tuple[str, ...], Cuts] | None:
     """Map an entry into memory; None where there is none, or a damaged one."""
     try:
         meta = json.loads((folder / _META).read_text(encoding="utf-8"))
@@ -234,23 +236,16 @@ def _open(folder: Path, task: Task) -> tuple[EncodedSplit, tuple[str, ...], Cuts
 def _make(
     config: RunConfig, model_dir: Path, place: Place, rows: datasets.Dataset, labels: Sequence[str], folder: Path
 ) -> None:
-    tensors, names = _columns(rows)
-    inputs = inputs_of(config, model_dir)
-    pad_token_id: int | None = None
-    scaling: Normalisation | None = None
-    write_pixels: Callable[[Path], None] | None = None
-    cuts: Cuts = {}
-    if config.task == "image-classification":
-        images = ImageEncoder(config, model_dir, inputs.channels, place, rows)
-        scaling, write_pixels = images.normalisation, images.write
-    else:
-        texts, pad_token_id, cuts = encode_texts(config, model_dir, inputs, place, rows)
-        tensors |= texts
+    task = tasks.of(config)
+    tensors, names = _columns(rows, task.columns)
+    encoding = task.encode(config, model_dir, inputs_of(config, model_dir), place, rows)
+    tensors |= encoding.tensors
+    scaling, write_pixels = encoding.normalisation, encoding.write_pixels
     meta = {
         "labels": list(labels),
         "names": names,
-        "pad_token_id": pad_token_id,
-        "cuts": cuts,
+        "pad_token_id": encoding.pad_token_id,
+        "cuts": dict(encoding.cuts),
         "pixels": write_pixels is not None,
         "normalisation": scaling and {"scale": scaling.scale, "mean": scaling.mean, "std": scaling.std},
     }
@@ -266,18 +261,21 @@ def _make(
         (draft / _META).write_text(text, encoding="utf-8")
 
 
-def _columns(rows: datasets.Dataset) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
-    """Return labels and coded domains and clients, and the names that the codes stand for."""
+def _columns(rows: datasets.Dataset, columns: Sequence[Column]) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
+    """Return labels, numbers, and coded domains and clients, and the names that the codes stand for."""
     tensors: dict[str, Tensor] = {}
     names: dict[str, list[str]] = {}
-    table = rows.select_columns([name for name in rows.column_names if name in ("label", "domain", "client")])
+    kept: dict[str, str] = {column.name: column.kind for column in columns if column.kind in ("label", "number")}
+    kept |= {"domain": "code", "client": "code"}
+    table = rows.select_columns([name for name in rows.column_names if name in kept])
     for column, cells in zip(table.column_names, table.with_format("arrow")[:].columns, strict=True):
-        if column == "label":
-            tensors["labels"] = torch.tensor(cells.to_numpy())
+        if kept[column] != "code":
+            values = torch.tensor(cells.to_numpy())
+            tensors |= {"labels": values} if kept[column] == "label" else {"targets": values.float()}
             continue
-        values = pc.unique(cells)
-        tensors[f"{column}s"] = torch.tensor(pc.index_in(cells, value_set=values).to_numpy())
-        names[f"{column}s"] = values.to_pylist()
+        distinct = pc.unique(cells)
+        tensors[f"{column}s"] = torch.tensor(pc.index_in(cells, value_set=distinct).to_numpy())
+        names[f"{column}s"] = distinct.to_pylist()
     return tensors, names
 
 
@@ -313,11 +311,11 @@ def encode_what_can_be(
         return encode_rows(config, model_dir, source, labels), {}
     except (DataError, ModelError) as error:
         place, whole = locate(source).train, error
-    names = tuple(labels) or config.data.label_names
+    names, task = tuple(labels) or config.data.label_names, tasks.of(config)
     raw: datasets.Dataset | None = None
 
     def table(only: Sequence[int]) -> datasets.Dataset:
-        return read_rows(place, config.data, config.task, labels=names, optional=DOMAIN, only=only, raw=raw).rows
+        return read_rows(place, config.data, task.columns, labels=names, optional=DOMAIN, only=only, raw=raw).rows
 
     def problem(only: Sequence[int]) -> str | None:
         try:
@@ -328,8 +326,8 @@ def encode_what_can_be(
 
     key = _key(
         tolerant=True,
-        task=config.task,
-        rows=digest(place, config.data, config.task),
+        task=task.name,
+        rows=digest(place, config.data, task.columns),
         data=config.data.model_dump(mode="json"),
         labels=names,
         model=model_digest(model_dir),
@@ -337,9 +335,9 @@ def encode_what_can_be(
     )
     folder = cache_dir() / "encoded" / key
     with locked(folder):
-        found, noted = _open(folder, config.task), folder / _LEFT_OUT
+        found, noted = _open(folder, task.name), folder / _LEFT_OUT
         if found is None or not noted.is_file():
-            raw = read(place, wanted_columns(config.data, config.task, None, DOMAIN, tolerant=True))
+            raw = read(place, wanted_columns(config.data, task.columns, None, DOMAIN, tolerant=True))
             count = len(raw)
             left_out: dict[int, str] = {}
             for start in range(0, count, _TRIED_AT_ONCE):
@@ -352,7 +350,7 @@ def encode_what_can_be(
             good = [row for row in range(count) if row + 1 not in left_out]
             _make(config, model_dir, place, table(good), names or (), folder)
             noted.write_text(json.dumps(left_out), encoding="utf-8")
-            found = _open(folder, config.task)
+            found = _open(folder, task.name)
         assert found is not None, "just written"
         told = json.loads(noted.read_text(encoding="utf-8"))
     return found[0], {int(row): what for row, what in told.items()}

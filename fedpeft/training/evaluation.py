@@ -4,65 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from fedpeft import tasks
 from fedpeft.config import RunConfig
 from fedpeft.data.partition import Partition
+from fedpeft.data.splits import EncodedSplit
 from fedpeft.errors import ConfigError
-from fedpeft.tasks.encoding import EncodedSplit
-from fedpeft.tasks.losses import row_losses
-
-
-@dataclass(frozen=True)
-class Scores:
-    """One model's scores on each row of a split.
-
-    Parameters
-    ----------
-    loss : array of float64, shape (n,)
-        Sum of the row's negative log-likelihoods, in nats.
-    tokens : array of float64, shape (n,)
-        What that sum counts: completion tokens, or 1.
-    predicted, labels : array of int64, shape (n,), or None
-        Label ids, for classification.
-    """
-
-    loss: NDArray[np.float64]
-    tokens: NDArray[np.float64]
-    predicted: NDArray[np.int64] | None = None
-    labels: NDArray[np.int64] | None = None
-
-    def metrics(self, rows: NDArray[np.bool_] | None = None) -> dict[str, float]:
-        """Summarise all rows, or those of a mask.
-
-        Returns
-        -------
-        dict of str to float
-            ``loss``, and ``accuracy`` and ``macro_f1`` (over labels that occur or are predicted), or ``perplexity``.
-        """
-        from sklearn.metrics import f1_score
-
-        chosen = slice(None) if rows is None else rows
-        loss = float(self.loss[chosen].sum() / self.tokens[chosen].sum())
-        if self.predicted is None or self.labels is None:
-            return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
-        predicted, labels = self.predicted[chosen], self.labels[chosen]
-        return {
-            "loss": loss,
-            "accuracy": float((predicted == labels).mean()),
-            "macro_f1": float(f1_score(labels, predicted, average="macro", zero_division=0.0)),
-        }
-
-    def by_group(self, groups: tuple[str, ...], wanted: Collection[str] | None = None) -> dict[str, dict[str, float]]:
-        """Summarise the rows of each group, or of those wanted, such as a domain or a client; in sorted order."""
-        names = np.asarray(groups)
-        chosen = [str(name) for name in np.unique(names) if wanted is None or name in wanted]
-        return {name: self.metrics(names == name) for name in chosen}
+from fedpeft.tasks.losses import logits_of
+from fedpeft.tasks.metrics import Scores, find, measures_of
 
 
 @torch.no_grad()
@@ -74,32 +28,33 @@ def score(model: nn.Module, split: EncodedSplit, config: RunConfig) -> Scores:
     Parameters
     ----------
     model : torch.nn.Module
-        A classifier or causal language model with its adapter.
+        The base with its adapter.
     split : EncodedSplit
         The rows.
     config : RunConfig
-        Gives the batch size and the precision.
+        Gives the task, the batch size and the precision.
     """
     model.eval()
-    on = next(model.parameters()).device
+    task = tasks.of(config)
     count, size = len(split), config.run.evaluate_batch_size
     order = np.argsort(np.asarray(split.lengths), kind="stable")
     loss, tokens = np.zeros(count), np.ones(count)
-    predicted = np.zeros(count, dtype=np.int64)
-    causal = config.task == "causal-lm"
+    predicted: list[NDArray[np.generic]] = []
+    right: list[NDArray[np.generic]] = []
     for start in range(0, count, size):
         rows = order[start : start + size]
-        inputs = {name: value.to(on) for name, value in split.batch(rows).items()}
-        targets = inputs.pop("labels")
-        with torch.autocast(on.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
-            logits = model(**inputs).logits
-        loss[rows], tokens[rows] = (values.cpu().numpy() for values in row_losses(logits, targets))
-        if not causal:
-            predicted[rows] = logits.argmax(-1).cpu().numpy()
-    if causal:
-        return Scores(loss, tokens)
-    assert split.labels is not None
-    return Scores(loss, tokens, predicted, split.labels.numpy().astype(np.int64))
+        batch = split.batch(rows)
+        logits = logits_of(model, batch, config.train.precision)
+        targets = batch["labels"].to(logits.device)
+        loss[rows], tokens[rows] = (values.cpu().numpy() for values in task.losses(logits, targets))
+        if task.predict is not None:
+            predicted.append(task.predict(logits).cpu().numpy())
+            right.append(batch["labels"].numpy())
+    measures = measures_of(task)
+    if not predicted:
+        return Scores(loss, tokens, measures)
+    back = np.argsort(order)
+    return Scores(loss, tokens, measures, np.concatenate(predicted)[back], np.concatenate(right)[back])
 
 
 def client_metrics(
@@ -113,7 +68,7 @@ def client_metrics(
 
     Where test rows name their client, a client's score is that of its rows. Elsewhere each test row counts as often as
     the client's own training rows are of its kind, a kind being a label, a domain, or both; kinds that the test split
-    lacks are left out.
+    lacks are left out, and so are metrics that are no ratio of sums over rows.
 
     Parameters
     ----------
@@ -141,8 +96,9 @@ def client_metrics(
     def per_kind(values: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.bincount(of_test, values, len(names)) / np.maximum(present, 1)
 
-    loss, tokens = per_kind(scores.loss), per_kind(scores.tokens)
-    hits = None if scores.predicted is None else per_kind((scores.predicted == scores.labels).astype(np.float64))
+    ratios = {
+        metric: [per_kind(values) for values in metric.ratio(scores)] for metric in scores.measures if metric.ratio
+    }
     found = {}
     for client, rows in zip(held.client_ids, held.indices, strict=True):
         if clients is not None and client not in clients:
@@ -150,12 +106,10 @@ def client_metrics(
         weight = np.where(present > 0, np.bincount(of_train[rows], minlength=len(names)), 0).astype(np.float64)
         if not weight.any():
             continue
-        mean = float((weight * loss).sum() / (weight * tokens).sum())
-        found[client] = {"loss": mean}
-        if hits is None:
-            found[client]["perplexity"] = math.exp(min(mean, 700.0))
-        else:
-            found[client]["accuracy"] = float((weight * hits).sum() / weight.sum())
+        found[client] = {
+            metric.name: metric.finish(float((weight * above).sum() / (weight * below).sum()))
+            for metric, (above, below) in ratios.items()
+        }
     return found
 
 
@@ -178,7 +132,7 @@ def mean_metrics(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
 def spread(values: dict[str, dict[str, float]], key: str) -> dict[str, float]:
     """Summarise one metric over groups: its mean, and the mean of the worst tenth (at least one group)."""
     ordered = np.sort([metrics[key] for metrics in values.values()])
-    if key in ("loss", "perplexity"):
+    if find(key).better == "lower":
         ordered = ordered[::-1]
     worst = ordered[: max(1, math.ceil(len(ordered) / 10))]
     return {"mean": float(ordered.mean()), "worst_tenth": float(worst.mean())}

@@ -16,9 +16,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedpeft.adapters.adapted import AdaptedModel
 from fedpeft.config import TrainConfig
+from fedpeft.data.splits import EncodedSplit
 from fedpeft.models import torch_seed
 from fedpeft.seeds import derive_seed, generator
-from fedpeft.tasks.encoding import EncodedSplit
+from fedpeft.tasks.losses import mean_loss
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class Gradients(Protocol):
 
 @dataclass(frozen=True)
 class PlainGradients:
-    """The gradient of the batch's mean loss, as the model itself computes it.
+    """The gradient of the batch's mean loss.
 
     Parameters
     ----------
@@ -140,9 +141,7 @@ class PlainGradients:
     def compute(self, batch: NDArray[np.int64]) -> tuple[float | Tensor, int]:
         """Return the batch's mean loss, once."""
         adapted = self.adapted
-        inputs = {name: value.to(adapted.device) for name, value in self.split.batch(batch).items()}
-        with torch.autocast(adapted.device.type, torch.bfloat16, enabled=self.train.precision == "bf16"):
-            loss: Tensor = adapted.model(**inputs).loss
+        loss = mean_loss(adapted.task, adapted.model, self.split.batch(batch), self.train.precision)
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach(), 1
 

@@ -15,6 +15,7 @@ from flwr.app import ArrayRecord, MetricRecord
 from flwr.serverapp import Grid
 from torch import Tensor
 
+from fedpeft import tasks
 from fedpeft.adapters.adapted import AdaptedModel
 from fedpeft.adapters.state import AdapterState, ClientUpdate, num_bytes, role_of
 from fedpeft.config import RunConfig
@@ -30,7 +31,8 @@ from fedpeft.strategies.algebra.base_changes import exact_sum
 from fedpeft.strategies.averaging.private_mean import client_privacy
 from fedpeft.strategies.base import AdapterStrategy
 from fedpeft.strategies.rounds.report import Fault, RoundReport
-from fedpeft.training.evaluation import Scores, client_metrics, mean_metrics, score, spread
+from fedpeft.tasks.metrics import Scores
+from fedpeft.training.evaluation import client_metrics, mean_metrics, score, spread
 from fedpeft.wire import SECONDS, TRAIN_LOSS, to_record, to_tensors
 
 # the clients' personal tensors by client id; empty before a client has trained
@@ -316,7 +318,7 @@ class _Run:
                 clients |= client_metrics(own, *rows, clients={name})
             if not owners:  # one model for all
                 clients = client_metrics(models[0], *rows)
-            key = "perplexity" if self.config.task == "causal-lm" else "accuracy"
+            key = tasks.of(self.config).main_metric
             if clients:  # of no client are there test rows, else
                 found["clients"] = {key: spread(clients, key), "scores": clients}
         return found

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from fedpeft import tasks
 from fedpeft.config import DataConfig
 from fedpeft.data.sources import SourceRows, load_rows
 from fedpeft.errors import DataError
@@ -22,7 +23,12 @@ DIGITS = "9" * 5000
 
 
 def load(source: Path, **data: Any) -> SourceRows:
-    return load_rows(DataConfig(source=str(source), **data), "sequence-classification", client_column=None, seed=0)
+    return load_rows(
+        DataConfig(source=str(source), **data),
+        tasks.find("sequence-classification").columns,
+        client_column=None,
+        seed=0,
+    )
 
 
 def texts(rows: SourceRows) -> list[str]:
@@ -221,4 +227,4 @@ def test_an_empty_saved_split_holds_no_rows(tmp_path: Path) -> None:
 )
 def test_a_source_that_names_no_file_is_said_whole(source: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        load_rows(DataConfig(source=source), "sequence-classification", client_column=None, seed=0)
+        load_rows(DataConfig(source=source), tasks.find("sequence-classification").columns, client_column=None, seed=0)

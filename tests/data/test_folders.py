@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fedpeft import tasks
 from fedpeft.cli import app
 from fedpeft.config import DataConfig, configure
 from fedpeft.data import hub
@@ -21,7 +22,7 @@ from fedpeft.tasks.encoding import encode
 
 
 def load(source: str | Path, task: Any = "image-classification", **data: Any) -> SourceRows:
-    return load_rows(DataConfig(source=str(source), **data), task, client_column=None, seed=0)
+    return load_rows(DataConfig(source=str(source), **data), tasks.find(task).columns, client_column=None, seed=0)
 
 
 def rows_of(rows: SourceRows) -> int:
@@ -47,7 +48,7 @@ def copy(source: Path, target: Path) -> None:
 
 def test_what_systems_and_notebooks_leave_behind_is_neither_class_nor_row(pictures: Path) -> None:
     place, config = locate(pictures).train, DataConfig(source=str(pictures))
-    before = digest(place, config, "image-classification")
+    before = digest(place, config, tasks.find("image-classification").columns)
     one = pictures / "cat" / "0.png"
     for name in (".ipynb_checkpoints/0.png", "cat/.ipynb_checkpoints/0.png", "__MACOSX/cat/._0.png", "__MACOSX/1.png"):
         copy(one, pictures / name)
@@ -55,7 +56,7 @@ def test_what_systems_and_notebooks_leave_behind_is_neither_class_nor_row(pictur
         copy(one, pictures / name)
     rows = load(pictures)
     assert (rows.labels, rows_of(rows)) == (("cat", "dog"), 8)
-    assert digest(place, config, "image-classification") == before
+    assert digest(place, config, tasks.find("image-classification").columns) == before
 
 
 def test_upper_case_nested_and_linked_images_are_rows(pictures: Path) -> None:
@@ -110,15 +111,15 @@ def test_files_and_folders_that_become_no_rows_are_told(
 
 def test_the_task_follows_from_a_folder_of_images(pictures: Path, tmp_path: Path, text_csv: Path) -> None:
     config = configure({"data.source": str(pictures)})
-    assert (config.task, config.data.image) == ("image-classification", "image")
-    assert configure({"data.test": str(pictures)}).task == "image-classification"
+    assert (tasks.named(config), config.data.image) == ("image-classification", "image")
+    assert tasks.named(configure({"data.test": str(pictures)})) == "image-classification"
     pictures.rename(tmp_path / "train")
-    assert configure({"data.source": str(tmp_path)}).task == "image-classification"
-    assert configure({"data.source": str(text_csv)}).task == "sequence-classification"
+    assert tasks.named(configure({"data.source": str(tmp_path)})) == "image-classification"
+    assert tasks.named(configure({"data.source": str(text_csv)})) == "sequence-classification"
     asked = configure({"data.source": str(tmp_path), "data.text": "text"})
-    assert asked.task == "sequence-classification"
+    assert tasks.named(asked) == "sequence-classification"
     with pytest.raises(DataError, match=r"no column 'text' .* To classify images set data\.image=image\.$"):
-        load(tmp_path, asked.task)
+        load(tmp_path, tasks.named(asked))
 
 
 # splits
@@ -186,7 +187,7 @@ def test_splits_and_configurations_of_the_hub_are_named_behind_colons(monkeypatc
         load("owner/rows", task)
     rows = load("owner/several:a:train", task)
     assert (rows_of(rows), asked[1:]) == (4, [("owner/several", "a")])
-    assert len({digest(locate(f"owner/rows:{part}").train, DataConfig(), task) for part in ("train", "test")}) == 2
+    assert len({digest(locate(f"owner/rows:{part}").train, DataConfig()) for part in ("train", "test")}) == 2
     with pytest.raises(DataError, match=r"\['a', 'b'\]\. Give .* owner/several:CONFIGURATION:train"):
         locate("owner/several")
     with pytest.raises(DataError, match=r"has no split 'valid'\. Did you mean 'validation'\?"):
@@ -203,7 +204,7 @@ def test_a_link_back_to_all_classes_is_no_class_and_makes_none_another(pictures:
 
 def test_images_whose_names_are_no_text_are_counted(pictures: Path) -> None:
     (pictures / "cat" / "0.png").rename(pictures / "cat" / "\udcff\udce9.png")
-    digest(locate(pictures).train, DataConfig(source=str(pictures)), "image-classification")
+    digest(locate(pictures).train, DataConfig(source=str(pictures)), tasks.find("image-classification").columns)
     with pytest.raises(DataError, match=r"1 images whose names are no text in UTF-8 \(cat/\\udcff\\udce9\.png\)"):
         load(pictures)
 

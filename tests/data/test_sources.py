@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from fedpeft.config import DataConfig, Task
+from fedpeft import tasks
+from fedpeft.config import DataConfig
 from fedpeft.data import locations, readers
 from fedpeft.data.sources import SourceRows, hold_out, load_rows, locate
 from fedpeft.errors import DataError
@@ -25,8 +26,8 @@ TEXTS = ["007", "2020-01-01", 'say "x", y', "1.50", "NA", "über\nzwei"]
 ROWS: dict[str, list[Any]] = {"text": TEXTS * 5, "label": ["pos", "neg", "pos"] * 10, "site": [3, 10, 2] * 10}
 
 
-def load(source: Path, task: Task = "sequence-classification", client: str | None = None, **data: Any) -> SourceRows:
-    return load_rows(DataConfig(source=str(source), **data), task, client_column=client, seed=0)
+def load(source: Path, task: str = "sequence-classification", client: str | None = None, **data: Any) -> SourceRows:
+    return load_rows(DataConfig(source=str(source), **data), tasks.find(task).columns, client_column=client, seed=0)
 
 
 def every_row(rows: SourceRows) -> list[dict[str, Any]]:
@@ -395,7 +396,7 @@ def test_a_plain_name_is_asked_for_on_the_hub(monkeypatch: pytest.MonkeyPatch, n
 
     monkeypatch.setattr(locations, "hub_dataset", answer)
     monkeypatch.setattr(readers, "hub_dataset", answer)
-    rows = load_rows(DataConfig(source=name), "sequence-classification", client_column=None, seed=0)
+    rows = load_rows(DataConfig(source=name), tasks.find("sequence-classification").columns, client_column=None, seed=0)
     assert set(asked) == {name}
     assert (len(rows.train), len(rows.test)) == (2, 2)
 

@@ -9,16 +9,22 @@ from typing import Any
 
 import pytest
 
-from fedpeft.config import ConfigError, DataConfig, nest, resolve
+from fedpeft import tasks
+from fedpeft.config import DataConfig, nest, resolve
 from fedpeft.data.sources import load_rows
-from fedpeft.errors import DataError
+from fedpeft.errors import ConfigError, DataError
 
 ROWS = [{"text": f"Käse, {index}", "label": "xy"[index % 2], "note": "z"} for index in range(6)]
 HEAD = {"version": 1, "note": "n"}
 
 
 def load(source: Path, **data: Any) -> list[tuple[str, str]]:
-    rows = load_rows(DataConfig(source=str(source), **data), "sequence-classification", client_column=None, seed=0)
+    rows = load_rows(
+        DataConfig(source=str(source), **data),
+        tasks.find("sequence-classification").columns,
+        client_column=None,
+        seed=0,
+    )
     found = sorted([*rows.train, *rows.test], key=lambda row: int(row["row"]))
     return [(row["text"], rows.labels[row["label"]]) for row in found]
 

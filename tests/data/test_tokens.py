@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from fedpeft import tasks
 from fedpeft.config import RunConfig, Truncate, nest, resolve
 from fedpeft.data.tokens import tokenise
 from fedpeft.errors import ConfigError, DataError
@@ -111,4 +112,4 @@ def test_rows_without_a_token_that_counts_are_refused(exchanges: dict[str, objec
     with pytest.raises(DataError, match=r"data\.max_length = 1, but a prompt and a completion are two tokens"):
         encode(config_of(exchanges, data__max_length=1), model)
     with pytest.raises(ConfigError, match=r"data\.truncate = 'prompt' is for prompts and completions"):
-        resolve([nest({"data.truncate": "prompt"})])
+        tasks.of(resolve([nest({"data.truncate": "prompt"})]))

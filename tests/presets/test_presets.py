@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fedpeft import presets
+from fedpeft import presets, tasks
 from fedpeft.config import nest, resolve
 from fedpeft.errors import ConfigError
 from fedpeft.presets import PRESETS, Preset, PresetFiles, fetch, layer, materialize, provenance
@@ -78,8 +78,7 @@ assert not {HEAVY}
 def test_every_layer_is_a_valid_configuration_that_names_its_own_preset(name: str) -> None:
     config = resolve([layer(name)])
     assert config.model.name == config.data.source == f"preset:{name}"
-    assert config.task == PRESETS[name].task
-    assert config.model.task == PRESETS[name].task
+    assert tasks.of(config).name == config.model.task == PRESETS[name].task
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -15,6 +15,7 @@ import fedpeft.data.tokens
 import fedpeft.strategies.rounds.federation as federation
 from fedpeft.clients.rows import ClientRows, client_rows
 from fedpeft.config import RunConfig, nest, resolve
+from fedpeft.data.splits import EncodedSplit
 from fedpeft.deployment import init_app, split_run_config, write_app
 from fedpeft.errors import ConfigError, DeploymentError
 from fedpeft.privacy.audit import audit_run
@@ -22,7 +23,6 @@ from fedpeft.privacy.canaries import Canaries
 from fedpeft.resident import Resident, _resident
 from fedpeft.runs import Event, read_events
 from fedpeft.simulations.simulate import simulate
-from fedpeft.tasks.encoding import EncodedSplit
 
 Make = Callable[..., RunConfig]
 

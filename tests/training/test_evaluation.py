@@ -8,16 +8,19 @@ import numpy as np
 import pytest
 import torch
 
+from fedpeft import tasks
 from fedpeft.config import RunConfig, nest, resolve
 from fedpeft.errors import ConfigError
 from fedpeft.resident import Resident
-from fedpeft.training.evaluation import Scores, client_metrics, score, spread
+from fedpeft.tasks.metrics import Scores, measures_of
+from fedpeft.training.evaluation import client_metrics, score, spread
 
 Make = Callable[..., RunConfig]
 
 SCORES = Scores(
     loss=np.array([1.0, 2.0, 3.0, 6.0]),
     tokens=np.ones(4),
+    measures=measures_of(tasks.find("sequence-classification")),
     predicted=np.array([0, 1, 1, 0]),
     labels=np.array([0, 1, 0, 1]),
 )
@@ -25,12 +28,14 @@ SCORES = Scores(
 
 def test_metrics_are_means_over_the_rows_asked_for() -> None:
     assert SCORES.metrics() == {"loss": 3.0, "accuracy": 0.5, "macro_f1": 0.5}
-    assert SCORES.metrics(np.array([True, True, False, False]))["accuracy"] == 1.0
+    assert SCORES.take(np.array([True, True, False, False])).metrics()["accuracy"] == 1.0
     assert SCORES.by_group(("b", "b", "a", "a"))["a"]["loss"] == 4.5
 
 
 def test_perplexity_counts_tokens_not_rows() -> None:
-    scores = Scores(loss=np.array([1.0, 9.0]), tokens=np.array([1.0, 4.0]))
+    scores = Scores(
+        loss=np.array([1.0, 9.0]), tokens=np.array([1.0, 4.0]), measures=measures_of(tasks.find("causal-lm"))
+    )
     assert scores.metrics()["perplexity"] == pytest.approx(np.exp(2.0))
 
 

@@ -47,6 +47,8 @@ class Start:
         The base.
     settings : PeftConfig
         PEFT's configuration.
+    loss : callable
+        What training minimises, of a batch of public rows.
     batches : sequence of mapping of str to Tensor
         Public rows as the model takes them; empty unless the initialisation looks at them.
     rows : str
@@ -61,6 +63,7 @@ class Start:
 
     model: nn.Module
     settings: PeftConfig
+    loss: Callable[[Mapping[str, Tensor]], Tensor]
     batches: Sequence[Mapping[str, Tensor]]
     rows: str
     seed: int

@@ -42,7 +42,7 @@ def first_steps(start: Start) -> dict[str, Tensor]:
     sizes = [next(iter(batch.values())).shape[0] for batch in start.batches]
     with _trainable(weights):
         for batch, rows in zip(start.batches, sizes, strict=True):
-            gradients = torch.autograd.grad(model(**batch).loss, weights, allow_unused=True)
+            gradients = torch.autograd.grad(start.loss(batch), weights, allow_unused=True)
             for total, gradient in zip(sums, gradients, strict=True):
                 if gradient is not None:
                     total.add_(gradient.to("cpu", torch.float64), alpha=rows)

@@ -20,12 +20,13 @@ from fedpeft.adapters.adapted import AdaptedModel
 from fedpeft.adapters.kinds import INITS, KINDS
 from fedpeft.adapters.state import AdapterState, ClientUpdate, Role, role_of
 from fedpeft.config import AdapterConfig, RunConfig, nest, resolve
+from fedpeft.data.splits import EncodedSplit
 from fedpeft.errors import AdapterError, ConfigError, FedpeftError
 from fedpeft.models import load_base
 from fedpeft.resident import Resident
 from fedpeft.strategies import STRATEGIES, available, with_typed_options
 from fedpeft.strategies.fedit import FedIt
-from fedpeft.tasks.encoding import EncodedSplit, encode_rows
+from fedpeft.tasks.encoding import encode_rows
 from fedpeft.training.local import train_locally
 
 Make = Callable[..., RunConfig]

@@ -1,0 +1,28 @@
+"""How rows become a model's inputs, without loading what that takes before there are rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import datasets
+
+    from fedpeft.bases import Inputs
+    from fedpeft.config import RunConfig
+    from fedpeft.data.readers import Place
+    from fedpeft.data.splits import Encoding
+
+
+def texts(config: RunConfig, model_dir: Path, inputs: Inputs, place: Place, rows: datasets.Dataset) -> Encoding:
+    """Tokenise a text, a pair of texts together, or a prompt and its completion; see `encode_texts`."""
+    from fedpeft.data.tokens import encode_texts
+
+    return encode_texts(config, model_dir, inputs, place, rows)
+
+
+def images(config: RunConfig, model_dir: Path, inputs: Inputs, place: Place, rows: datasets.Dataset) -> Encoding:
+    """Bring an image to the model's size; see `encode_images`."""
+    from fedpeft.data.pixels import encode_images
+
+    return encode_images(config, model_dir, inputs, place, rows)
