@@ -18,7 +18,7 @@ class OneVote(AdapterStrategy):
     name = "one-vote"
     capabilities = Capabilities(paper="none", sends="Abar, Bbar", exact="no", needs_single_factors=False)
 
-    def aggregate(self, updates, current):
+    def aggregate(self, updates, current, server_round=1):
         """Average as updates arrive, each with the weight of one row."""
         return weighted_mean((replace(update, num_examples=1) for update in updates), current)
 
