@@ -1,6 +1,6 @@
 """A first federation: six clients that each see digits in another visual domain, and one adapter at the end.
 
-    python examples/first_run.py
+python examples/first_run.py
 """
 
 from fedpeft import configure, simulate

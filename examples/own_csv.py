@@ -1,7 +1,7 @@
 """Rows of one's own, in a CSV file whose column `site` says who holds what; the base is all-MiniLM-L6-v2.
 
-    pip install 'fedpeft[text]'
-    python examples/own_csv.py
+pip install 'fedpeft[text]'
+python examples/own_csv.py
 """
 
 import csv
@@ -10,7 +10,10 @@ from pathlib import Path
 
 from fedpeft import configure, simulate
 
-THINGS = {"billing": "invoice refund charge receipt price".split(), "delivery": "parcel courier late lost box".split()}
+WORDS = {
+    "billing": ("invoice", "refund", "charge", "receipt", "price"),
+    "delivery": ("parcel", "courier", "driver", "address", "box"),
+}
 SITES = ("north", "south", "west")
 
 draw = random.Random(0)
@@ -18,8 +21,8 @@ with Path("tickets.csv").open("w", newline="", encoding="utf-8") as file:
     writer = csv.writer(file)
     writer.writerow(["text", "label", "site"])
     for number in range(120):
-        label = draw.choice(list(THINGS))
-        text = f"please see to the {' and the '.join(draw.sample(THINGS[label], 2))}"
+        label = draw.choice(list(WORDS))
+        text = f"please see to the {' and the '.join(draw.sample(WORDS[label], 2))}"
         writer.writerow([text, label, SITES[number % len(SITES)]])
 
 config = configure(

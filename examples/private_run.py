@@ -1,6 +1,6 @@
 """A run that protects each row, and the statement of what it may claim.
 
-    python examples/private_run.py
+python examples/private_run.py
 """
 
 import json
