@@ -25,6 +25,18 @@ silence()
 settings.register_profile("fedpeft", deadline=None)
 settings.load_profile("fedpeft")
 
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Run folders on all cores, a file at a time, unless told otherwise; a file is done before workers have started."""
+    option = config.option
+    by_xdist = hasattr(option, "numprocesses") and not hasattr(config, "workerinput")
+    if not by_xdist or option.numprocesses is not None or option.tx or option.usepdb or option.collectonly:
+        return
+    if not any(Path(word.partition("::")[0]).suffix == ".py" for word in config.args):
+        option.numprocesses, option.dist, option.loadscopereorder = "logical", "loadfile", False
+
+
 WORDS = [f"w{i}" for i in range(60)]
 
 

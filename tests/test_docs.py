@@ -1,0 +1,191 @@
+"""What the pages say exists: links, settings, commands, files, names; and tables are of what there is."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib
+import re
+import shlex
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fedpeft.adapters.kinds import ALL_KINDS
+from fedpeft.cli import main
+from fedpeft.config import RunConfig
+from fedpeft.strategies import available
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted(
+    [*(ROOT / "docs").glob("*.md"), *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md"))]
+)
+EXTEND = ROOT / "docs" / "extend.md"
+GROUPS = ("strategies", "adapters", "tasks", "optimizers", "schedules", "metrics", "formats")
+NOT_YET = {"config", "--version", "--install-completion"}  # shown, and on their way
+SUFFIXES = ("md", "json", "jsonl", "toml", "csv", "py", "png")  # of files whose names begin as a setting does
+
+CODE = re.compile(r"```\w*\n(.*?)```|(?:^|(?<=\n\n))((?:    [^\n]*\n|\n)+)|`([^`\n]+)`", re.DOTALL)
+LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)")
+SETTING = re.compile(rf"(?<![\w./-])({'|'.join(RunConfig.model_fields)})\.([a-z_]+)\b(?!\()")
+
+
+def text_of(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+def code_of(page: Path) -> list[str]:
+    """Return the code of a page: blocks, fenced and indented, and spans."""
+    return [next(part for part in found.groups() if part is not None) for found in CODE.finditer(text_of(page))]
+
+
+def lines_of(page: Path) -> Iterator[str]:
+    """Return the lines of a page's code, of which those that end in a backslash are one with the next."""
+    for code in code_of(page):
+        for line in code.replace("\\\n", " ").splitlines():
+            yield line.strip().removeprefix("$ ")
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the names of a page's headings, as both GitHub and the site make them."""
+    plain = re.sub(r"```.*?```", "", text_of(page), flags=re.DOTALL)
+    headings = re.findall(r"^#+ +(.*)$", plain, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def named(page: Path, mark: str) -> set[str]:
+    """Return the names in the first column of the table between two marks."""
+    table = re.search(rf"<!-- {mark} -->(.*?)<!-- end of {mark} -->", text_of(page), re.DOTALL)
+    assert table is not None, f"{page.name} has no marks for '{mark}'"
+    rows = [row for row in table[1].strip().splitlines()[2:] if row.startswith("|")]
+    return {name for row in rows for name in re.findall(r"`([^`]+)`", row.split("|")[1])}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_between_pages_leads_somewhere(page: Path) -> None:
+    for pair in LINK.findall(text_of(page)):
+        link = pair[0] or pair[1]
+        if re.match(r"[a-z]+:", link):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), f"{page.name} links to {link}"
+        if anchor:
+            assert anchor in anchors(target), f"{page.name} links to {link}, and {target.name} has no such heading"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_setting_that_is_named_exists(page: Path) -> None:
+    options = {key for method in available().values() for key in method.Options.model_fields}
+    known = {section: set(field.annotation.model_fields) for section, field in RunConfig.model_fields.items()}  # type: ignore[union-attr]
+    for code in code_of(page):
+        for section, key in SETTING.findall(code):
+            if key not in SUFFIXES:
+                assert key in known[section] | (options if section == "strategy" else set()), f"{section}.{key}"
+
+
+@functools.cache
+def helped(*command: str) -> str:
+    """Return what a command says of itself."""
+    import contextlib
+    import io
+
+    out = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+        patch.setattr(sys, "argv", ["fedpeft", *command, "--help"])
+        patch.setenv("COLUMNS", "250")
+        with pytest.raises(SystemExit) as ended:
+            main()
+    assert not ended.value.code, f"there is no command `fedpeft {' '.join(command)}`"
+    return out.getvalue()
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """Return the words of each fedpeft command that a page shows."""
+    for line in lines_of(page):
+        for part in line.split("&&"):
+            words = shlex.split(part, comments=True) if part.strip().startswith("fedpeft ") else []
+            if words and "..." not in words and not NOT_YET & set(words):
+                yield words[1:]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_that_is_shown_is_one(page: Path) -> None:
+    for words in commands(page):
+        command = [] if words[0].startswith("-") else words[:1]
+        if len(words) > 1 and "COMMAND" in helped(*command) and not words[1].startswith("-"):
+            command = words[:2]
+        shown = helped(*command)
+        for option in (word.partition("=")[0] for word in words[len(command) :] if word.startswith("-")):
+            assert re.search(rf"(?<![\w-]){option}(?![\w-])", shown), f"`fedpeft {' '.join(words)}`: no {option}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_and_extra_that_a_command_names_exists(page: Path) -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for line in lines_of(page):
+        for name in re.findall(r"\b(?:benchmarks|examples|tests|docs|strategies|fedpeft)/[\w/.-]+", line):
+            if line.startswith(("python ", "pytest ")):
+                assert (ROOT / name).exists(), line
+        for extra in re.findall(r"pip install .*\[(\w+)\]", line):
+            assert extra in extras, line
+
+
+def blocks(page: Path) -> list[str]:
+    """Return a page's Python code."""
+    return re.findall(r"```python\n(.*?)```", text_of(page), re.DOTALL)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != EXTEND], ids=lambda page: page.name)
+def test_what_python_code_imports_from_fedpeft_is_there(page: Path) -> None:
+    for block in blocks(page):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fedpeft"):
+                module = importlib.import_module(node.module or "")
+                for alias in node.names:
+                    assert hasattr(module, alias.name), f"{page.name}: {node.module} has no {alias.name}"
+
+
+@pytest.mark.parametrize("block", blocks(EXTEND), ids=lambda block: block.splitlines()[0].strip('".'))
+def test_each_worked_example_makes_a_record_that_has_a_name(block: str) -> None:
+    namespace: dict[str, object] = {"__name__": "extension"}
+    try:
+        exec(block, namespace)
+    except ImportError as missing:
+        pytest.skip(f"not here yet: {missing}")
+    made = list(namespace.values())[-1]
+    assert isinstance(getattr(made, "name", None), str)
+
+
+def test_the_table_of_methods_has_a_row_for_each() -> None:
+    rows = re.findall(r"^\| `([a-z-]+)` \| (?:\[|ICLR|-)", text_of(ROOT / "docs" / "methods.md"), re.MULTILINE)
+    assert set(rows) == available().keys()
+
+
+def test_the_table_of_adapter_kinds_has_a_row_for_each() -> None:
+    assert named(ROOT / "docs" / "adapters.md", "adapter kinds") == ALL_KINDS
+
+
+@pytest.mark.parametrize("name", ["docs/extend.md", "CONTRIBUTING.md"])
+def test_who_extends_is_told_each_entry_point_group(name: str) -> None:
+    assert set(re.findall(r"`fedpeft\.(\w+)`", text_of(ROOT / name))) >= set(GROUPS)
+
+
+def test_a_newcomer_reads_the_readme_in_five_minutes_and_copies_two_commands() -> None:
+    text = text_of(ROOT / "README.md")
+    assert len(text.splitlines()) < 160
+    first, second = [line.strip() for line in text.splitlines() if line.startswith("    ")][:2]
+    assert first == "pip install -e . && fedpeft simulate --strategy lora-fair"
+    assert second == 'pip install -e ".[test]" && pytest'
+
+
+def test_package_citation_and_changelog_name_one_release() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    released = re.findall(r"^## (\d+\.\d+\.\d+) - (\d{4}-\d\d-\d\d)$", text_of(ROOT / "CHANGELOG.md"), re.MULTILINE)[0]
+    cited = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert released[0] == version
+    assert f"version: {version}\n" in cited
+    assert f"date-released: {released[1]}\n" in cited
