@@ -107,8 +107,8 @@ def place_of(error: BaseException) -> str:
     return "\n".join(lines) + "\n"
 
 
-def identify(run_id: int, node_id: int) -> None:
-    """Say who this process speaks for: Flower asks this whenever a message is made."""
+def speak_for(run_id: int, node_id: int) -> None:
+    """Say whom this process speaks for: Flower asks this whenever a message is made."""
     TaskIdentity.run_id = run_id
     TaskIdentity.node_id = node_id
     TaskIdentity.task_id = 0
@@ -149,12 +149,12 @@ class SimulationGrid(Grid):
         self._run = Run.create_empty(1)
         self._sent: Counter[str] = Counter()
         self._pushed: dict[str, Message] = {}
-        identify(self._run.run_id, SERVER_NODE_ID)
+        speak_for(self._run.run_id, SERVER_NODE_ID)
 
     def set_run(self, run: Run) -> None:
         """Set the run that messages belong to; number 1 if this is never called."""
         self._run = run
-        identify(run.run_id, SERVER_NODE_ID)
+        speak_for(run.run_id, SERVER_NODE_ID)
 
     @property
     def run(self) -> Run:

@@ -12,7 +12,7 @@ from flwr.app import ArrayRecord, Context, Message, RecordDict
 from flwr.app.message import make_message
 from flwr.clientapp import ClientApp
 
-from fedpeft.simulations.grids.base import SERVER_NODE_ID, FailureListener, SimulationGrid, answer, identify
+from fedpeft.simulations.grids.base import SERVER_NODE_ID, FailureListener, SimulationGrid, answer, speak_for
 from fedpeft.simulations.grids.transport import SharedRecords, contents, duplicate, duplicate_arrays
 from fedpeft.simulations.grids.worker import load_app
 
@@ -74,11 +74,11 @@ class InlineGrid(SimulationGrid):
         context.state = duplicate(context.state)  # the client may change whatever it gets, as in another process
         threads = torch.get_num_threads()
         torch.set_num_threads(self._threads)
-        identify(message.metadata.run_id, context.node_id)
+        speak_for(message.metadata.run_id, context.node_id)
         try:
             answered = answer(self._app, self._private(message), context, verdict)
         finally:
-            identify(self._run.run_id, SERVER_NODE_ID)
+            speak_for(self._run.run_id, SERVER_NODE_ID)
             torch.set_num_threads(threads)
         return self._deliver(message, answered, context.state)
 

@@ -85,12 +85,12 @@ class Worker:
 
     def answer(self, parcel: Parcel) -> ParcelledAnswer:
         """Have the app answer a message."""
-        from fedpeft.simulations.grids.base import answer, identify
+        from fedpeft.simulations.grids.base import answer, speak_for
         from fedpeft.simulations.grids.transport import ParcelledAnswer
 
         assert self._app is not None, "load comes first"
         message, context = parcel.open(self._fetch)
-        identify(context.run_id, context.node_id)
+        speak_for(context.run_id, context.node_id)
         return ParcelledAnswer.of(answer(self._app, message, context, parcel.verdict), context.state)
 
     def _fetch(self, ref: Any) -> ArrayRecord:
