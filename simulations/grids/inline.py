@@ -12,7 +12,7 @@ from flwr.app import ArrayRecord, Context, Message, RecordDict
 from flwr.app.message import make_message
 from flwr.clientapp import ClientApp
 
-from fedpeft.simulations.grids.base import SERVER_NODE_ID, FailureListener, SimulationGrid, answer, speak_for
+from fedpeft.simulations.grids.base import SERVER_NODE_ID, SimulationGrid, answer, speak_for
 from fedpeft.simulations.grids.transport import SharedRecords, contents, duplicate, duplicate_arrays
 from fedpeft.simulations.grids.worker import load_app
 
@@ -29,23 +29,14 @@ class InlineGrid(SimulationGrid):
     threads : int
         torch threads while a client works; the caller's number is restored afterwards. With as many threads as a Ray
         worker has, results are the same to the byte.
-    on_failure : callable, optional
-        See `SimulationGrid`.
 
     Notes
     -----
     A timeout is looked at between messages only: nothing interrupts a client at work.
     """
 
-    def __init__(
-        self,
-        app: ClientApp | str,
-        contexts: Mapping[int, Context] | None = None,
-        threads: int = 1,
-        *,
-        on_failure: FailureListener | None = None,
-    ) -> None:
-        super().__init__(contexts, on_failure=on_failure)
+    def __init__(self, app: ClientApp | str, contexts: Mapping[int, Context] | None = None, threads: int = 1) -> None:
+        super().__init__(contexts)
         self._app = load_app(app) if isinstance(app, str) else app
         self._threads = threads
         self._shared = SharedRecords()
