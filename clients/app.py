@@ -31,7 +31,7 @@ from fedpeft.clients.received import decoded
 from fedpeft.clients.rows import ClientRows, client_rows, site_name
 from fedpeft.config import RunConfig, Scalar
 from fedpeft.deployment import run_config
-from fedpeft.errors import DeploymentError
+from fedpeft.errors import DeploymentError, MessageError
 from fedpeft.models import num_threads
 from fedpeft.resident import Resident, resident
 from fedpeft.training.local import Gradients, LocalResult, num_steps, train_locally
@@ -54,17 +54,18 @@ class ClientFailedError(Exception):
 def withhold_error_text(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
     """Let nothing but an error's class leave the client; the cause stays in the site's own log.
 
-    What a site demands is told whole, since it depends on configurations and on no row. Of the rest, where a site has
-    a privacy budget, not even the class: what makes rows fail, and how, would tell of them.
+    What a site demands is told whole, and what is wrong with an order, since they depend on configurations and on no
+    row. Of the rest, where a site has a privacy budget, not even the class: what makes rows fail, and how, would tell
+    of them.
     """
     try:
         check_site(_run_config(context), context.node_config)
         return call_next(message, context)
     except Exception as error:
-        if isinstance(error, SitePolicyError):
-            raise ClientFailedError(f"{SitePolicyError.__name__}: {error}") from error
-        told = SITE_EPSILON not in context.node_config
-        raise ClientFailedError(type(error).__name__ if told else WITHHELD) from error
+        name = type(error).__name__
+        if isinstance(error, SitePolicyError | MessageError):
+            raise ClientFailedError(f"{name}: {error}") from error
+        raise ClientFailedError(WITHHELD if SITE_EPSILON in context.node_config else name) from error
 
 
 @app.query(mods=[withhold_error_text])
