@@ -147,7 +147,7 @@ def test_without_public_counts_the_statement_holds_no_client(text_config: Make) 
 def test_a_site_may_go_beyond_a_runs_budget_and_the_server_says_so(text_config: Make, tmp_path: Path) -> None:
     config = secure(text_config, privacy__epsilon=1.0)
     books = Books(config, RunDirectory(tmp_path / "run", config, 1), {}, told=True)
-    books.settle(1, {"a": 1}, {"a": told(300)})
+    books.settle(1, {"a": 1}, [told("a", 300)])
     assert books.epsilon_max() == spent([Charge(1.0, 0.25, 300)], 1e-5).epsilon > 1.0
 
 
