@@ -6,18 +6,19 @@ A message brings the adapter and a few numbers; base model, tokenizer and rows a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import Self
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable
 from torch import Tensor
 
 from fedpeft.adapters.adapted import AdaptedModel
-from fedpeft.adapters.draws import first_ranks
 from fedpeft.adapters.pruning import Tail
-from fedpeft.adapters.state import fingerprint, role_of
+from fedpeft.adapters.state import PrivacyClaim, Role, TrainMetrics, fingerprint, role_of
 from fedpeft.clients.privacy import (
     SITE_EPSILON,
     Permission,
@@ -26,38 +27,15 @@ from fedpeft.clients.privacy import (
     note_open_training,
     permit,
 )
+from fedpeft.clients.received import decoded
 from fedpeft.clients.rows import ClientRows, client_rows, site_name
 from fedpeft.config import RunConfig, Scalar
 from fedpeft.deployment import run_config
-from fedpeft.errors import DeploymentError
+from fedpeft.errors import DeploymentError, MessageError
 from fedpeft.models import num_threads
 from fedpeft.resident import Resident, resident
 from fedpeft.training.local import Gradients, LocalResult, num_steps, train_locally
-from fedpeft.wire import (
-    ARRAYS,
-    BUDGET_SPENT,
-    CLIENT_ID,
-    CONFIG,
-    DRAW,
-    HELD_HASH,
-    KEPT,
-    METRICS,
-    NEEDS_ARRAYS,
-    NUM_EXAMPLES,
-    NUM_ROUNDS,
-    PERSONAL,
-    PRUNED_RANK,
-    RANK,
-    ROUND,
-    SCALING,
-    SECONDS,
-    STEPS,
-    TAIL_PENALTY,
-    TRAIN_LOSS,
-    TRAINED,
-    to_record,
-    to_tensors,
-)
+from fedpeft.wire import Identity, ShortAnswer, TrainAnswer, TrainOrder, to_record, to_tensors
 
 TRUST_REMOTE_CODE = "trust-remote-code"  # key of the node's own config: a server cannot decide this for a site
 # records of a client's own state: tensors that never leave it, and tensors that it need not be sent again
@@ -76,82 +54,125 @@ class ClientFailedError(Exception):
 def withhold_error_text(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
     """Let nothing but an error's class leave the client; the cause stays in the site's own log.
 
-    What a site demands is told whole, since it depends on configurations and on no row. Of the rest, where a site has
-    a privacy budget, not even the class: what makes rows fail, and how, would tell of them.
+    What a site demands is told whole, and what is wrong with an order, since they depend on configurations and on no
+    row. Of the rest, where a site has a privacy budget, not even the class: what makes rows fail, and how, would tell
+    of them.
     """
     try:
         check_site(_run_config(context), context.node_config)
         return call_next(message, context)
     except Exception as error:
-        if isinstance(error, SitePolicyError):
-            raise ClientFailedError(f"{SitePolicyError.__name__}: {error}") from error
-        told = SITE_EPSILON not in context.node_config
-        raise ClientFailedError(type(error).__name__ if told else WITHHELD) from error
+        name = type(error).__name__
+        if isinstance(error, SitePolicyError | MessageError):
+            raise ClientFailedError(f"{name}: {error}") from error
+        raise ClientFailedError(WITHHELD if SITE_EPSILON in context.node_config else name) from error
 
 
 @app.query(mods=[withhold_error_text])
-def identify(message: Message, context: Context) -> Message:
+def tell_name(message: Message, context: Context) -> Message:
     """Say which client this node is, without a look at rows of its own."""
     name = site_name(context.node_config)
     if name is None:
         name = client_rows(_home(context), context.node_config).client_id
-    return Message(RecordDict({CONFIG: ConfigRecord({CLIENT_ID: name})}), reply_to=message)
+    return Message(Identity(name).to_record(), reply_to=message)
 
 
 @app.train(mods=[withhold_error_text])
 def train(message: Message, context: Context) -> Message:
-    """Train the adapter that the message brings, and send back what was trained."""
-    home = _home(context)
-    adapted, config = home.adapted, home.config
-    settings = message.content.config_records[CONFIG]
-    sent = _decoded(message.content.array_records[ARRAYS])
-    personal = _stored(
-        context, OWN_PERSONAL, adapted.initial, _names(home, settings, PERSONAL) + list(adapted.personal)
-    )
-    drawn = adapted.drawn(int(settings[DRAW]), int(settings[RANK]))  # type: ignore[arg-type]
-    held = _stored(context, OWN_KEPT, drawn, adapted.initial.keys() - sent.keys() - personal.keys())
-    if _fingerprint(home, held) != settings[HELD_HASH]:
-        return Message(RecordDict({CONFIG: ConfigRecord({NEEDS_ARRAYS: True})}), reply_to=message)
-    run = _run_config(context)
+    """Train the adapter that the order brings, and send back what was trained."""
+    home, run = _home(context), _run_config(context)
+    order, adapted = TrainOrder.from_record(message.content), home.adapted
+    start = Start.of(order, adapted, context.state)
+    if start.held_hash(adapted) != order.held_hash:
+        return Message(ShortAnswer.NEEDS_ARRAYS.to_record(), reply_to=message)
     rows = client_rows(home, context.node_config)
     permission = None
     if run.privacy.level == "record":
         with num_threads(run.simulation.threads_per_worker):
             _ = home.row_engine  # a model that mixes rows is refused before anything is charged
-        permission = permit(message, context, home, rows, run)
+        permission = permit(order, context, home, rows, run)
         if permission is None:
-            return Message(RecordDict({CONFIG: ConfigRecord({BUDGET_SPENT: True})}), reply_to=message)
+            return Message(ShortAnswer.BUDGET_SPENT.to_record(), reply_to=message)
     else:
-        note_open_training(message, context, rows, num_steps(config.train, rows.num_examples))
-    adapted.load({**sent, **held, **personal}, float(settings[SCALING]))  # type: ignore[arg-type]
-    if kept := _names(home, settings, KEPT):
+        note_open_training(order, context, rows, num_steps(run.train, rows.num_examples))
+    adapted.load({**start.sent, **start.held, **start.personal}, order.scaling)
+    if kept := _names(adapted, order.kept):
         context.state[OWN_KEPT] = to_record(adapted.tensors(kept))
-    trained = [name for name in _names(home, settings, TRAINED) if name in adapted.trained]
-    tail = _tail(adapted, settings)
-    tail_before = float(tail.size().detach()) if tail else 0.0
+    tail = Tail.of(adapted, order.settings)
+    trained = [name for name in _names(adapted, order.trained) if name in adapted.trained]
+    result = _train(home, run, order, rows, trained, None if tail is None else tail.loss, permission)
+    if start.personal:
+        context.state[OWN_PERSONAL] = to_record(adapted.tensors(start.personal))
+    update = adapted.tensors([name for name in trained if name not in start.personal])
+    if tail is not None:
+        update = tail.left_out(update)
+    answer = _answer(update, run, rows, result, None if permission is None else permission.claim)
+    return Message(answer.to_record(), reply_to=message)
+
+
+@dataclass(frozen=True)
+class Start:
+    """The tensors that a client's round begins with, by where they come from.
+
+    Parameters
+    ----------
+    sent : mapping of str to Tensor
+        What the order brings.
+    held : mapping of str to Tensor
+        What the server believes to be here: kept from earlier rounds, or drawn from the run's seed.
+    personal : mapping of str to Tensor
+        What the server never sees.
+    """
+
+    sent: Mapping[str, Tensor]
+    held: Mapping[str, Tensor]
+    personal: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, order: TrainOrder, adapted: AdaptedModel, state: RecordDict) -> Self:
+        """Put together what an order brings and what the client has."""
+        sent = decoded(order.arrays)
+        names = _names(adapted, order.personal) + list(adapted.personal)
+        personal = _stored(state, OWN_PERSONAL, adapted.initial, names)
+        drawn = adapted.drawn(order.draw, order.rank)
+        return cls(
+            sent, _stored(state, OWN_KEPT, drawn, adapted.initial.keys() - sent.keys() - personal.keys()), personal
+        )
+
+    def held_hash(self, adapted: AdaptedModel) -> str:
+        """Return the fingerprint of what is held, empty for nothing."""
+        held = self.held
+        if held.keys() == set(adapted.frozen) and all(held[name] is adapted.initial[name] for name in held):
+            return adapted.frozen_hash  # computed once, not for every message
+        return fingerprint(held) if held else ""
+
+
+def _train(
+    home: Resident,
+    run: RunConfig,
+    order: TrainOrder,
+    rows: ClientRows,
+    trained: list[str],
+    penalty: Callable[[], Tensor] | None,
+    permission: Permission | None,
+) -> LocalResult:
+    """Train the loaded adapter on the client's rows, by the mechanism of its permission if it needs one."""
     with num_threads(run.simulation.threads_per_worker):
-        result = train_locally(
-            adapted,
+        return train_locally(
+            home.adapted,
             rows.split,
             rows.indices,
-            config.train,
+            run.train,
             names=trained,
-            seed=config.run.seed,
+            seed=run.run.seed,
             client_id=rows.client_id,
-            server_round=int(settings[ROUND]),  # type: ignore[arg-type]
-            num_rounds=int(settings[NUM_ROUNDS]),  # type: ignore[arg-type]
-            penalty=tail.loss if tail else None,
+            server_round=order.server_round,
+            num_rounds=order.num_rounds,
+            penalty=penalty,
             num_examples=rows.num_examples,
             private=None if permission is None else _private(home, rows, run, permission),
             dropout_seed=None if permission is None else permission.randomness.seed(),
         )
-    if personal:
-        context.state[OWN_PERSONAL] = to_record(adapted.tensors(personal))
-    sent_up = adapted.tensors([name for name in trained if name not in personal])
-    if tail and float(tail.size().detach()) < tail_before:
-        sent_up = first_ranks(sent_up, tail.kept)
-    metrics = _told(run, rows, result, {} if permission is None else permission.told)
-    return Message(RecordDict({ARRAYS: to_record(sent_up), METRICS: metrics}), reply_to=message)
 
 
 def _private(
@@ -174,21 +195,19 @@ def _private(
     )
 
 
-def _told(run: RunConfig, rows: ClientRows, result: LocalResult, spent: Mapping[str, float]) -> MetricRecord:
-    """Return what a client says beside its tensors: under privacy neither its loss, nor how long it took.
+def _answer(
+    update: Mapping[str, Tensor], run: RunConfig, rows: ClientRows, result: LocalResult, claim: PrivacyClaim | None
+) -> TrainAnswer:
+    """Return what a client sends back: under privacy neither its loss, nor how long it took.
 
     Client-level privacy, and record-level privacy without public counts, weigh all clients alike.
     """
     privacy = run.privacy
     weighs_rows = privacy.level == "none" or (privacy.level == "record" and privacy.public_counts)
-    metrics: dict[str, int | float | list[int] | list[float]] = {
-        NUM_EXAMPLES: rows.num_examples if weighs_rows else 1,
-        STEPS: result.steps,
-        **spent,
-    }
+    metrics = TrainMetrics(result.steps, spent=claim)
     if privacy.level == "none" or privacy.release_metrics:
-        metrics |= {TRAIN_LOSS: result.loss, SECONDS: result.seconds}
-    return MetricRecord(metrics)
+        metrics = TrainMetrics(result.steps, result.loss, result.seconds, claim)
+    return TrainAnswer(to_record(update), rows.num_examples if weighs_rows else 1, metrics)
 
 
 @lru_cache(maxsize=4)
@@ -210,39 +229,11 @@ def _home(context: Context) -> Resident:
     return resident(config)
 
 
-def _names(home: Resident, settings: ConfigRecord, key: str) -> list[str]:
-    """Return the names of the tensors whose roles a message lists."""
-    roles = settings[key]
-    assert isinstance(roles, list)
-    return [name for name in home.adapted.initial if role_of(name) in roles]
+def _names(adapted: AdaptedModel, roles: frozenset[Role]) -> list[str]:
+    return [name for name in adapted.initial if role_of(name) in roles]
 
 
-def _tail(adapted: AdaptedModel, settings: ConfigRecord) -> Tail | None:
-    """Return the ranks that the server would rather have pruned, if it says so."""
-    if PRUNED_RANK not in settings:
-        return None
-    return Tail.of(adapted, int(settings[PRUNED_RANK]), float(settings[TAIL_PENALTY]))  # type: ignore[arg-type]
-
-
-def _stored(context: Context, record: str, drawn: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+def _stored(state: RecordDict, record: str, drawn: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
     """Return the client's own copy of tensors, or else what is drawn from the run's seed."""
-    own = to_tensors(context.state.array_records[record]) if record in context.state else {}
+    own = to_tensors(state.array_records[record]) if record in state else {}
     return {name: own.get(name, drawn[name]) for name in sorted(names)}
-
-
-def _fingerprint(home: Resident, held: Mapping[str, Tensor]) -> str:
-    drawn = home.adapted
-    if held.keys() == set(drawn.frozen) and all(held[name] is drawn.initial[name] for name in held):
-        return drawn.frozen_hash  # computed once, not for every message
-    return fingerprint(held) if held else ""
-
-
-_last: tuple[ArrayRecord, dict[str, Tensor]] | None = None
-
-
-def _decoded(record: ArrayRecord) -> dict[str, Tensor]:
-    """Unpack the arrays once for all clients of a round that this process trains: they share one record object."""
-    global _last
-    if _last is None or _last[0] is not record:
-        _last = (record, to_tensors(record))
-    return _last[1]

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast, get_args
 
-from flwr.app import ArrayRecord, Context, Message
+from flwr.app import Context
 from torch import Tensor
 
-from fedpeft.adapters.state import fingerprint
+from fedpeft.adapters.state import PrivacyClaim, fingerprint
+from fedpeft.clients.received import fingerprint_of
 from fedpeft.clients.rows import DATA, ClientRows
 from fedpeft.clients.verdicts import is_simulated, verdict
 from fedpeft.config import DataConfig, RunConfig, Scalar
@@ -34,7 +35,7 @@ from fedpeft.privacy.mechanism import RecordMechanism, record_mechanism
 from fedpeft.privacy.randomness import Randomness, secure, seeded
 from fedpeft.privacy.statement import void
 from fedpeft.resident import Resident
-from fedpeft.wire import ARRAYS, CONFIG, NOISE_MULTIPLIER, ROUND, SAMPLE_RATE, SPENT_STEPS, to_tensors
+from fedpeft.wire import TrainOrder, to_tensors
 
 # keys of a site's own configuration
 LEDGER_FILE, SITE_EPSILON, SITE_DELTA = "privacy-ledger", "privacy-epsilon", "privacy-delta"
@@ -61,19 +62,19 @@ class Permission:
         What to do to gradients.
     randomness : Randomness
         Where batches and noise come from.
-    told : mapping of str to float
-        What the server is told of it, by keys of `fedpeft.wire`.
+    claim : PrivacyClaim or None
+        What the server is told that it costs; nothing where it may not know how many rows there are.
     """
 
     mechanism: RecordMechanism
     randomness: Randomness
-    told: Mapping[str, float]
+    claim: PrivacyClaim | None
 
 
 def permit(
-    message: Message, context: Context, home: Resident, rows: ClientRows, config: RunConfig
+    order: TrainOrder, context: Context, home: Resident, rows: ClientRows, config: RunConfig
 ) -> Permission | None:
-    """Charge a message's training, before it begins; None where the budget does not allow it.
+    """Charge an order's training, before it begins; None where the budget does not allow it.
 
     Raises
     ------
@@ -91,7 +92,6 @@ def permit(
     mechanism = record_mechanism(
         config, rows.num_examples, noise_multiplier=None if decided is None else decided.noise_multiplier
     )
-    server_round = int(message.content.config_records[CONFIG][ROUND])  # type: ignore[arg-type]
     is_seeded = privacy.rng == "seeded"
     steps = mechanism.steps
     if decided is None:
@@ -108,20 +108,20 @@ def permit(
         entry = Entry(
             run=str(context.run_id),
             client=rows.client_id,
-            round=server_round,
+            round=order.server_round,
             noise_multiplier=claimed,
             sample_rate=mechanism.sample_rate,
             steps=mechanism.steps,
-            release=release(message, context, config, data) if is_seeded else "",
+            release=release(order, context, config, data) if is_seeded else "",
             data=data,
         )
         if not charged(ledger, entry, _limits(privacy, node, entry.run)):
             return None
         steps = sum(entry.steps for entry in ledger.entries(rows.client_id, entry.run))
-    told = {NOISE_MULTIPLIER: mechanism.noise_multiplier, SAMPLE_RATE: mechanism.sample_rate, SPENT_STEPS: steps}
-    purpose = ("record privacy", server_round, rows.client_id)
+    claim = PrivacyClaim(mechanism.noise_multiplier, mechanism.sample_rate, steps)
+    purpose = ("record privacy", order.server_round, rows.client_id)
     randomness = seeded(config.run.seed, *purpose) if is_seeded else secure()
-    return Permission(mechanism, randomness, told if privacy.public_counts else {})
+    return Permission(mechanism, randomness, claim if privacy.public_counts else None)
 
 
 def check_site(config: RunConfig, node: Mapping[str, Scalar]) -> None:
@@ -199,14 +199,14 @@ def _check_deployed(config: RunConfig, node: Mapping[str, Scalar]) -> None:
         )
 
 
-def note_open_training(message: Message, context: Context, rows: ClientRows, steps: int) -> None:
+def note_open_training(order: TrainOrder, context: Context, rows: ClientRows, steps: int) -> None:
     """Write into a ledger that the site has named that rows were trained on without noise."""
     node = context.node_config
     if not _names_ledger(node):
         return
-    server_round = int(message.content.config_records[CONFIG][ROUND])  # type: ignore[arg-type]
+    run, client = str(context.run_id), rows.client_id
     _named_ledger(node).charge(
-        Entry(str(context.run_id), rows.client_id, server_round, noise_multiplier=0.0, sample_rate=1.0, steps=steps)
+        Entry(run, client, order.server_round, noise_multiplier=0.0, sample_rate=1.0, steps=steps)
     )
 
 
@@ -231,13 +231,13 @@ def data_fingerprint(home: Resident, rows: ClientRows, node: Mapping[str, Scalar
     return total.hexdigest()
 
 
-def release(message: Message, context: Context, config: RunConfig, data: str) -> str:
+def release(order: TrainOrder, context: Context, config: RunConfig, data: str) -> str:
     """Return the hash of all that a seeded training follows from: who repeats it computes the same numbers.
 
     Parameters
     ----------
-    message : Message
-        Its arrays and settings.
+    order : TrainOrder
+        All of it counts.
     context : Context
         What the client kept from earlier rounds.
     config : RunConfig
@@ -248,21 +248,9 @@ def release(message: Message, context: Context, config: RunConfig, data: str) ->
     kept: dict[str, Tensor] = {}
     for name, record in context.state.array_records.items():
         kept |= {f"{name}/{key}": tensor for key, tensor in to_tensors(record).items()}
-    settings = sorted(message.content.config_records[CONFIG].items())
-    sent = _hash_of_arrays(message.content.array_records[ARRAYS])
-    parts = [sent, fingerprint(kept), repr(settings), config.to_toml(), data]
+    settings = sorted(order.config_record().items())
+    parts = [fingerprint_of(order.arrays), fingerprint(kept), repr(settings), config.to_toml(), data]
     return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()
-
-
-_last: tuple[ArrayRecord, str] | None = None
-
-
-def _hash_of_arrays(record: ArrayRecord) -> str:
-    """Hash what is sent once for all clients of a round that are sent the same object."""
-    global _last
-    if _last is None or _last[0] is not record:
-        _last = (record, fingerprint(to_tensors(record)))
-    return _last[1]
 
 
 def _named_ledger(node: Mapping[str, Scalar]) -> Ledger:

@@ -82,15 +82,15 @@ def client_rows(home: Resident, node_config: Mapping[str, Scalar]) -> ClientRows
             "or 'partition-id=0 num-partitions=3'."
         )
     index, count = int(node_config[PARTITION_ID]), int(node_config[NUM_PARTITIONS])
-    held = home.partition
-    if count != len(held.client_ids):
+    partition = home.partition
+    if count != len(partition.client_ids):
         raise DeploymentError(
-            f"num-partitions = {count}, but the run divides its rows among {len(held.client_ids)} clients; "
+            f"num-partitions = {count}, but the run divides its rows among {len(partition.client_ids)} clients; "
             "start every node with that number."
         )
     if not 0 <= index < count:
         raise DeploymentError(f"partition-id = {index} is not in 0 .. {count - 1}")
-    client, own = held.client_ids[index], held.indices[index]
+    client, own = partition.client_ids[index], partition.indices[index]
     if home.canaries is None:
         return ClientRows(client, home.data.train, own)
     planted, left_out = home.canaries.of(index)

@@ -56,6 +56,12 @@ class DeploymentError(FedpeftError):
     """A federation of real nodes that cannot start."""
 
 
+class MessageError(FedpeftError):
+    """A message between server and client that lacks something, or holds what it must not."""
+
+    quotes_no_row = True
+
+
 class PrivacyError(FedpeftError):
     """A privacy statement that cannot be made: a budget that no noise can meet, or a mechanism that does not fit."""
 

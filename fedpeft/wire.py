@@ -1,28 +1,266 @@
-"""What travels between server and clients, and under which names."""
+"""What travels between server and clients: an order to train and its answers, and the names under which they travel.
+
+The names are public, since servers and sites of different versions speak to each other: `TrainOrder` and the others are
+how this code speaks of them, and nothing else reads a record's keys. What comes from the other side is checked as it is
+read, and refused by the name of its key; what an unknown key says is left alone.
+"""
 
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Self
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, Message
+from flwr.app import Array, ArrayRecord, ConfigRecord, ConfigRecordValues, Message, MetricRecord, RecordDict
 from torch import Tensor
 
+from fedpeft.adapters.state import PrivacyClaim, Role, TrainMetrics
+from fedpeft.errors import MessageError
+
 # records of a message
-ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
-# keys of the server's config record
-ROUND, NUM_ROUNDS, SCALING, HELD_HASH = "server-round", "num-rounds", "scaling", "held-hash"
-RANK, DRAW = "rank", "draw"  # rank 0 is the adapter's own; see fedpeft.strategies.rounds.exchange.Exchange for draws
+ARRAYS_RECORD, CONFIG_RECORD, METRICS_RECORD = "arrays", "config", "metrics"
+# keys of an order's config record
+ROUND, NUM_ROUNDS, SCALING, HELD_HASH, RANK, DRAW = "server-round", "num-rounds", "scaling", "held-hash", "rank", "draw"
 TRAINED, PERSONAL, KEPT = "trained", "personal", "kept"  # lists of roles
-PRUNED_RANK, TAIL_PENALTY = "pruned-rank", "tail-penalty"  # see fedpeft.adapters.pruning
-# keys of a client's config record
-CLIENT_ID, NEEDS_ARRAYS, BUDGET_SPENT = "client-id", "needs-arrays", "privacy-budget-spent"
-# keys of a client's metric record
-NUM_EXAMPLES, TRAIN_LOSS, STEPS, SECONDS = "num-examples", "train_loss", "steps", "seconds"
-# of its record-level privacy; the steps are those of the whole run so far, repeats included
-NOISE_MULTIPLIER, SAMPLE_RATE, SPENT_STEPS = "noise-multiplier", "sample-rate", "spent-steps"
+ORDER_KEYS = (ROUND, NUM_ROUNDS, SCALING, HELD_HASH, RANK, DRAW, TRAINED, PERSONAL, KEPT)
+CLIENT_ID = "client-id"  # of an identity's config record
+# keys of an answer's metric record
+NUM_EXAMPLES, STEPS, TRAIN_LOSS, SECONDS = "num-examples", "steps", "train_loss", "seconds"
+NOISE_MULTIPLIER, SAMPLE_RATE, SPENT_STEPS = "noise-multiplier", "sample-rate", "spent-steps"  # all three or none
+
+Records = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class TrainOrder:
+    """What a server asks of a client in a round.
+
+    Parameters
+    ----------
+    arrays : flwr.app.ArrayRecord
+        What of the adapter the client lacks; clients of a round that lack the same are sent one object.
+    server_round, num_rounds : int
+        Which round of how many, from 1.
+    scaling : float
+        What the client multiplies its product of factors with.
+    held_hash : str
+        Fingerprint of what the client is believed to hold besides; empty for nothing.
+    rank : int
+        The client's; 0 is the adapter's own.
+    draw : int
+        Which draw from the run's seed the round begins with, see `fedpeft.strategies.rounds.exchange.Exchange`.
+    trained, personal, kept : frozenset of Role
+        What the client trains, never sends, and keeps for later rounds.
+    settings : mapping of str to int, float or another value of a flwr.app.ConfigRecord
+        A method's own, such as those of `fedpeft.adapters.pruning`, and what ``train_config`` passes on.
+    """
+
+    arrays: ArrayRecord
+    server_round: int
+    num_rounds: int
+    scaling: float
+    held_hash: str = ""
+    rank: int = 0
+    draw: int = 0
+    trained: frozenset[Role] = frozenset()
+    personal: frozenset[Role] = frozenset()
+    kept: frozenset[Role] = frozenset()
+    settings: Mapping[str, ConfigRecordValues] = field(default_factory=dict)
+
+    def to_record(self) -> RecordDict:
+        """Write the order as a message's content, over the very same arrays."""
+        return RecordDict({ARRAYS_RECORD: self.arrays, CONFIG_RECORD: self.config_record()})
+
+    def config_record(self) -> ConfigRecord:
+        """Write what the order says besides its arrays."""
+        return ConfigRecord(
+            {
+                **self.settings,
+                ROUND: self.server_round,
+                NUM_ROUNDS: self.num_rounds,
+                SCALING: self.scaling,
+                HELD_HASH: self.held_hash,
+                RANK: self.rank,
+                DRAW: self.draw,
+                TRAINED: _listed(self.trained),
+                PERSONAL: _listed(self.personal),
+                KEPT: _listed(self.kept),
+            }
+        )
+
+    @classmethod
+    def from_record(cls, content: RecordDict) -> Self:
+        """Read an order.
+
+        Raises
+        ------
+        MessageError
+            A key that is missing, or whose value is none that it may have.
+        """
+        arrays, config = content.array_records, content.config_records
+        if ARRAYS_RECORD not in arrays or CONFIG_RECORD not in config:
+            raise MessageError(f"the order lacks '{ARRAYS_RECORD}' or '{CONFIG_RECORD}'")
+        entries = config[CONFIG_RECORD]
+        return cls(
+            arrays[ARRAYS_RECORD],
+            server_round=_whole(entries, ROUND, 1),
+            num_rounds=_whole(entries, NUM_ROUNDS, 1),
+            scaling=_number(entries, SCALING),
+            held_hash=_text(entries, HELD_HASH),
+            rank=_whole(entries, RANK, 0),
+            draw=_whole(entries, DRAW, 0),
+            trained=_roles(entries, TRAINED),
+            personal=_roles(entries, PERSONAL),
+            kept=_roles(entries, KEPT),
+            settings={key: value for key, value in entries.items() if key not in ORDER_KEYS},
+        )
+
+
+@dataclass(frozen=True)
+class TrainAnswer:
+    """What a client that has trained sends back.
+
+    Parameters
+    ----------
+    arrays : flwr.app.ArrayRecord
+        What was trained and is not personal. Names, shapes and bytes are the server's to check.
+    num_examples : int
+        The client's weight: its rows, or 1 where these are nobody's business.
+    metrics : TrainMetrics
+        What else it says.
+    """
+
+    arrays: ArrayRecord
+    num_examples: int
+    metrics: TrainMetrics = field(default_factory=TrainMetrics)
+
+    def to_record(self) -> RecordDict:
+        """Write the answer as a message's content; what is None is left out."""
+        metrics, spent = self.metrics, self.metrics.spent
+        entries: dict[str, float | None] = {NUM_EXAMPLES: self.num_examples, STEPS: metrics.steps}
+        entries |= {TRAIN_LOSS: metrics.loss, SECONDS: metrics.seconds}
+        if spent is not None:
+            noise, rate = spent.noise_multiplier, spent.sample_rate
+            entries |= {NOISE_MULTIPLIER: noise, SAMPLE_RATE: rate, SPENT_STEPS: spent.steps}
+        told = MetricRecord({key: value for key, value in entries.items() if value is not None})
+        return RecordDict({ARRAYS_RECORD: self.arrays, METRICS_RECORD: told})
+
+    @classmethod
+    def from_record(cls, content: RecordDict) -> Self:
+        """Read an answer.
+
+        Raises
+        ------
+        MessageError
+            No count of rows, or a value that is none that its key may have.
+        """
+        arrays, metrics = content.array_records, content.metric_records
+        if ARRAYS_RECORD not in arrays or METRICS_RECORD not in metrics:
+            raise MessageError(f"the reply lacks '{ARRAYS_RECORD}' or '{METRICS_RECORD}'")
+        entries = metrics[METRICS_RECORD]
+        spent = None
+        if any(key in entries for key in (NOISE_MULTIPLIER, SAMPLE_RATE, SPENT_STEPS)):
+            noise, rate = (_number(entries, key, finite=False) for key in (NOISE_MULTIPLIER, SAMPLE_RATE))
+            spent = PrivacyClaim(noise, rate, _whole(entries, SPENT_STEPS, 0))
+        return cls(
+            arrays[ARRAYS_RECORD],
+            _whole(entries, NUM_EXAMPLES, 1),
+            TrainMetrics(
+                steps=_whole(entries, STEPS, 0) if STEPS in entries else None,
+                loss=_number(entries, TRAIN_LOSS, finite=False) if TRAIN_LOSS in entries else None,
+                seconds=_number(entries, SECONDS, finite=False) if SECONDS in entries else None,
+                spent=spent,
+            ),
+        )
+
+
+class ShortAnswer(StrEnum):
+    """What a client answers that has not trained, as a flag of that name."""
+
+    NEEDS_ARRAYS = "needs-arrays"  # it does not hold what the order believes
+    BUDGET_SPENT = "privacy-budget-spent"
+
+    def to_record(self) -> RecordDict:
+        """Write the answer as a message's content."""
+        return RecordDict({CONFIG_RECORD: ConfigRecord({self.value: True})})
+
+    @classmethod
+    def from_record(cls, content: RecordDict) -> Self | None:
+        """Return which of the short answers this is; None where it is none of them."""
+        entries = content.config_records.get(CONFIG_RECORD) or ConfigRecord()
+        return next((each for each in cls if entries.get(each.value) is True), None)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Which client a node is, in answer to a query.
+
+    Parameters
+    ----------
+    client_id : str
+        Stable name of the client.
+    """
+
+    client_id: str
+
+    def to_record(self) -> RecordDict:
+        """Write the answer as a message's content."""
+        return RecordDict({CONFIG_RECORD: ConfigRecord({CLIENT_ID: self.client_id})})
+
+    @classmethod
+    def from_record(cls, content: RecordDict) -> Self:
+        """Read the answer.
+
+        Raises
+        ------
+        MessageError
+            No client id in it, or one that is no text.
+        """
+        entries = content.config_records.get(CONFIG_RECORD) or ConfigRecord()
+        if CLIENT_ID not in entries:
+            raise MessageError("no client id in its answer")
+        return cls(_text(entries, CLIENT_ID))
+
+
+def _refuse(entries: Records, key: str, wanted: str) -> MessageError:
+    return MessageError(f"{key} = {reprlib.repr(entries.get(key))}, expected {wanted}")
+
+
+def _whole(entries: Records, key: str, least: int) -> int:
+    value = entries.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise _refuse(entries, key, f"a whole number of at least {least}")
+    return value
+
+
+def _number(entries: Records, key: str, *, finite: bool = True) -> float:
+    value = entries.get(key)
+    if not isinstance(value, int | float) or isinstance(value, bool) or (finite and not math.isfinite(value)):
+        raise _refuse(entries, key, "a finite number" if finite else "a number")
+    return float(value)
+
+
+def _text(entries: Records, key: str) -> str:
+    value = entries.get(key)
+    if not isinstance(value, str):
+        raise _refuse(entries, key, "a text")
+    return value
+
+
+def _roles(entries: Records, key: str) -> frozenset[Role]:
+    value = entries.get(key)
+    if not isinstance(value, list) or any(each not in list(Role) for each in value):
+        raise _refuse(entries, key, f"a list of any of {', '.join(Role)}")
+    return frozenset(Role(each) for each in value)
+
+
+def _listed(roles: frozenset[Role]) -> list[str]:
+    return sorted(role.value for role in roles)
 
 
 def to_record(tensors: Mapping[str, Tensor]) -> ArrayRecord:

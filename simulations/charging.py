@@ -20,7 +20,7 @@ from fedpeft.privacy.ledger import Entry, Ledger
 from fedpeft.privacy.mechanism import record_mechanism
 from fedpeft.resident import Resident
 from fedpeft.simulations.grids.base import SimulationGrid
-from fedpeft.wire import CONFIG, ROUND
+from fedpeft.wire import TrainOrder
 
 
 class Charging:
@@ -60,6 +60,7 @@ class Charging:
         """Charge a training message; tell the client what came of it."""
         if message.metadata.message_type != MessageType.TRAIN:
             return None
+        order = TrainOrder.from_record(message.content)
         context, privacy = self._grid.contexts[node], self._config.privacy
         rows = client_rows(self._home, context.node_config)
         mechanism = record_mechanism(self._config, rows.num_examples)
@@ -68,11 +69,11 @@ class Charging:
         entry = Entry(
             run=self._run,
             client=self._client_ids[node],
-            round=int(message.content.config_records[CONFIG][ROUND]),  # type: ignore[arg-type]
+            round=order.server_round,
             noise_multiplier=mechanism.noise_multiplier,
             sample_rate=mechanism.sample_rate,
             steps=mechanism.steps,
-            release=release(message, context, self._config, self._data[node]) if privacy.rng == "seeded" else "",
+            release=release(order, context, self._config, self._data[node]) if privacy.rng == "seeded" else "",
         )
         federation = self._config.federation
         planned = replace(mechanism.charge, steps=mechanism.steps * (federation.rounds + privacy.spare_rounds))

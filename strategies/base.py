@@ -19,7 +19,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from pydantic import ValidationError
 from torch import Tensor
 
-from fedpeft.adapters.state import A_SUFFIX, AdapterState, ClientUpdate, LoraFactors, Role, role_of
+from fedpeft.adapters.state import A_SUFFIX, AdapterState, ClientUpdate, LoraFactors, Role, TrainMetrics, role_of
 from fedpeft.config import AdapterConfig, cohort_size, describe
 from fedpeft.config.section import Section
 from fedpeft.errors import ConfigError, TooFewClientsError, nearest
@@ -33,13 +33,7 @@ from fedpeft.strategies.rounds.outgoing import Outgoing, Terms
 from fedpeft.strategies.rounds.ranks import Ranks, cut
 from fedpeft.strategies.rounds.report import Fault, Observer, RoundReport, client_order, require_enough
 from fedpeft.strategies.rounds.updates import RefusedUpdateError, read_update
-from fedpeft.wire import (
-    ARRAYS,
-    NUM_ROUNDS,
-    TRAIN_LOSS,
-    to_record,
-    to_tensors,
-)
+from fedpeft.wire import NUM_ROUNDS, TRAIN_LOSS, TrainAnswer, to_record, to_tensors
 
 log = logging.getLogger(__name__)
 
@@ -197,7 +191,7 @@ class AdapterStrategy(Strategy):
         return (rank,)
 
     def client_settings(self, rank: int) -> dict[str, float]:
-        """Return what a client of a rank is told besides, under keys of `fedpeft.wire`."""
+        """Return what a client of a rank is told besides, under keys of the method's own."""
         return {}
 
     @classmethod
@@ -280,13 +274,13 @@ class AdapterStrategy(Strategy):
         measured = self.measure_error and private is None and _has_products(state, exchange)
 
         def good() -> Iterator[ClientUpdate]:
-            for client, reply in answers.good(self._sent, replies, report):
+            for client, answer in answers.good(self._sent, replies, report):
                 try:
-                    update = self._read(client, reply, outgoing, exchange)
+                    update = self._read(client, answer, outgoing, exchange)
                 except RefusedUpdateError as error:
                     report.faults.append(Fault(client, f"update refused: {error}"))
                     continue
-                told = update.metrics if private is None else {}
+                told = update.metrics if private is None else TrainMetrics()
                 report.updates.append(ClientUpdate(client, update.num_examples, {}, {}, told))
                 if self.on_update is not None and private is None:
                     self.on_update(server_round, report.updates[-1])
@@ -324,13 +318,13 @@ class AdapterStrategy(Strategy):
         metrics = MetricRecord({} if report.train_loss is None else {TRAIN_LOSS: report.train_loss})
         return to_record(tensors), metrics
 
-    def _read(self, client: str, reply: Message, outgoing: Outgoing, exchange: Exchange) -> ClientUpdate:
-        """Read a reply, of the rank that the client was sent or of one that it may have come to."""
+    def _read(self, client: str, answer: TrainAnswer, outgoing: Outgoing, exchange: Exchange) -> ClientUpdate:
+        """Read an answer, of the rank that the client was sent or of one that it may have come to."""
         asked = outgoing.asked(client)
-        view, rank = outgoing.view(asked), self._answered_rank(asked, reply)
+        view, rank = outgoing.view(asked), self._answered_rank(asked, answer)
         held = (view if rank == asked else cut(view, rank, self._scaling(asked))).adapter_tensors()
         expected = {name: held.pop(name) for name in exchange.sent_up(list(held), self.frozen_names)}
-        update = read_update(reply, client, expected, held, self._scaling(asked))
+        update = read_update(answer, client, expected, held, self._scaling(asked))
         if self.ranks is not None:
             self.ranks.of[client] = rank
         return update
@@ -415,10 +409,9 @@ class AdapterStrategy(Strategy):
                 result.evaluate_metrics_serverapp[server_round] = scores
         return result
 
-    def _answered_rank(self, asked: int, reply: Message) -> int:
-        """Return the rank of a reply's factors, where a client sent `asked` may answer with it."""
-        arrays = reply.content.array_records.get(ARRAYS) or ArrayRecord()
-        found = {array.shape[0] for name, array in arrays.items() if name.endswith(A_SUFFIX) and array.shape}
+    def _answered_rank(self, asked: int, answer: TrainAnswer) -> int:
+        """Return the rank of an answer's factors, where a client sent `asked` may answer with it."""
+        found = {array.shape[0] for name, array in answer.arrays.items() if name.endswith(A_SUFFIX) and array.shape}
         return next((rank for rank in self.accepted_ranks(asked) if found == {rank}), asked)
 
 

@@ -27,13 +27,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from fedpeft.adapters.pruning import PRUNED_RANK, TAIL_PENALTY
 from fedpeft.adapters.state import AdapterState, ClientUpdate, LoraFactors
 from fedpeft.errors import ConfigError
 from fedpeft.strategies.algebra.factors import client_weights, norm, whole_cohort
 from fedpeft.strategies.algebra.means import mean_dense
 from fedpeft.strategies.base import AdapterStrategy, StrategyOptions
 from fedpeft.strategies.capabilities import Capabilities
-from fedpeft.wire import PRUNED_RANK, TAIL_PENALTY
 
 
 def sparsity_weights(factors: Sequence[LoraFactors], weights: Sequence[float]) -> list[float]:

@@ -167,6 +167,47 @@ def _change(tensors: Mapping[str, Tensor], stem: str) -> LoraFactors | Tensor | 
 
 
 @dataclass(frozen=True)
+class PrivacyClaim:
+    """What a client says that its record-level privacy has cost in this run so far, repeats included.
+
+    Parameters
+    ----------
+    noise_multiplier : float
+        Standard deviation of the noise over the sensitivity.
+    sample_rate : float
+        Chance of each row to be in a step.
+    steps : int
+        Of the whole run so far.
+    """
+
+    noise_multiplier: float
+    sample_rate: float
+    steps: int
+
+
+@dataclass(frozen=True)
+class TrainMetrics:
+    """What a client says of its training, as far as it may.
+
+    Parameters
+    ----------
+    steps : int, optional
+        Optimiser steps of this round.
+    loss : float, optional
+        Mean over the steps, in nats.
+    seconds : float, optional
+        Wall time.
+    spent : PrivacyClaim, optional
+        Under record-level privacy with public counts.
+    """
+
+    steps: int | None = None
+    loss: float | None = None
+    seconds: float | None = None
+    spent: PrivacyClaim | None = None
+
+
+@dataclass(frozen=True)
 class ClientUpdate:
     """What one client sends back.
 
@@ -180,15 +221,15 @@ class ClientUpdate:
         Every adapted layer after training, a frozen A included.
     dense : mapping of str to Tensor
         Other trained tensors.
-    metrics : mapping of str to float
-        What the client reports, such as its mean loss.
+    metrics : TrainMetrics
+        What the client says of its training.
     """
 
     client_id: str
     num_examples: int
     factors: Mapping[str, LoraFactors]
     dense: Mapping[str, Tensor] = field(default_factory=dict)
-    metrics: Mapping[str, float] = field(default_factory=dict)
+    metrics: TrainMetrics = TrainMetrics()
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
+from fedpeft.adapters.state import ClientUpdate, PrivacyClaim
 from fedpeft.config import RunConfig
 from fedpeft.errors import BudgetSpentError
 from fedpeft.privacy.accounting import Charge, merged, spent, upper_bound
@@ -21,7 +22,6 @@ from fedpeft.privacy.mechanism import record_mechanism
 from fedpeft.privacy.statement import PRIVACY, Facts, state, void
 from fedpeft.rounding import as_given
 from fedpeft.runs import RunDirectory, strict_json
-from fedpeft.wire import NOISE_MULTIPLIER, NUM_EXAMPLES, SAMPLE_RATE, SPENT_STEPS, STEPS
 
 ONE_RUN = (
     "this simulation knows of no other run on these rows: what all of them cost adds up, tries and sweeps included, "
@@ -81,7 +81,7 @@ class Books:
                 "before this round is saved."
             )
 
-    def settle(self, server_round: int, messages: Mapping[str, int], told: Mapping[str, Mapping[str, float]]) -> None:
+    def settle(self, server_round: int, messages: Mapping[str, int], updates: Iterable[ClientUpdate]) -> None:
         """Take in what the sites of a deployment say that they spent, and assume the worst of those that say nothing.
 
         Parameters
@@ -90,21 +90,22 @@ class Books:
             Which round is over; a second call for it changes nothing.
         messages : mapping of str to int
             How often each client was asked to train.
-        told : mapping of str to mapping of str to float
-            Metrics of those whose answers count.
+        updates : iterable of ClientUpdate
+            Of those whose answers count; what they say of their privacy is looked at.
         """
         if not self.told or self.config.privacy.level != "record" or server_round <= self._settled:
             return
         self._settled = server_round
+        answered = {update.client_id: update for update in updates}
         for client, asked in messages.items():
             if asked <= 0:  # it was asked, and said that its budget is spent
                 continue
-            metrics = told.get(client, {})
-            total = _told(metrics)
-            if total is not None:
-                self._examples[client] = int(metrics.get(NUM_EXAMPLES, 0))
-                per_round = metrics.get(STEPS, math.nan)
-                self._known[client] = replace(total, steps=int(per_round)) if 0 < per_round < 2**53 else total
+            update = answered.get(client)
+            total = None if update is None else _credible(update.metrics.spent)
+            if update is not None and total is not None:
+                self._examples[client] = update.num_examples
+                per_round = update.metrics.steps or 0
+                self._known[client] = replace(total, steps=per_round) if 0 < per_round < 2**53 else total
                 self._silent.discard(client)
                 steps = total.steps - sum(entry.steps for entry in self.ledger.entries(client))
             elif (known := self._assumed(client)) is not None:
@@ -215,9 +216,8 @@ class Books:
         return facts
 
 
-def _told(metrics: Mapping[str, float]) -> Charge | None:
+def _credible(claim: PrivacyClaim | None) -> Charge | None:
     """Return what a site says that it spent in this run; None where it says nothing that makes sense."""
-    noise, rate, steps = (metrics.get(key, math.nan) for key in (NOISE_MULTIPLIER, SAMPLE_RATE, SPENT_STEPS))
-    if not (0 <= noise < math.inf and 0 < rate <= 1 and 0 <= steps < 2**53):
+    if claim is None or not (0 <= claim.noise_multiplier < math.inf and 0 < claim.sample_rate <= 1):
         return None
-    return Charge(noise, rate, int(steps))
+    return Charge(claim.noise_multiplier, claim.sample_rate, claim.steps) if 0 <= claim.steps < 2**53 else None

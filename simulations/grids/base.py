@@ -107,8 +107,8 @@ def place_of(error: BaseException) -> str:
     return "\n".join(lines) + "\n"
 
 
-def identify(run_id: int, node_id: int) -> None:
-    """Say who this process speaks for: Flower asks this whenever a message is made."""
+def speak_for(run_id: int, node_id: int) -> None:
+    """Say whom this process speaks for: Flower asks this whenever a message is made."""
     TaskIdentity.run_id = run_id
     TaskIdentity.node_id = node_id
     TaskIdentity.task_id = 0
@@ -122,15 +122,13 @@ class SimulationGrid(Grid):
     contexts : mapping of int to Context
         Each client's context by node id, which is its partition id plus one. What a client keeps in ``context.state``
         is stored here when a reply without error has been handed over; the attribute may be set later.
-    on_failure : callable, optional
-        Called with node id, message and traceback (or another explanation) before an error reply is handed over. The
-        attribute may be set later.
-    withholds : bool
-        Whether it is given `Answer.place` in place of the traceback, which may quote rows. The attribute may be set
-        later.
 
     Attributes
     ----------
+    on_failure : callable, optional
+        Called with node id, message and traceback (or another explanation) before an error reply is handed over.
+    withholds : bool
+        Whether it is given `Answer.place` in place of the traceback, which may quote rows.
     on_dispatch : callable, optional
         Called with node id and message EVERY time a client is about to be given it, repeats after a worker's death
         included; returns what the client is told beside it. May raise, and then nobody is given anything.
@@ -138,23 +136,21 @@ class SimulationGrid(Grid):
         Why each client raised that did so, the last time, by node id.
     """
 
-    def __init__(
-        self, contexts: Mapping[int, Context] | None = None, *, on_failure: FailureListener | None = None
-    ) -> None:
-        self.on_dispatch: Dispatch | None = None
+    def __init__(self, contexts: Mapping[int, Context] | None = None) -> None:
         self.contexts: Mapping[int, Context] = contexts or {}
-        self.on_failure = on_failure
+        self.on_failure: FailureListener | None = None
         self.withholds = False
+        self.on_dispatch: Dispatch | None = None
         self.causes: dict[int, Cause] = {}
         self._run = Run.create_empty(1)
         self._sent: Counter[str] = Counter()
         self._pushed: dict[str, Message] = {}
-        identify(self._run.run_id, SERVER_NODE_ID)
+        speak_for(self._run.run_id, SERVER_NODE_ID)
 
     def set_run(self, run: Run) -> None:
         """Set the run that messages belong to; number 1 if this is never called."""
         self._run = run
-        identify(run.run_id, SERVER_NODE_ID)
+        speak_for(run.run_id, SERVER_NODE_ID)
 
     @property
     def run(self) -> Run:
@@ -230,10 +226,10 @@ class SimulationGrid(Grid):
 
     def _dispatched(self, message: Message) -> tuple[Context, Verdict | None]:
         """Return what a client is given with a message: a context whose state is that which is kept, and a verdict."""
-        held = self.contexts[message.metadata.dst_node_id]
-        context = copy.copy(held)
-        verdict = self.on_dispatch(held.node_id, message) if self.on_dispatch is not None else None
-        context.node_config, context.run_config = dict(held.node_config), dict(held.run_config)
+        kept = self.contexts[message.metadata.dst_node_id]
+        context = copy.copy(kept)
+        verdict = self.on_dispatch(kept.node_id, message) if self.on_dispatch is not None else None
+        context.node_config, context.run_config = dict(kept.node_config), dict(kept.run_config)
         return context, verdict
 
     def _deliver(self, message: Message, answer: Answer, state: RecordDict | None) -> Message:
@@ -248,6 +244,6 @@ class SimulationGrid(Grid):
         if answer.cause is not None:
             self.causes[node_id] = answer.cause
         if self.on_failure:
-            told = answer.place if self.withholds else answer.trace
-            self.on_failure(node_id, message, told or reply.error.reason or "")
+            explanation = answer.place if self.withholds else answer.trace
+            self.on_failure(node_id, message, explanation or reply.error.reason or "")
         return reply

@@ -12,7 +12,7 @@ from flwr.app import ArrayRecord, Context, Message, RecordDict
 from flwr.app.message import make_message
 from flwr.clientapp import ClientApp
 
-from fedpeft.simulations.grids.base import SERVER_NODE_ID, FailureListener, SimulationGrid, answer, identify
+from fedpeft.simulations.grids.base import SERVER_NODE_ID, SimulationGrid, answer, speak_for
 from fedpeft.simulations.grids.transport import SharedRecords, contents, duplicate, duplicate_arrays
 from fedpeft.simulations.grids.worker import load_app
 
@@ -29,23 +29,14 @@ class InlineGrid(SimulationGrid):
     threads : int
         torch threads while a client works; the caller's number is restored afterwards. With as many threads as a Ray
         worker has, results are the same to the byte.
-    on_failure : callable, optional
-        See `SimulationGrid`.
 
     Notes
     -----
     A timeout is looked at between messages only: nothing interrupts a client at work.
     """
 
-    def __init__(
-        self,
-        app: ClientApp | str,
-        contexts: Mapping[int, Context] | None = None,
-        threads: int = 1,
-        *,
-        on_failure: FailureListener | None = None,
-    ) -> None:
-        super().__init__(contexts, on_failure=on_failure)
+    def __init__(self, app: ClientApp | str, contexts: Mapping[int, Context] | None = None, threads: int = 1) -> None:
+        super().__init__(contexts)
         self._app = load_app(app) if isinstance(app, str) else app
         self._threads = threads
         self._shared = SharedRecords()
@@ -74,11 +65,11 @@ class InlineGrid(SimulationGrid):
         context.state = duplicate(context.state)  # the client may change whatever it gets, as in another process
         threads = torch.get_num_threads()
         torch.set_num_threads(self._threads)
-        identify(message.metadata.run_id, context.node_id)
+        speak_for(message.metadata.run_id, context.node_id)
         try:
             answered = answer(self._app, self._private(message), context, verdict)
         finally:
-            identify(self._run.run_id, SERVER_NODE_ID)
+            speak_for(self._run.run_id, SERVER_NODE_ID)
             torch.set_num_threads(threads)
         return self._deliver(message, answered, context.state)
 

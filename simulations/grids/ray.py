@@ -19,7 +19,7 @@ from ray import ObjectRef
 from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, WorkerCrashedError
 
 from fedpeft.errors import SimulationError
-from fedpeft.simulations.grids.base import Answer, FailureListener, SimulationGrid
+from fedpeft.simulations.grids.base import Answer, SimulationGrid
 from fedpeft.simulations.grids.cluster import check_gpus, cpus_per_worker, ray_connection
 from fedpeft.simulations.grids.scheduling import Died, Dispatcher, Finished
 from fedpeft.simulations.grids.transport import Newest, PackedArrays, Parcel, ParcelledAnswer, contents
@@ -90,8 +90,8 @@ class RayPool:
 
     def stop(self, ticket: int) -> None:
         """Put a new actor in the place of the one that works on a ticket."""
-        for ref, (worker, held) in list(self._busy.items()):
-            if held == ticket:
+        for ref, (worker, begun) in list(self._busy.items()):
+            if begun == ticket:
                 del self._busy[ref]
                 self._replace(worker)
 
@@ -158,15 +158,15 @@ class RayGrid(SimulationGrid):
         torch threads of each.
     gpus_per_worker : float
         GPUs of each, or a share of one; with 0, workers see none.
-    on_failure : callable, optional
-        See `SimulationGrid`.
-    on_worker_death : callable, optional
-        Called with the node id of the client at work and the number of workers its message has cost so far. The
-        attribute may be set later.
     store_bytes : int, optional
         See `ray_connection`.
     verbose : bool
         Let Ray and the workers print.
+
+    Attributes
+    ----------
+    on_worker_death : callable, optional
+        Called with the node id of the client at work and the number of workers its message has cost so far.
 
     Notes
     -----
@@ -181,15 +181,13 @@ class RayGrid(SimulationGrid):
         threads_per_worker: int = 1,
         gpus_per_worker: float = 0.0,
         *,
-        on_failure: FailureListener | None = None,
-        on_worker_death: Callable[[int, int], None] | None = None,
         store_bytes: int | None = None,
         verbose: bool = False,
     ) -> None:
-        super().__init__(contexts, on_failure=on_failure)
+        super().__init__(contexts)
         if workers < 1 or threads_per_worker < 1:
             raise ValueError(f"workers = {workers} and threads_per_worker = {threads_per_worker} must be at least 1")
-        self.on_worker_death = on_worker_death
+        self.on_worker_death: Callable[[int, int], None] | None = None
         self._app = app
         self._workers = workers
         self._threads = threads_per_worker

@@ -184,16 +184,16 @@ class Dispatcher(Generic[Job, Result]):
         """Give every free worker a job, of the innermost stream that has one."""
         free = self._pool.free()
         for line in reversed(self._lines):
-            held: set[Hashable] = set()
+            taken: set[Hashable] = set()
             for entry in line.entries:
                 if free == 0:
                     return
-                if entry.state is _State.WAITING and entry.key not in held:
+                if entry.state is _State.WAITING and entry.key not in taken:
                     entry.state = _State.RUNNING
                     self._running[entry.ticket] = entry
                     self._pool.start(entry.ticket, entry.job)
                     free -= 1
-                held.add(entry.key)
+                taken.add(entry.key)
 
     def _collect(self, timeout: float | None) -> None:
         """Take in what happens within `timeout` seconds, of whichever stream."""

@@ -136,43 +136,43 @@ class ParcelledAnswer:
     """A reply and its client's state on their way back; the state only where the reply is no error."""
 
     metadata: Metadata
-    content: PackedRecords | None
-    error: Error | None
-    trace: str | None
-    place: str | None
-    cause: Cause | None
+    content: PackedRecords | Error
     state: PackedRecords | None
+    trace: str | None = None
+    place: str | None = None
+    cause: Cause | None = None
 
     @classmethod
     def of(cls, answer: Answer, state: RecordDict) -> ParcelledAnswer:
         """Pack."""
         reply = answer.reply
         if reply.has_error():
-            return cls(reply.metadata, None, reply.error, answer.trace, answer.place, answer.cause, None)
-        return cls(reply.metadata, pack(reply.content), None, None, None, None, pack(state))
+            return cls(reply.metadata, reply.error, None, answer.trace, answer.place, answer.cause)
+        return cls(reply.metadata, pack(reply.content), pack(state))
 
     def open(self) -> tuple[Answer, RecordDict | None]:
         """Unpack."""
-        content = None if self.content is None else unpack(self.content)
-        reply = make_message(self.metadata, content, self.error)
-        answer = Answer(reply, self.trace, self.place, self.cause)
-        return answer, None if self.state is None else unpack(self.state)
+        if isinstance(self.content, Error):
+            reply = make_message(self.metadata, error=self.content)
+            return Answer(reply, self.trace, self.place, self.cause), None
+        reply = make_message(self.metadata, unpack(self.content))
+        return Answer(reply), None if self.state is None else unpack(self.state)
 
 
-class _Identity:
+class _ObjectKey:
     """An object as a key that equals only itself; it is held, so that its id is not given to another."""
 
     def __init__(self, value: object) -> None:
         self._value = value
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Identity) and self._value is other._value
+        return isinstance(other, _ObjectKey) and self._value is other._value
 
     def __hash__(self) -> int:
         return id(self._value)
 
 
-Contents = tuple[tuple[str, str, tuple[int, ...], str, _Identity], ...]
+Contents = tuple[tuple[str, str, tuple[int, ...], str, _ObjectKey], ...]
 
 
 def contents(record: ArrayRecord) -> Contents:
@@ -181,7 +181,7 @@ def contents(record: ArrayRecord) -> Contents:
     Bytes objects cannot change, hence equal keys mean equal arrays, even where the record itself was changed meanwhile.
     """
     return tuple(
-        (name, array.dtype, tuple(array.shape), array.stype, _Identity(array.data)) for name, array in record.items()
+        (name, array.dtype, tuple(array.shape), array.stype, _ObjectKey(array.data)) for name, array in record.items()
     )
 
 

@@ -11,13 +11,14 @@ import importlib
 import os
 import traceback
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from flwr.app import ArrayRecord
     from flwr.clientapp import ClientApp
+    from ray import ObjectRef
 
-    from fedpeft.simulations.grids.transport import Parcel, ParcelledAnswer
+    from fedpeft.simulations.grids.transport import Parcel, ParcelledAnswer, SharedRecords
 
 
 def environment(threads: int, *, gpu: bool) -> dict[str, str]:
@@ -65,7 +66,7 @@ class Worker:
         os.environ.update(variables)
         self._name = app
         self._threads = threads
-        self._app: ClientApp | None = None
+        self._loaded: tuple[ClientApp, SharedRecords] | None = None  # what stays from message to message
 
     def load(self) -> str | None:
         """Import torch and the app; return the traceback if that fails."""
@@ -77,24 +78,25 @@ class Worker:
         try:
             from fedpeft.simulations.grids.transport import SharedRecords
 
-            self._app = load_app(self._name)
-            self._shared = SharedRecords()
+            self._loaded = load_app(self._name), SharedRecords()
         except Exception:
             return traceback.format_exc()
         return None
 
     def answer(self, parcel: Parcel) -> ParcelledAnswer:
         """Have the app answer a message."""
-        from fedpeft.simulations.grids.base import answer, identify
+        from fedpeft.simulations.grids.base import answer, speak_for
         from fedpeft.simulations.grids.transport import ParcelledAnswer
 
-        assert self._app is not None, "load comes first"
-        message, context = parcel.open(self._fetch)
-        identify(context.run_id, context.node_id)
-        return ParcelledAnswer.of(answer(self._app, message, context, parcel.verdict), context.state)
+        assert self._loaded is not None, "load comes first"
+        app, shared = self._loaded
 
-    def _fetch(self, ref: Any) -> ArrayRecord:
-        """Return the arrays behind a reference: for the same one the same object, so that a client decodes it once."""
-        import ray
+        def fetch(ref: ObjectRef) -> ArrayRecord:
+            """Return the arrays behind a reference: for the same one the same object, so that they are decoded once."""
+            import ray
 
-        return self._shared.get(ref.hex(), lambda: ray.get(ref).unpack())
+            return shared.get(ref.hex(), lambda: ray.get(ref).unpack())
+
+        message, context = parcel.open(fetch)
+        speak_for(context.run_id, context.node_id)
+        return ParcelledAnswer.of(answer(app, message, context, parcel.verdict), context.state)

@@ -9,10 +9,10 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from fedpeft.adapters.state import BASE_EARLIER
-from fedpeft.errors import BudgetSpentError, DeploymentError
+from fedpeft.errors import BudgetSpentError, DeploymentError, MessageError
 from fedpeft.strategies.rounds.outgoing import Outgoing
 from fedpeft.strategies.rounds.report import Fault, RoundReport, error_class, in_order
-from fedpeft.wire import BUDGET_SPENT, CLIENT_ID, CONFIG, NEEDS_ARRAYS, payload_bytes
+from fedpeft.wire import Identity, ShortAnswer, TrainAnswer, payload_bytes
 
 
 def known_clients(grid: Grid, client_ids: dict[int, str], timeout: float | None) -> dict[int, str]:
@@ -37,11 +37,13 @@ def known_clients(grid: Grid, client_ids: dict[int, str], timeout: float | None)
     if asked:
         messages = [Message(RecordDict(), node, MessageType.QUERY) for node in asked]
         for reply in grid.send_and_receive(messages, timeout=timeout):
-            if reply.has_content() and CLIENT_ID in reply.content.config_records.get(CONFIG, {}):
-                client_ids[reply.metadata.src_node_id] = str(reply.content.config_records[CONFIG][CLIENT_ID])
-            else:
-                reason = error_class(reply.error.reason or "") if reply.has_error() else "no client id in its answer"
-                raise DeploymentError(f"node {reply.metadata.src_node_id} could not say which client it is: {reason}")
+            node = reply.metadata.src_node_id
+            try:
+                if reply.has_error():
+                    raise MessageError(error_class(reply.error.reason or ""))
+                client_ids[node] = Identity.from_record(reply.content).client_id
+            except MessageError as error:
+                raise DeploymentError(f"node {node} could not say which client it is: {error}") from None
     known = {node: client_ids[node] for node in nodes if node in client_ids}
     if len(set(known.values())) < len(known):
         twice = next(client for client in known.values() if list(known.values()).count(client) > 1)
@@ -81,8 +83,8 @@ class Answers:
 
     def good(
         self, sent: Iterable[Message], replies: Iterable[Message], report: RoundReport
-    ) -> Iterator[tuple[str, Message]]:
-        """Yield good replies in message order, whatever order they came in, repeating a client that raised once.
+    ) -> Iterator[tuple[str, TrainAnswer]]:
+        """Yield good answers in message order, whatever order they came in, repeating a client that raised once.
 
         Parameters
         ----------
@@ -95,8 +97,8 @@ class Answers:
 
         Yields
         ------
-        tuple of str and Message
-            Client id and reply.
+        tuple of str and TrainAnswer
+            Client id and answer, whose arrays nobody has looked at yet.
 
         Raises
         ------
@@ -107,7 +109,7 @@ class Answers:
             client = self._client_ids[message.metadata.dst_node_id]
             _count_down(message, report)
             reply = first
-            if reply is not None and _says(reply, NEEDS_ARRAYS):
+            if _short(reply) is ShortAnswer.NEEDS_ARRAYS:
                 message = self._again(message, self._outgoing.everything(client), report)
                 reply = self._ask(message)
             raised = False
@@ -121,14 +123,19 @@ class Answers:
             elif reply.has_error():
                 reason = error_class(reply.error.reason or "no reason given")
                 report.faults.append(Fault(client, f"{'raised twice' if raised else 'failed'}: {reason}", raised))
-            elif _says(reply, BUDGET_SPENT):
+            elif _short(reply) is ShortAnswer.BUDGET_SPENT:
                 self._out_of_budget(client, report)
-            elif _says(reply, NEEDS_ARRAYS):
+            elif _short(reply) is ShortAnswer.NEEDS_ARRAYS:
                 report.faults.append(Fault(client, "asks for tensors that it was sent"))
             else:
-                self._outgoing.delivered(client, message)
+                self._outgoing.delivered(client)
                 report.bytes_up += payload_bytes(reply)
-                yield client, reply
+                try:
+                    answer = TrainAnswer.from_record(reply.content)
+                except MessageError as error:
+                    report.faults.append(Fault(client, f"update refused: {error}"))
+                else:
+                    yield client, answer
 
     def _again(self, message: Message, content: RecordDict, report: RoundReport) -> Message:
         repeated = Message(content, message.metadata.dst_node_id, MessageType.TRAIN, group_id=message.metadata.group_id)
@@ -156,6 +163,5 @@ def _count_down(message: Message, report: RoundReport) -> None:
     report.bytes_catch_up += payload_bytes(message, lambda name: BASE_EARLIER in name)
 
 
-def _says(reply: Message, key: str) -> bool:
-    answer = reply.content.config_records.get(CONFIG) if reply.has_content() else None
-    return answer is not None and bool(answer.get(key, False))
+def _short(reply: Message | None) -> ShortAnswer | None:
+    return ShortAnswer.from_record(reply.content) if reply is not None and reply.has_content() else None

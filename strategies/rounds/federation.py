@@ -33,7 +33,7 @@ from fedpeft.strategies.base import AdapterStrategy
 from fedpeft.strategies.rounds.report import Fault, RoundReport
 from fedpeft.tasks.metrics import Scores
 from fedpeft.training.evaluation import client_metrics, mean_metrics, score, spread
-from fedpeft.wire import SECONDS, TRAIN_LOSS, to_record, to_tensors
+from fedpeft.wire import to_record, to_tensors
 
 # the clients' personal tensors by client id; empty before a client has trained
 Personal = Callable[[], Mapping[str, Mapping[str, Tensor]]]
@@ -238,13 +238,12 @@ class _Run:
     def settle(self, report: RoundReport | None) -> None:
         """Take in what sites say that a round cost, whether or not it came to its end."""
         if self.books is not None and report is not None:
-            told = {update.client_id: update.metrics for update in report.updates}
-            self.books.settle(report.server_round, report.asked, told)
+            self.books.settle(report.server_round, report.asked, report.updates)
 
     def client_done(self, server_round: int, update: ClientUpdate) -> None:
         """Record a client's good update as it arrives."""
         facts: Event = {"id": update.client_id, "num_examples": update.num_examples}
-        facts |= {"loss": update.metrics.get(TRAIN_LOSS), "seconds": update.metrics.get(SECONDS)}
+        facts |= {"loss": update.metrics.loss, "seconds": update.metrics.seconds}
         self.emit({"event": "client", "round": server_round, **facts})
 
     def observe(self, report: RoundReport, state: AdapterState) -> None:

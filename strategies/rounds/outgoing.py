@@ -5,23 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
-from fedpeft.adapters.state import AdapterState, Role
+from fedpeft.adapters.state import AdapterState
 from fedpeft.strategies.rounds.exchange import Deliveries, Exchange
-from fedpeft.wire import (
-    ARRAYS,
-    CONFIG,
-    DRAW,
-    HELD_HASH,
-    KEPT,
-    PERSONAL,
-    RANK,
-    ROUND,
-    SCALING,
-    TRAINED,
-    to_record,
-)
+from fedpeft.wire import NUM_ROUNDS, TrainOrder, to_record
 
 
 @dataclass(frozen=True)
@@ -67,6 +55,7 @@ class Outgoing:
         self._records: dict[int, ArrayRecord] = {}
         self._contents: dict[tuple[int, frozenset[str]], RecordDict] = {}
         self._asked: dict[str, int] = {}
+        self._sent: dict[str, frozenset[str]] = {}
         self._config = ConfigRecord()
         self._round = 0
 
@@ -80,7 +69,7 @@ class Outgoing:
         arrays : flwr.app.ArrayRecord
             The whole adapter, packed.
         config : flwr.app.ConfigRecord
-            Sent to every client.
+            The number of rounds, and whatever else every client is sent.
         """
         self._round, self._config = server_round, config
         self._records, self._contents = {0: arrays}, {}
@@ -88,13 +77,14 @@ class Outgoing:
     def content(self, client: str, rank: int) -> RecordDict:
         """Return what a client is sent; clients of a rank that lack the same share one object."""
         self._asked[client] = rank
-        names = frozenset(self._held_by(rank).lacking(client, self._exchange))
-        return self._content_of(rank, names)
+        self._sent[client] = frozenset(self._held_by(rank).lacking(client, self._exchange))
+        return self._content_of(rank, self._sent[client])
 
     def everything(self, client: str) -> RecordDict:
         """Return all that a client can be sent, which turned out not to hold what it was believed to."""
         rank = self._asked[client]
-        return self._content_of(rank, frozenset(self._held_by(rank).holds_others(client, self._exchange)))
+        self._sent[client] = frozenset(self._held_by(rank).holds_others(client, self._exchange))
+        return self._content_of(rank, self._sent[client])
 
     def asked(self, client: str) -> int:
         """Return the rank that a client was sent in this round."""
@@ -106,10 +96,9 @@ class Outgoing:
             self._views[rank] = self._terms.view(self._views[0], rank, self._terms.scaling(rank))
         return self._views[rank]
 
-    def delivered(self, client: str, message: Message) -> None:
-        """Note that a client has trained with what a message brought."""
-        names = list(message.content.array_records[ARRAYS])
-        self._held_by(self._asked[client]).delivered(client, names, self._exchange)
+    def delivered(self, client: str) -> None:
+        """Note that a client has trained with what it was sent last."""
+        self._held_by(self._asked[client]).delivered(client, self._sent[client], self._exchange)
 
     def update(self, state: AdapterState) -> None:
         """Take over the adapter that the next round begins with."""
@@ -132,23 +121,19 @@ class Outgoing:
             if rank not in self._records:
                 self._records[rank] = to_record(self.view(rank).to_tensors())
             sent = ArrayRecord({name: array for name, array in self._records[rank].items() if name in names})
-            settings = ConfigRecord(
-                {
-                    **self._config,
-                    ROUND: self._round,
-                    RANK: rank,
-                    SCALING: self._terms.scaling(rank),
-                    HELD_HASH: self._held_by(rank).held_hash(names, self._exchange),
-                    TRAINED: _listed(self._exchange.trained),
-                    PERSONAL: _listed(self._exchange.personal),
-                    KEPT: _listed(self._exchange.kept),
-                    DRAW: self._exchange.draw,
-                    **self._terms.settings(rank),
-                }
+            exchange = self._exchange
+            order = TrainOrder(
+                sent,
+                server_round=self._round,
+                num_rounds=int(self._config[NUM_ROUNDS]),  # type: ignore[arg-type]
+                scaling=self._terms.scaling(rank),
+                held_hash=self._held_by(rank).held_hash(names, exchange),
+                rank=rank,
+                draw=exchange.draw,
+                trained=exchange.trained,
+                personal=exchange.personal,
+                kept=exchange.kept,
+                settings={**self._config, **self._terms.settings(rank)},
             )
-            self._contents[rank, names] = RecordDict({ARRAYS: sent, CONFIG: settings})
+            self._contents[rank, names] = order.to_record()
         return self._contents[rank, names]
-
-
-def _listed(roles: Collection[Role]) -> list[str]:
-    return sorted(str(role) for role in roles)

@@ -11,7 +11,6 @@ from flwr.app import Message
 
 from fedpeft.adapters.state import AdapterState, ClientUpdate
 from fedpeft.errors import ConfigError
-from fedpeft.wire import TRAIN_LOSS
 
 
 @dataclass(frozen=True)
@@ -67,10 +66,10 @@ class RoundReport:
     @property
     def train_loss(self) -> float | None:
         """Mean of the clients' losses, weighted by their rows; None if a client reported none."""
-        total = sum(update.num_examples for update in self.updates)
-        if not self.updates or any(TRAIN_LOSS not in update.metrics for update in self.updates):
+        losses = [(update.metrics.loss, update.num_examples) for update in self.updates]
+        if not losses or any(loss is None for loss, _ in losses):
             return None
-        return sum(update.metrics[TRAIN_LOSS] * update.num_examples for update in self.updates) / total
+        return sum(loss * rows for loss, rows in losses if loss is not None) / sum(rows for _, rows in losses)
 
 
 Observer = Callable[[RoundReport, AdapterState], None]

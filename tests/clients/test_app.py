@@ -8,32 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
+from flwr.app import Context, Message, MessageType, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedpeft.adapters.state import Role, fingerprint, role_of
 from fedpeft.clients.app import ClientFailedError, app
 from fedpeft.config import RunConfig
 from fedpeft.resident import resident
-from fedpeft.wire import (
-    ARRAYS,
-    CLIENT_ID,
-    CONFIG,
-    DRAW,
-    HELD_HASH,
-    KEPT,
-    METRICS,
-    NEEDS_ARRAYS,
-    NUM_EXAMPLES,
-    NUM_ROUNDS,
-    PERSONAL,
-    RANK,
-    ROUND,
-    SCALING,
-    TRAINED,
-    to_record,
-    to_tensors,
-)
+from fedpeft.wire import Identity, ShortAnswer, TrainAnswer, TrainOrder, to_record, to_tensors
 
 Make = Callable[..., RunConfig]
 
@@ -62,47 +44,56 @@ def order(
     personal: Sequence[str] = (),
     kept: Sequence[str] = (),
     without: Sequence[str] = (),
+    settings: Mapping[str, float] | None = None,
 ) -> Message:
     adapted = resident(config).adapted
-    settings = ConfigRecord(
-        {
-            ROUND: 1,
-            NUM_ROUNDS: 2,
-            SCALING: adapted.scaling,
-            HELD_HASH: adapted.frozen_hash if held_hash is None else held_hash,
-            TRAINED: list(trained),
-            PERSONAL: list(personal),
-            KEPT: list(kept),
-            RANK: 0,
-            DRAW: 0,
-        }
-    )
     shared = {name: adapted.initial[name] for name in adapted.trained if role_of(name) not in (*personal, *without)}
-    return Message(
-        RecordDict({ARRAYS: to_record({**shared, **(others or {})}), CONFIG: settings}), 1, MessageType.TRAIN
+    content = TrainOrder(
+        to_record({**shared, **(others or {})}),
+        server_round=1,
+        num_rounds=2,
+        scaling=adapted.scaling,
+        held_hash=adapted.frozen_hash if held_hash is None else held_hash,
+        trained=frozenset(map(Role, trained)),
+        personal=frozenset(map(Role, personal)),
+        kept=frozenset(map(Role, kept)),
+        settings=settings or {},
     )
+    return Message(content.to_record(), 1, MessageType.TRAIN)
+
+
+def answered(reply: Message) -> TrainAnswer:
+    return TrainAnswer.from_record(reply.content)
+
+
+def tensors_of(reply: Message) -> dict[str, torch.Tensor]:
+    return to_tensors(answered(reply).arrays)
+
+
+def needs_arrays(reply: Message) -> bool:
+    return ShortAnswer.from_record(reply.content) is ShortAnswer.NEEDS_ARRAYS
 
 
 def test_a_client_trains_and_sends_back_what_it_was_sent(text_config: Make) -> None:
     config = text_config()
     message = order(config)
     reply = app(message, share(config))
-    sent, back = (to_tensors(each.content.array_records[ARRAYS]) for each in (message, reply))
+    sent, back = to_tensors(TrainOrder.from_record(message.content).arrays), tensors_of(reply)
     assert sent.keys() == back.keys()
     assert any(not torch.equal(sent[name], back[name]) for name in sent)
-    assert reply.content.metric_records[METRICS][NUM_EXAMPLES] == len(resident(config).partition.indices[0])
+    assert answered(reply).num_examples == len(resident(config).partition.indices[0])
 
 
 def test_a_client_says_its_name(text_config: Make) -> None:
     config = text_config()
     reply = app(Message(RecordDict(), 1, MessageType.QUERY), share(config, 2))
-    assert reply.content.config_records[CONFIG][CLIENT_ID] == "site-2"
+    assert Identity.from_record(reply.content).client_id == "site-2"
 
 
 def test_the_same_message_twice_gives_the_same_bytes(text_config: Make) -> None:
     config = text_config(adapter__dropout=0.2)
     replies = [app(order(config), share(config)) for _ in range(2)]
-    one, two = (fingerprint(to_tensors(reply.content.array_records[ARRAYS])) for reply in replies)
+    one, two = (fingerprint(tensors_of(reply)) for reply in replies)
     assert one == two
 
 
@@ -111,11 +102,11 @@ def test_a_client_with_another_frozen_draw_asks_for_it_and_trains_with_it(text_c
     adapted = resident(config).adapted
     other = {name: adapted.initial[name] + 1 for name in adapted.frozen}
     asked = app(order(config, fingerprint(other)), share(config))
-    assert asked.content.config_records[CONFIG][NEEDS_ARRAYS] is True
+    assert needs_arrays(asked)
     reply = app(order(config, "", other), share(config))
     plain = app(order(config), share(config))
-    assert not any("lora_A" in name for name in reply.content.array_records[ARRAYS])
-    given, own = (fingerprint(to_tensors(each.content.array_records[ARRAYS])) for each in (reply, plain))
+    assert not any("lora_A" in name for name in answered(reply).arrays)
+    given, own = (fingerprint(tensors_of(each)) for each in (reply, plain))
     assert given != own
 
 
@@ -125,7 +116,7 @@ def test_a_client_trains_what_the_message_says_and_nothing_else(
 ) -> None:
     config = text_config()
     reply = app(order(config, trained=trained), share(config))
-    assert {role_of(name) for name in reply.content.array_records[ARRAYS]} == sent
+    assert {role_of(name) for name in answered(reply).arrays} == sent
     initial, adapted = resident(config).adapted.initial, resident(config).adapted
     moved = {role_of(n) for n, tensor in adapted.tensors(initial).items() if not torch.equal(tensor, initial[n])}
     assert moved <= sent  # A has no gradient while B is zero
@@ -138,16 +129,16 @@ def test_a_client_keeps_what_it_is_asked_to_keep_and_need_not_be_sent_it_again(t
     held = share(config)
     app(order(config, "", moved, trained=["A"], kept=["A", "B"]), held)
     again = order(config, fingerprint(moved), trained=["A"], kept=["A", "B"], without=["B"])
-    assert ARRAYS in app(again, held).content.array_records
+    assert not needs_arrays(app(again, held))
     asked = app(again, share(config))  # a client that was not there before
-    assert asked.content.config_records[CONFIG][NEEDS_ARRAYS] is True
+    assert needs_arrays(asked)
 
 
 def test_a_personal_factor_never_leaves_its_client(text_config: Make) -> None:
     config = text_config()
     held = share(config)
     reply = app(order(config, personal=["B"]), held)
-    assert {role_of(name) for name in reply.content.array_records[ARRAYS]} == {Role.A, Role.HEAD}
+    assert {role_of(name) for name in answered(reply).arrays} == {Role.A, Role.HEAD}
     assert {role_of(name) for name in held.state.array_records["personal"]} == {Role.B}
 
 
@@ -155,7 +146,7 @@ def test_a_personal_head_is_kept_and_not_sent(text_config: Make) -> None:
     config = text_config(adapter__head="local")
     held = share(config)
     reply = app(order(config), held)
-    assert not any("classifier" in name for name in reply.content.array_records[ARRAYS])
+    assert not any("classifier" in name for name in answered(reply).arrays)
     first = to_tensors(held.state.array_records["personal"])
     app(order(config), held)
     assert fingerprint(to_tensors(held.state.array_records["personal"])) != fingerprint(first)
@@ -177,11 +168,11 @@ def test_a_site_trains_on_its_own_file_under_its_own_name(text_config: Make, tex
     path = tmp_path / "north.csv"
     path.write_text("".join(text_csv.read_text().splitlines(keepends=True)[:11]))
     held = context(config, data=str(path))
-    assert app(order(config), held).content.metric_records[METRICS][NUM_EXAMPLES] == 10
+    assert answered(app(order(config), held)).num_examples == 10
     asked = app(Message(RecordDict(), 1, MessageType.QUERY), held)
-    assert asked.content.config_records[CONFIG][CLIENT_ID] == "north"
+    assert Identity.from_record(asked.content).client_id == "north"
     asked = app(Message(RecordDict(), 1, MessageType.QUERY), context(config, data=str(path), client_id="n"))
-    assert asked.content.config_records[CONFIG][CLIENT_ID] == "n"
+    assert Identity.from_record(asked.content).client_id == "n"
 
 
 @pytest.mark.parametrize(
@@ -202,3 +193,20 @@ def test_a_server_cannot_make_a_site_run_a_models_code(text_config: Make) -> Non
     assert "this site has not agreed" in str(caught.value.__cause__)
     agreed = context(config, partition_id=0, num_partitions=3, trust_remote_code=True)
     assert app(plain, agreed).has_content()
+
+
+@pytest.mark.parametrize("key", ["server-round", "held-hash", "trained"])
+def test_a_malformed_order_is_refused_by_the_name_of_its_key(key: str, text_config: Make) -> None:
+    config = text_config()
+    message = order(config)
+    message.content.config_records["config"][key] = 0
+    with pytest.raises(ClientFailedError, match=f"^MessageError: {key} = 0, expected"):
+        app(message, share(config))
+
+
+def test_a_client_that_is_asked_to_prune_sends_fewer_ranks_once_they_have_shrunk(text_config: Make) -> None:
+    config = text_config(train__local_steps=4, train__learning_rate=0.05)
+    moved = {name: tensor + 0.5 for name, tensor in resident(config).adapted.initial.items() if role_of(name) == Role.B}
+    for settings, ranks in (({}, 2), ({"pruned-rank": 1, "tail-penalty": 100.0}, 1)):
+        reply = app(order(config, others=moved, settings=settings), share(config))
+        assert {len(tensor) for name, tensor in tensors_of(reply).items() if role_of(name) == Role.A} == {ranks}

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
+from flwr.app import Context, Message, MessageType, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedpeft.adapters.state import Role
 from fedpeft.clients.app import ClientFailedError, app
 from fedpeft.clients.privacy import data_fingerprint
 from fedpeft.clients.rows import client_rows
@@ -17,29 +18,7 @@ from fedpeft.clients.verdicts import Verdict, simulated
 from fedpeft.config import RunConfig
 from fedpeft.privacy.ledger import Ledger
 from fedpeft.resident import resident
-from fedpeft.wire import (
-    ARRAYS,
-    BUDGET_SPENT,
-    CONFIG,
-    DRAW,
-    HELD_HASH,
-    KEPT,
-    METRICS,
-    NOISE_MULTIPLIER,
-    NUM_EXAMPLES,
-    NUM_ROUNDS,
-    PERSONAL,
-    RANK,
-    ROUND,
-    SAMPLE_RATE,
-    SCALING,
-    SECONDS,
-    SPENT_STEPS,
-    STEPS,
-    TRAIN_LOSS,
-    TRAINED,
-    to_record,
-)
+from fedpeft.wire import CONFIG_RECORD, METRICS_RECORD, Identity, ShortAnswer, TrainAnswer, TrainOrder, to_record
 
 Make = Callable[..., RunConfig]
 
@@ -72,15 +51,24 @@ def site(config: RunConfig, tmp_path: Path, run_id: int = 7, **node: Any) -> Con
 
 def order(config: RunConfig, server_round: int = 1, shift: float = 0.0) -> Message:
     adapted = resident(config).adapted
-    settings: dict[str, Any] = {ROUND: server_round, NUM_ROUNDS: 2, SCALING: adapted.scaling}
-    settings |= {HELD_HASH: adapted.frozen_hash, TRAINED: ["A", "B", "head"], PERSONAL: [], KEPT: [], RANK: 0, DRAW: 0}
-    arrays = to_record({name: adapted.initial[name] + shift for name in adapted.trained})
-    content = RecordDict({ARRAYS: arrays, CONFIG: ConfigRecord(settings)})
-    return Message(content, 1, MessageType.TRAIN, group_id=str(server_round))
+    content = TrainOrder(
+        to_record({name: adapted.initial[name] + shift for name in adapted.trained}),
+        server_round=server_round,
+        num_rounds=2,
+        scaling=adapted.scaling,
+        held_hash=adapted.frozen_hash,
+        trained=frozenset({Role.A, Role.B, Role.HEAD}),
+    )
+    return Message(content.to_record(), 1, MessageType.TRAIN, group_id=str(server_round))
+
+
+def told(reply: Message) -> set[str]:
+    """Return the names of all that a client says beside its tensors."""
+    return set(reply.content.metric_records[METRICS_RECORD])
 
 
 def is_spent(reply: Message) -> bool:
-    return bool(reply.content.config_records.get(CONFIG, {}).get(BUDGET_SPENT, False))
+    return ShortAnswer.from_record(reply.content) is ShortAnswer.BUDGET_SPENT
 
 
 def test_all_steps_are_charged_before_the_first(private: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +110,7 @@ def test_seeded_training_repeats_to_the_byte_and_secure_training_does_not(privat
     for rng, alike in (("seeded", True), ("secure", False)):
         config = private(privacy__rng=rng, adapter__dropout=0.1)
         replies = [app(order(config), site(config, tmp_path)) for _ in range(2)]
-        one, two = ({n: a.data for n, a in reply.content.array_records[ARRAYS].items()} for reply in replies)
+        one, two = ({n: a.data for n, a in TrainAnswer.from_record(reply.content).arrays.items()} for reply in replies)
         assert (one == two) is alike
 
 
@@ -175,21 +163,22 @@ def test_another_seed_or_a_row_more_is_on_the_same_account(private: Make, tmp_pa
 
 def test_neither_loss_nor_time_is_told(private: Make, text_config: Make, tmp_path: Path) -> None:
     config = private()
-    told = app(order(config), site(config, tmp_path)).content.metric_records[METRICS]
-    assert set(told) == {NUM_EXAMPLES, STEPS, NOISE_MULTIPLIER, SAMPLE_RATE, SPENT_STEPS}
-    told = app(order(config), site(config, tmp_path)).content.metric_records[METRICS]
-    assert told[SPENT_STEPS] == 6  # of the whole run so far
+    reply = app(order(config), site(config, tmp_path))
+    assert told(reply) == {"num-examples", "steps", "noise-multiplier", "sample-rate", "spent-steps"}
+    spent = TrainAnswer.from_record(app(order(config), site(config, tmp_path)).content).metrics.spent
+    assert spent is not None
+    assert spent.steps == 6  # of the whole run so far
     config = private(privacy__release_metrics=True)
-    assert {TRAIN_LOSS, SECONDS} <= set(app(order(config), site(config, tmp_path)).content.metric_records[METRICS])
+    assert {"train_loss", "seconds"} <= told(app(order(config), site(config, tmp_path)))
     config = text_config(privacy__level="client", privacy__noise_multiplier=1.0)
-    assert set(app(order(config), site(config, tmp_path)).content.metric_records[METRICS]) == {NUM_EXAMPLES, STEPS}
+    assert told(app(order(config), site(config, tmp_path))) == {"num-examples", "steps"}
 
 
 def test_without_public_counts_nothing_that_is_told_depends_on_them(private: Make, tmp_path: Path) -> None:
     config = private(privacy__public_counts=False, privacy__sample_rate=0.2)
     for index in (0, 1):
-        told = app(order(config), site(config, tmp_path, partition_id=index)).content.metric_records[METRICS]
-        assert dict(told) == {NUM_EXAMPLES: 1, STEPS: 3}
+        reply = app(order(config), site(config, tmp_path, partition_id=index))
+        assert dict(reply.content.metric_records[METRICS_RECORD]) == {"num-examples": 1, "steps": 3}
     assert {entry.sample_rate for entry in Ledger(tmp_path / "ledger.jsonl").entries()} == {0.2}
 
 
@@ -283,7 +272,7 @@ def test_a_site_says_who_it_is_without_a_look_at_its_rows(private: Make, tmp_pat
     config = private(data__labels="no,yes")
     held = site(config, tmp_path, data=str(tmp_path / "north.csv"))  # which is not there
     reply = app(Message(RecordDict(), 1, MessageType.QUERY), held)
-    assert reply.content.config_records[CONFIG]["client-id"] == "north"
+    assert Identity.from_record(reply.content).client_id == "north"
 
 
 def test_training_that_voids_the_guarantee_is_on_the_books_as_unbounded(
@@ -309,7 +298,7 @@ def test_a_simulations_driver_keeps_the_books_in_the_clients_place(private: Make
     del held.node_config["privacy-ledger"]  # a simulation's clients have none
     with simulated(Verdict(allowed=True, noise_multiplier=2.5)):
         reply = app(order(config), held)
-    assert reply.content.metric_records[METRICS][NOISE_MULTIPLIER] == 2.5
+    assert reply.content.metric_records[METRICS_RECORD]["noise-multiplier"] == 2.5
     with simulated(Verdict(allowed=False)):
         assert is_spent(app(order(config), held))
     assert not Ledger(tmp_path / "ledger.jsonl").entries()
@@ -354,11 +343,11 @@ def test_no_configuration_of_a_node_says_that_a_training_is_on_the_books(
 def test_nor_does_a_message_or_a_runs_configuration(private: Make, tmp_path: Path) -> None:
     config = private()
     message = order(config)
-    settings = message.content.config_records[CONFIG]
-    for key, value in {"privacy-books": "charged", "verdict": "charged", NOISE_MULTIPLIER: 0.001}.items():
+    settings = message.content.config_records[CONFIG_RECORD]
+    for key, value in {"privacy-books": "charged", "verdict": "charged", "noise-multiplier": 0.001}.items():
         settings[key] = value
     reply = app(message, site(config, tmp_path))
-    assert reply.content.metric_records[METRICS][NOISE_MULTIPLIER] == 1.0
+    assert reply.content.metric_records[METRICS_RECORD]["noise-multiplier"] == 1.0
     (entry,) = Ledger(tmp_path / "ledger.jsonl").entries()
     assert entry.noise_multiplier == 1.0
     planted = private(privacy__canaries=60)

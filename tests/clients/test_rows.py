@@ -7,13 +7,13 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
+from flwr.app import Context, Message, MessageType, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedpeft.adapters.state import Role
 from fedpeft.clients.app import ClientFailedError, app
 from fedpeft.clients.rows import client_rows
 from fedpeft.config import RunConfig, nest, resolve
@@ -21,21 +21,7 @@ from fedpeft.errors import DataError
 from fedpeft.privacy.ledger import Ledger
 from fedpeft.privacy.mechanism import record_mechanism
 from fedpeft.resident import Resident, resident
-from fedpeft.wire import (
-    ARRAYS,
-    CONFIG,
-    DRAW,
-    HELD_HASH,
-    KEPT,
-    METRICS,
-    NUM_ROUNDS,
-    PERSONAL,
-    RANK,
-    ROUND,
-    SCALING,
-    TRAINED,
-    to_record,
-)
+from fedpeft.wire import TrainAnswer, TrainOrder, to_record
 
 Make = Callable[..., RunConfig]
 GOOD = ["w1 w2,yes", "w3 w4 w5,no", "w6,yes", "w7 w8,no", "w9,yes", "w10 w11,no"]
@@ -59,10 +45,15 @@ def answer(config: RunConfig, rows: Path) -> Message:
     """Let a site with these rows train once."""
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 0, 1
     adapted = resident(config).adapted
-    settings: dict[str, Any] = {ROUND: 1, NUM_ROUNDS: 2, SCALING: adapted.scaling, RANK: 0, DRAW: 0}
-    settings |= {HELD_HASH: adapted.frozen_hash, TRAINED: ["A", "B", "head"], PERSONAL: [], KEPT: []}
-    arrays = to_record({name: adapted.initial[name] for name in adapted.trained})
-    message = Message(RecordDict({ARRAYS: arrays, CONFIG: ConfigRecord(settings)}), 1, MessageType.TRAIN, group_id="1")
+    order = TrainOrder(
+        to_record({name: adapted.initial[name] for name in adapted.trained}),
+        server_round=1,
+        num_rounds=2,
+        scaling=adapted.scaling,
+        held_hash=adapted.frozen_hash,
+        trained=frozenset({Role.A, Role.B, Role.HEAD}),
+    )
+    message = Message(order.to_record(), 1, MessageType.TRAIN, group_id="1")
     ledger = Ledger.create(rows.with_suffix(".jsonl")).path
     node = {"data": str(rows), "client-id": "a", "privacy-ledger": str(ledger)}
     return app(message, Context(7, 1, node, RecordDict(), dict(config.to_flat())))
@@ -79,8 +70,9 @@ def test_rows_that_cannot_be_encoded_count_and_only_the_sites_log_knows(
     assert [text.split(" of ")[0] for text in told] == ["row 2", "row 4", "row 5"]
     assert all("gradient of zero" in text for text in told)
     assert "row 4 of" in told[1].rpartition("zero: ")[2]
-    assert dict(torn.content.metric_records[METRICS]) == dict(whole.content.metric_records[METRICS])
-    assert torn.content.array_records[ARRAYS].keys() == whole.content.array_records[ARRAYS].keys()
+    one, other = (TrainAnswer.from_record(reply.content) for reply in (torn, whole))
+    assert (one.num_examples, one.metrics) == (other.num_examples, other.metrics)
+    assert one.arrays.keys() == other.arrays.keys()
 
 
 def test_such_rows_stay_in_the_count_and_the_others_keep_their_order(private: RunConfig, tmp_path: Path) -> None:

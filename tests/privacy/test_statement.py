@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fedpeft.adapters.state import ClientUpdate, PrivacyClaim, TrainMetrics
 from fedpeft.config import RunConfig
 from fedpeft.privacy.accounting import Charge, spent
 from fedpeft.privacy.books import Books
@@ -18,7 +20,6 @@ from fedpeft.privacy.statement import state
 from fedpeft.rounding import as_given, number
 from fedpeft.runs import RunDirectory
 from fedpeft.server import _log_event
-from fedpeft.wire import NOISE_MULTIPLIER, NUM_EXAMPLES, SAMPLE_RATE, SPENT_STEPS, STEPS
 
 Make = Callable[..., RunConfig]
 CHARGES = {"a": [Charge(1.1, 0.2, 5), Charge(1.1, 0.2, 5)], "b": [Charge(0.9, 0.1, 5)], "c": []}
@@ -146,7 +147,7 @@ def test_without_public_counts_the_statement_holds_no_client(text_config: Make) 
 def test_a_site_may_go_beyond_a_runs_budget_and_the_server_says_so(text_config: Make, tmp_path: Path) -> None:
     config = secure(text_config, privacy__epsilon=1.0)
     books = Books(config, RunDirectory(tmp_path / "run", config, 1), {}, told=True)
-    books.settle(1, {"a": 1}, {"a": told(300)})
+    books.settle(1, {"a": 1}, [told("a", 300)])
     assert books.epsilon_max() == spent([Charge(1.0, 0.25, 300)], 1e-5).epsilon > 1.0
 
 
@@ -188,8 +189,8 @@ def test_the_same_noise_for_all_where_counts_are_private(text_config: Make) -> N
 # --- books of a deployment ---------------------------------------------------------------------------------------
 
 
-def told(steps: int, noise: float = 1.0) -> dict[str, float]:
-    return {NOISE_MULTIPLIER: noise, SAMPLE_RATE: 0.25, SPENT_STEPS: steps, STEPS: 3, NUM_EXAMPLES: 32}
+def told(client: str, steps: int, noise: float = 1.0, rate: float = 0.25, per_round: int | None = 3) -> ClientUpdate:
+    return ClientUpdate(client, 32, {}, {}, TrainMetrics(per_round, spent=PrivacyClaim(noise, rate, steps)))
 
 
 def test_a_server_takes_sites_at_their_word_and_assumes_the_worst_of_those_that_say_nothing(
@@ -197,9 +198,9 @@ def test_a_server_takes_sites_at_their_word_and_assumes_the_worst_of_those_that_
 ) -> None:
     config = secure(text_config)
     books = Books(config, RunDirectory(tmp_path / "run", config, 1), {}, told=True)
-    books.settle(1, {"a": 1, "b": 2, "c": 1}, {"a": told(3), "b": told(6)})
-    books.settle(1, {"a": 9}, {"a": told(99)})  # a round counts once
-    books.settle(2, {"a": 1, "b": 2}, {"a": told(6)})  # b was asked twice and said nothing
+    books.settle(1, {"a": 1, "b": 2, "c": 1}, [told("a", 3), told("b", 6)])
+    books.settle(1, {"a": 9}, [told("a", 99)])  # a round counts once
+    books.settle(2, {"a": 1, "b": 2}, [told("a", 6)])  # b was asked twice and said nothing
     facts = books.close(["a", "b", "c", "d"])
     assert {client: found["steps"] for client, found in facts["clients"].items()} == {"a": 6, "b": 12, "c": 0, "d": 0}
     assert "c was asked to train and never answered" in facts["reasons"][0]
@@ -210,26 +211,26 @@ def test_a_server_takes_sites_at_their_word_and_assumes_the_worst_of_those_that_
     assert len(Ledger(tmp_path / "run" / "ledger.jsonl").entries()) == 4
 
 
-def test_steps_that_are_no_number_end_no_run(text_config: Make, tmp_path: Path) -> None:
+def test_a_site_that_keeps_the_steps_of_a_round_to_itself_ends_no_run(text_config: Make, tmp_path: Path) -> None:
     config = secure(text_config)
     books = Books(config, RunDirectory(tmp_path / "run", config, 1), {}, told=True)
-    books.settle(1, {"a": 1}, {"a": told(3) | {STEPS: float("nan")}})
-    books.settle(2, {"a": 1}, {})
+    books.settle(1, {"a": 1}, [told("a", 3, per_round=None)])
+    books.settle(2, {"a": 1}, [])
     assert [charge.steps for charge in books.charges()["a"]] == [3, 3]
 
 
-@pytest.mark.parametrize("wrong", [{SPENT_STEPS: float("nan")}, {NOISE_MULTIPLIER: -1.0}, {SAMPLE_RATE: 7.0}])
-def test_a_site_that_talks_nonsense_ends_no_run(wrong: dict[str, float], text_config: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize("wrong", [{"steps": 2**60}, {"noise": -1.0}, {"noise": math.nan}, {"rate": 7.0}])
+def test_a_site_that_talks_nonsense_ends_no_run(wrong: dict[str, Any], text_config: Make, tmp_path: Path) -> None:
     config = secure(text_config)
     books = Books(config, RunDirectory(tmp_path / "run", config, 1), {}, told=True)
-    books.settle(1, {"a": 1}, {"a": told(3) | wrong})
+    books.settle(1, {"a": 1}, [told("a", **{"steps": 3, **wrong})])
     assert "never answered" in books.close(["a"])["reasons"][0]
 
 
 def test_where_counts_are_private_a_server_charges_what_it_asked_for(text_config: Make, tmp_path: Path) -> None:
     config = secure(text_config, privacy__public_counts=False, privacy__sample_rate=0.2)
     books = Books(config, RunDirectory(tmp_path / "run", config, 1), {}, told=True)
-    books.settle(1, {"a": 1, "b": 2}, {"a": {NUM_EXAMPLES: 1}})
+    books.settle(1, {"a": 1, "b": 2}, [ClientUpdate("a", 1, {})])
     assert books.charges() == {
         "a": [Charge(1.0, 0.2, 3)],
         "b": [Charge(1.0, 0.2, 6)],

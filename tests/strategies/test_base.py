@@ -6,29 +6,18 @@ from collections.abc import Callable, Iterable
 
 import pytest
 import torch
-from flwr.app import Array, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.app import Array, Error, Message
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 from torch import Tensor
 
-from fedpeft.adapters.state import AdapterState, fingerprint
+from fedpeft.adapters.state import AdapterState, TrainMetrics, fingerprint
 from fedpeft.errors import ConfigError, DeploymentError, TooFewClientsError
 from fedpeft.strategies import FedIt, find
 from fedpeft.strategies.rounds.report import RoundReport, client_order, error_class, in_order
-from fedpeft.wire import (
-    ARRAYS,
-    CLIENT_ID,
-    CONFIG,
-    HELD_HASH,
-    METRICS,
-    NEEDS_ARRAYS,
-    NUM_EXAMPLES,
-    TRAIN_LOSS,
-    to_record,
-    to_tensors,
-)
+from fedpeft.wire import ARRAYS_RECORD, Identity, ShortAnswer, TrainAnswer, TrainOrder, to_record, to_tensors
 
 A, B, HEAD = "layer.lora_A.weight", "layer.lora_B.weight", "head.weight"
 Client = Callable[[Message], Message]
@@ -80,15 +69,15 @@ def initial() -> dict[str, Tensor]:
 
 
 def reply_with(message: Message, tensors: dict[str, Tensor], examples: object = 1, loss: float = 0.5) -> Message:
-    metrics = MetricRecord({NUM_EXAMPLES: examples, TRAIN_LOSS: loss})  # type: ignore[dict-item]
-    return Message(RecordDict({ARRAYS: to_record(tensors), METRICS: metrics}), reply_to=message)
+    answer = TrainAnswer(to_record(tensors), examples, TrainMetrics(loss=loss))  # type: ignore[arg-type]
+    return Message(answer.to_record(), reply_to=message)
 
 
 def adding(amount: float, examples: int = 1) -> Client:
     """Make a client that adds a number to every tensor it is sent."""
 
     def client(message: Message) -> Message:
-        sent = to_tensors(message.content.array_records[ARRAYS])
+        sent = to_tensors(TrainOrder.from_record(message.content).arrays)
         return reply_with(message, {name: tensor + amount for name, tensor in sent.items()}, examples, amount)
 
     return client
@@ -153,7 +142,7 @@ def test_each_round_draws_its_own_cohort_from_the_seed_alone() -> None:
 
 def broken(kind: str) -> Client:
     def client(message: Message) -> Message:
-        tensors = to_tensors(message.content.array_records[ARRAYS])
+        tensors = to_tensors(TrainOrder.from_record(message.content).arrays)
         examples: object = 4
         if kind == "nan":
             tensors[B] = torch.full_like(tensors[B], float("nan"))
@@ -230,10 +219,11 @@ def with_own_frozen(a: Tensor) -> Client:
     """Make an FFA client that draws its own A, and says so if the server expects another one."""
 
     def client(message: Message) -> Message:
-        sent = to_tensors(message.content.array_records[ARRAYS])
+        order = TrainOrder.from_record(message.content)
+        sent = to_tensors(order.arrays)
         held = {A: a} if A not in sent else {}
-        if (fingerprint(held) if held else "") != message.content.config_records[CONFIG][HELD_HASH]:
-            return Message(RecordDict({CONFIG: ConfigRecord({NEEDS_ARRAYS: True})}), reply_to=message)
+        if (fingerprint(held) if held else "") != order.held_hash:
+            return Message(ShortAnswer.NEEDS_ARRAYS.to_record(), reply_to=message)
         trained = {name: tensor + 1.0 for name, tensor in sent.items() if name != A}
         return reply_with(message, trained)
 
@@ -246,7 +236,9 @@ def test_frozen_tensors_travel_as_a_hash_and_only_to_those_who_draw_others() -> 
     assert torch.equal(final[A], initial()[A])
     torch.testing.assert_close(final[B], initial()[B] + 2.0)
     assert [len(report.updates) for report in reports] == [3, 3]
-    carried = [message.metadata.dst_node_id for message in grid.log if A in message.content.array_records[ARRAYS]]
+    carried = [
+        message.metadata.dst_node_id for message in grid.log if A in message.content.array_records[ARRAYS_RECORD]
+    ]
     assert carried == [2, 2]  # repeated at once in round 1, sent along in round 2
     values = 4 * (3 * 2 + 2 * 3)
     assert reports[1].bytes_up == 3 * values
@@ -256,7 +248,7 @@ def test_frozen_tensors_travel_as_a_hash_and_only_to_those_who_draw_others() -> 
 def named(name: str, then: Client) -> Client:
     def client(message: Message) -> Message:
         if message.metadata.message_type == "query":
-            return Message(RecordDict({CONFIG: ConfigRecord({CLIENT_ID: name})}), reply_to=message)
+            return Message(Identity(name).to_record(), reply_to=message)
         return then(message)
 
     return client
@@ -297,7 +289,8 @@ def test_messages_without_a_reply_are_faults() -> None:
 
 def test_a_stream_is_not_read_ahead_of_the_message_it_is_for() -> None:
     grid = FunctionGrid({1: adding(1.0), 2: adding(1.0)})
-    messages = [Message(RecordDict({ARRAYS: to_record(initial())}), node, "train") for node in (1, 2)]
+    order = TrainOrder(to_record(initial()), server_round=1, num_rounds=1, scaling=1.0)
+    messages = [Message(order.to_record(), node, "train") for node in (1, 2)]
     read: list[int] = []
 
     def stream() -> Iterable[Message]:
@@ -334,8 +327,8 @@ def test_a_merged_adapter_that_overflows_ends_the_run() -> None:
 @pytest.mark.parametrize("data", [b"PK\x03\x04not a zip", b"\x93NUMPY\x01\x00v\x00{", b""])
 def test_bytes_that_are_no_array_cost_their_client_alone(data: bytes) -> None:
     def hostile(message: Message) -> Message:
-        reply = reply_with(message, to_tensors(message.content.array_records[ARRAYS]))
-        record = reply.content.array_records[ARRAYS]
+        reply = reply_with(message, to_tensors(TrainOrder.from_record(message.content).arrays))
+        record = reply.content.array_records[ARRAYS_RECORD]
         record[A] = Array("bogus", record[A].shape, "numpy.ndarray", data)
         return reply
 

@@ -9,12 +9,13 @@ import torch
 from flwr.app import Message
 from hypothesis import given
 
+from fedpeft.adapters.pruning import PRUNED_RANK
 from fedpeft.adapters.state import AdapterState, LoraFactors
 from fedpeft.errors import ConfigError
 from fedpeft.strategies.algebra.means import weighted_mean
 from fedpeft.strategies.hetlora import HetLora, sparsity_weights
 from fedpeft.strategies.rounds.ranks import Ranks, cut
-from fedpeft.wire import ARRAYS, CONFIG, PRUNED_RANK, to_record, to_tensors
+from fedpeft.wire import TrainOrder, to_record, to_tensors
 from tests.strategies.oracles import LAYERS, Cohort, cohorts, make, make_cohort, per_layer
 from tests.strategies.test_base import A, B, FunctionGrid, initial, reply_with
 
@@ -85,10 +86,10 @@ def test_a_client_that_prunes_itself_keeps_the_rank_and_is_sent_no_more() -> Non
     asked: list[int] = []
 
     def client(message: Message) -> Message:
-        sent = to_tensors(message.content.array_records[ARRAYS])
-        settings = message.content.config_records[CONFIG]
+        order = TrainOrder.from_record(message.content)
+        sent = to_tensors(order.arrays)
         asked.append(len(sent[A]))
-        kept = int(settings.get(PRUNED_RANK, len(sent[A])))  # type: ignore[arg-type]
+        kept = int(order.settings.get(PRUNED_RANK, len(sent[A])))  # type: ignore[arg-type]
         trained = {name: tensor + 1.0 for name, tensor in sent.items()}
         return reply_with(message, {**trained, A: trained[A][:kept], B: trained[B][:, :kept]})
 

@@ -22,7 +22,7 @@ from fedpeft.strategies.fedsvd import FedSvd
 from fedpeft.strategies.flexlora import FlexLora
 from fedpeft.strategies.flora import FLora
 from fedpeft.strategies.hetlora import HetLora
-from fedpeft.wire import ARRAYS, CONFIG, RANK, SCALING, to_record, to_tensors
+from fedpeft.wire import TrainOrder, to_record, to_tensors
 from tests.strategies.oracles import LAYERS, ideal, make, make_cohort, mean, share_a
 from tests.strategies.test_base import A, FunctionGrid, initial, reply_with
 
@@ -72,10 +72,9 @@ def test_padded_ranks_that_receive_gradient_noise() -> None:
     seen: dict[str, tuple[int, int, float]] = {}
 
     def client(message: Message) -> Message:
-        sent = to_tensors(message.content.array_records[ARRAYS])
-        settings = message.content.config_records[CONFIG]
-        facts = (int(settings[RANK]), len(sent[A]), float(settings[SCALING]))  # type: ignore[arg-type]
-        seen[str(message.metadata.dst_node_id)] = facts
+        order = TrainOrder.from_record(message.content)
+        sent = to_tensors(order.arrays)
+        seen[str(message.metadata.dst_node_id)] = (order.rank, len(sent[A]), order.scaling)
         return reply_with(message, {name: tensor + 0.1 for name, tensor in sent.items()})
 
     strategy = HetLora(client_ids={1: "1", 2: "2"}, scaling=2.0, ranks=(1, 2))

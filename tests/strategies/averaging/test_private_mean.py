@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fedpeft.adapters.state import ClientUpdate, fingerprint
+from fedpeft.adapters.state import ClientUpdate, TrainMetrics, fingerprint
 from fedpeft.config import RunConfig
 from fedpeft.errors import ConfigError
 from fedpeft.privacy.accounting import Charge, spent
@@ -35,7 +35,7 @@ from fedpeft.strategies.averaging.private_mean import (
 from fedpeft.strategies.averaging.server_optimizers import ServerOptimizer
 from fedpeft.strategies.base import AdapterStrategy
 from fedpeft.strategies.rounds.report import RoundReport
-from fedpeft.wire import ARRAYS, to_record, to_tensors
+from fedpeft.wire import TrainOrder, to_record, to_tensors
 from tests.strategies.oracles import assert_close
 from tests.strategies.test_base import A, Client, FunctionGrid, adding, broken, ids, initial, raising, reply_with
 
@@ -61,7 +61,7 @@ def moving(node: int, length: float, examples: int = 1) -> Client:
     """Make a client that adds its change to whatever it is sent."""
 
     def client(message: Message) -> Message:
-        sent = to_tensors(message.content.array_records[ARRAYS])
+        sent = to_tensors(TrainOrder.from_record(message.content).arrays)
         moved = {name: tensor + change(node, length)[name].to(tensor) for name, tensor in sent.items()}
         return reply_with(message, moved, examples)
 
@@ -403,7 +403,7 @@ def test_what_single_clients_report_is_told_to_nobody() -> None:
     assert heard == []
     assert report.train_loss is None
     assert report.aggregation_error is None
-    assert all(update.metrics == {} for update in report.updates)
+    assert all(update.metrics == TrainMetrics() for update in report.updates)
     assert report.bytes_up == report.bytes_down > 0
     run(clients, None, method=Heard)
     assert len(heard) == 3

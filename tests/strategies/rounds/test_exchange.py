@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import Message
 from torch import Tensor
 
 from fedpeft.adapters.draws import draw_a
@@ -16,7 +16,7 @@ from fedpeft.strategies.base import AdapterStrategy
 from fedpeft.strategies.rolora import RoLora
 from fedpeft.strategies.rounds.exchange import Deliveries, sent_down
 from fedpeft.strategies.rounds.report import RoundReport
-from fedpeft.wire import ARRAYS, CONFIG, DRAW, HELD_HASH, KEPT, NEEDS_ARRAYS, PERSONAL, TRAINED, to_record, to_tensors
+from fedpeft.wire import ShortAnswer, TrainOrder, to_record, to_tensors
 from tests.strategies.test_base import HEAD, A, B, Client, FunctionGrid, initial, reply_with
 
 R = "layer.lora_R.weight"
@@ -44,17 +44,17 @@ def honest(amount: float, forgets: bool = False, begin: Callable[[], dict[str, T
     own: dict[str, Tensor] = {}
 
     def client(message: Message) -> Message:
-        settings = message.content.config_records[CONFIG]
-        sent = to_tensors(message.content.array_records[ARRAYS])
-        personal = {n for n in begin() if role_of(n) in settings[PERSONAL]}  # type: ignore[operator]
-        begun = drawn(int(settings[DRAW]), begin)  # type: ignore[arg-type]
+        order = TrainOrder.from_record(message.content)
+        sent = to_tensors(order.arrays)
+        personal = {n for n in begin() if role_of(n) in order.personal}
+        begun = drawn(order.draw, begin)
         held = {n: own.get(n, t) for n, t in begun.items() if n not in sent and n not in personal}
-        if (fingerprint(held) if held else "") != settings[HELD_HASH]:
-            return Message(RecordDict({CONFIG: ConfigRecord({NEEDS_ARRAYS: True})}), reply_to=message)
+        if (fingerprint(held) if held else "") != order.held_hash:
+            return Message(ShortAnswer.NEEDS_ARRAYS.to_record(), reply_to=message)
         start = {**held, **sent, **{n: own.get(n, begin()[n]) for n in personal}}
         if not forgets:
-            own.update({n: t for n, t in start.items() if role_of(n) in settings[KEPT]})  # type: ignore[operator]
-        trained = {n: t + amount for n, t in start.items() if role_of(n) in settings[TRAINED]}  # type: ignore[operator]
+            own.update({n: t for n, t in start.items() if role_of(n) in order.kept})
+        trained = {n: t + amount for n, t in start.items() if role_of(n) in order.trained}
         if amount > 0.2 and A in trained:  # clients that all move alike have covariance zero
             trained[A] = trained[A] * 2
         own.update({n: t for n, t in trained.items() if n in personal})
@@ -150,14 +150,14 @@ def test_a_moving_base_costs_what_its_paper_counts(name: str) -> None:
     start = {A: torch.randn(r, d_in, generator=draw), B: torch.randn(d_out, r, generator=draw)}
 
     def client(message: Message) -> Message:
-        settings = message.content.config_records[CONFIG]
+        order = TrainOrder.from_record(message.content)
         held = dict(start)
-        if settings[DRAW]:  # FLoRA's
-            A_new = draw_a(0, int(settings[DRAW]), A.removesuffix(A_SUFFIX), r, d_in)  # type: ignore[arg-type]
+        if order.draw:  # FLoRA's
+            A_new = draw_a(0, order.draw, A.removesuffix(A_SUFFIX), r, d_in)
             held = {A: A_new, B: torch.zeros(d_out, r)}
-        sent = to_tensors(message.content.array_records[ARRAYS])
+        sent = to_tensors(order.arrays)
         lacking = {n: t for n, t in held.items() if n not in sent}
-        assert settings[HELD_HASH] == (fingerprint(lacking) if lacking else "")
+        assert order.held_hash == (fingerprint(lacking) if lacking else "")
         noise = torch.Generator().manual_seed(int(message.metadata.dst_node_id))
         return reply_with(message, {n: sent.get(n, t) + torch.randn(t.shape, generator=noise) for n, t in held.items()})
 

@@ -14,7 +14,7 @@ from fedpeft.strategies import STRATEGIES, with_typed_options
 from fedpeft.strategies.base import AdapterStrategy
 from fedpeft.strategies.flexlora import FlexLora
 from fedpeft.strategies.lora_lego import LoraLego, merge_layers
-from fedpeft.wire import ARRAYS, CONFIG, RANK, to_record, to_tensors
+from fedpeft.wire import TrainOrder, to_record, to_tensors
 from tests.strategies.oracles import LAYERS, make_cohort
 from tests.strategies.rounds.test_exchange import drawn
 from tests.strategies.test_base import A, B, FunctionGrid, initial, reply_with
@@ -31,10 +31,10 @@ def test_clients_train_their_own_ranks_in_every_round(method: type[AdapterStrate
     seen: dict[int, list[tuple[int, int]]] = {1: [], 2: [], 3: []}
 
     def client(message: Message) -> Message:
-        settings = message.content.config_records[CONFIG]
-        sent = to_tensors(message.content.array_records[ARRAYS])
-        rank, node = int(settings[RANK]), message.metadata.dst_node_id  # type: ignore[arg-type]
-        begun = drawn(int(settings["draw"]))  # type: ignore[arg-type]
+        order = TrainOrder.from_record(message.content)
+        sent = to_tensors(order.arrays)
+        rank, node = order.rank, message.metadata.dst_node_id
+        begun = drawn(order.draw)
         tensors: dict[str, Tensor] = {A: begun[A][:rank], B: begun[B][:, :rank], **sent}
         seen[node].append((rank, len(tensors[A])))
         noise = torch.Generator().manual_seed(node)
