@@ -19,8 +19,8 @@ from collections.abc import Iterable
 
 from fedpeft.adapters.kinds import R_KINDS
 from fedpeft.adapters.state import AdapterState, ClientUpdate, Role
-from fedpeft.strategies.averaging.averaging import AveragingStrategy
-from fedpeft.strategies.capabilities import Capabilities
+from fedpeft.strategies.averaged import AveragingStrategy
+from fedpeft.strategies.capabilities import Capabilities, Merging
 from fedpeft.strategies.rounds.exchange import Exchange
 
 
@@ -36,6 +36,7 @@ class FedSb(AveragingStrategy):
         trains="R",
         kinds=R_KINDS,
         kind="lora-xs",
+        merging=Merging(refused="sums the R of adapters that share A and B, and these have no R"),
     )
 
     @classmethod
@@ -43,6 +44,6 @@ class FedSb(AveragingStrategy):
         """Train R."""
         return Exchange(trained=frozenset({Role.R, Role.HEAD}))
 
-    def aggregate(self, updates: Iterable[ClientUpdate], current: AdapterState) -> AdapterState:
+    def aggregate(self, updates: Iterable[ClientUpdate], current: AdapterState, server_round: int = 1) -> AdapterState:
         """Average R as it arrives; see `average`."""
         return self.average(updates, current)

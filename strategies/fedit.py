@@ -22,7 +22,7 @@ from collections.abc import Iterable
 
 from fedpeft.adapters.kinds import ALL_KINDS
 from fedpeft.adapters.state import AdapterState, ClientUpdate
-from fedpeft.strategies.averaging.averaging import AveragingStrategy
+from fedpeft.strategies.averaged import AveragingStrategy
 from fedpeft.strategies.capabilities import Capabilities
 
 
@@ -38,6 +38,6 @@ class FedIt(AveragingStrategy):
         kinds=ALL_KINDS,
     )
 
-    def aggregate(self, updates: Iterable[ClientUpdate], current: AdapterState) -> AdapterState:
+    def aggregate(self, updates: Iterable[ClientUpdate], current: AdapterState, server_round: int = 1) -> AdapterState:
         """Average the cohort as it arrives; see `average`."""
         return self.average(updates, current, self.trains_a)

@@ -39,7 +39,7 @@ from fedpeft.errors import AdapterError
 from fedpeft.strategies.algebra.factors import require_layers
 from fedpeft.strategies.algebra.means import weighted_mean
 from fedpeft.strategies.base import AdapterStrategy, StrategyOptions
-from fedpeft.strategies.capabilities import Capabilities
+from fedpeft.strategies.capabilities import Capabilities, Merging
 
 Aligned = Literal["A", "B"]
 
@@ -128,7 +128,7 @@ def align(update: ClientUpdate, current: AdapterState, aligned: Aligned, rotate_
         if f.rank != reference.rank:
             raise AdapterError(
                 f"client '{update.client_id}' sent rank {f.rank} for {layer} where the adapter has rank "
-                f"{reference.rank}; rotations need equal ranks, so use a method for mixed ranks, such as flexlora"
+                f"{reference.rank}; rotations need equal ranks, so use a method for mixed ranks (`fedpeft strategies`)"
             )
         rotated[layer] = rotate(f, rotation(f, reference, aligned, rotate_lambda))
     return replace(update, factors=rotated)
@@ -151,13 +151,14 @@ class FedRotLora(AdapterStrategy):
         sends="means of R_k^T A_k and B_k R_k",
         exact="only where A is frozen (ffa-lora); with lambda = 1, also for clients that differ by rotations",
         needs_single_factors=True,
+        merging=Merging(as_round=2),  # an even one, whose rotations align A; the first one rotates nothing
     )
     Options = FedRotLoraOptions
     options: FedRotLoraOptions
 
-    def aggregate(self, updates: Iterable[ClientUpdate], current: AdapterState) -> AdapterState:
+    def aggregate(self, updates: Iterable[ClientUpdate], current: AdapterState, server_round: int = 1) -> AdapterState:
         """Rotate each client as it arrives, then average; see `align`."""
-        aligned = aligned_factor(self.server_round)
+        aligned = aligned_factor(server_round)
         if aligned is None or not self.trains_a:  # a rotation would change A
             return weighted_mean(updates, current, self.trains_a)
         return weighted_mean(self._aligned(updates, current, aligned), current)

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from fedpeft.adapters.kinds import ALL_KINDS
 from fedpeft.adapters.state import AdapterState, ClientUpdate
 from fedpeft.strategies.base import AdapterStrategy
-from fedpeft.strategies.capabilities import Capabilities
+from fedpeft.strategies.capabilities import Capabilities, Merging
 from fedpeft.strategies.rounds.exchange import EVERYTHING, Exchange
 
 
@@ -28,6 +28,7 @@ class Local(AdapterStrategy):
         personal=EVERYTHING,
         kinds=ALL_KINDS,
         head="local",
+        merging=Merging(refused="merges nothing"),
     )
 
     @classmethod
@@ -35,7 +36,7 @@ class Local(AdapterStrategy):
         """Train everything, and leave it where it is."""
         return Exchange(personal=EVERYTHING)
 
-    def aggregate(self, updates: Iterable[ClientUpdate], current: AdapterState) -> AdapterState:
+    def aggregate(self, updates: Iterable[ClientUpdate], current: AdapterState, server_round: int = 1) -> AdapterState:
         """Hear who trained, and merge nothing."""
         deque(updates, maxlen=0)  # they are counted as they are read
         return current

@@ -16,7 +16,7 @@ failed, was refused or kept silent counts as zero, and a round of an empty cohor
   to be in every round: no amplification.
 
 A method then sees ONE client, which sends x: all that it makes of it is post-processing. So client privacy is for
-methods whose server needs sums over clients (`require_sums`). Where both factors of a layer are in x, their product has
+methods whose server needs sums over clients. Where both factors of a layer are in x, their product has
 the noise of both, and its square; where one is frozen or shared in a round (``adapter.kind = "ffa-lora"``, rolora,
 fedsvd), the noise stays linear.
 
@@ -44,7 +44,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -58,7 +58,6 @@ from fedpeft.privacy.randomness import Randomness, secure, seeded
 
 if TYPE_CHECKING:
     from fedpeft.config import RunConfig
-    from fedpeft.strategies.base import AdapterStrategy
 
 NAME = "private mean"  # of the one client that a method sees
 CLIP = "client_privacy.clip"  # in a checkpoint
@@ -180,51 +179,6 @@ def client_privacy(config: RunConfig) -> ClientPrivacy | None:
     rate, rounds = privacy.sample_rate(config.federation.fraction), config.federation.rounds + asked.spare_rounds
     noise = calibrate(asked.epsilon, asked.delta, rate, rounds, asked.accountant)
     return replace(privacy, noise_multiplier=noise)
-
-
-def require_sums(method: type[AdapterStrategy], options: Any, ranks: Sequence[int] = ()) -> None:
-    """Raise ConfigError unless a method can work on the noised sum of the clients' updates alone.
-
-    Parameters
-    ----------
-    method : type
-        A strategy.
-    options : StrategyOptions
-        The method's.
-    ranks : sequence of int
-        Of the clients.
-    """
-    from fedpeft.strategies import available  # which itself imports the strategies, and they this module
-
-    able = ", ".join(name for name, other in available().items() if not _obstacle(other))
-    if why := _obstacle(method):
-        raise ConfigError(
-            f"strategy '{method.name}' is not for privacy.level = 'client': {why}. Use one of {able}, or another "
-            "privacy.level"
-        )
-    if (robust := getattr(options, "robust", None)) is not None:
-        raise ConfigError(
-            f"strategy.robust = '{robust}' is not for privacy.level = 'client': it compares single clients' updates, "
-            "and the noise is on their sum. Leave it unset; privacy.max_update_norm bounds each client already"
-        )
-    if len(set(ranks)) > 1:
-        raise ConfigError(
-            f"adapter.ranks = {','.join(map(str, ranks))} is not for privacy.level = 'client': updates of different "
-            "ranks have no sum that noise could be added to. Give all clients one adapter.rank"
-        )
-
-
-def _obstacle(method: type[AdapterStrategy]) -> str:
-    """Say why a method cannot work on a noised sum, whatever its options; empty if it can."""
-    facts, first = method.capabilities, method.exchange(1)
-    if facts.needs_single_factors:
-        return (
-            f"its server must see each client's factors to send {facts.sends}, and the noise is on the sum of the "
-            "updates alone, of which sums of products such as sum_k p_k B_k A_k are no function"
-        )
-    if first.trained <= first.personal:
-        return "its clients send nothing, so that there is no sum to add noise to"
-    return ""
 
 
 def update_norm(change: Mapping[str, Tensor]) -> float:
