@@ -168,7 +168,7 @@ def test_a_change_that_float64_cannot_measure_counts_as_zero() -> None:
 def test_an_empty_cohort_still_takes_the_noise_and_makes_a_round() -> None:
     clients = {node: moving(node, 1.0) for node in (1, 2, 3)}
     noisy = ClientPrivacy(1.0)
-    final, reports, strategy = run(clients, noisy, fraction_train=0.01, min_clients=3)
+    final, reports, _ = run(clients, noisy, fraction_train=0.01, min_clients=3)
     assert reports[0].updates == []
     assert reports[0].bytes_up == reports[0].bytes_down == 0
     alone = PrivateMean(noisy, 0)
