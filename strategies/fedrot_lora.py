@@ -98,10 +98,10 @@ def rotation(f: LoraFactors, reference: LoraFactors, aligned: Aligned, rotate_la
         R ``(r, r)``, orthogonal, float64.
     """
     if aligned == "A":
-        own, other = f.A.to(torch.float64), reference.A.to(torch.float64)  # (r, d)
+        factor, target = f.A.to(torch.float64), reference.A.to(torch.float64)  # (r, d)
     else:
-        own, other = f.B.to(torch.float64).T, reference.B.to(torch.float64).T
-    full = nearest_orthogonal(own @ other.T, rotate_lambda < 1, float(own.norm() * other.norm()))
+        factor, target = f.B.to(torch.float64).T, reference.B.to(torch.float64).T
+    full = nearest_orthogonal(factor @ target.T, rotate_lambda < 1, float(factor.norm() * target.norm()))
     if rotate_lambda == 1:
         return full
     identity = torch.eye(f.rank, dtype=torch.float64)

@@ -53,20 +53,20 @@ def _check_kind(config: RunConfig, method: type[AdapterStrategy]) -> None:
 def _with_own_adapter(config: RunConfig, method: type[AdapterStrategy]) -> RunConfig:
     """Choose what a method is defined with, where nobody has asked for something else."""
     adapter, facts = config.adapter, method.capabilities
-    own: dict[str, str] = {} if adapter.head is not None else {"head": facts.head}
+    implied: dict[str, str] = {} if adapter.head is not None else {"head": facts.head}
     kind = facts.kind or (min(facts.kinds) if len(facts.kinds) == 1 else "")
     if kind and "kind" not in adapter.model_fields_set:
-        own["kind"] = kind
+        implied["kind"] = kind
     if facts.init and adapter.init != facts.init:
         if adapter.init != "default":
             raise ConfigError(
                 f"adapter.init = '{adapter.init}': strategy '{method.name}' needs '{facts.init}'; leave it unset"
             )
-        own["init"] = facts.init
-    if not own:
+        implied["init"] = facts.init
+    if not implied:
         return config
     try:  # anew, since what was chosen before may not go with it
-        adapter = AdapterConfig.model_validate({**adapter.model_dump(exclude_unset=True), **own})
+        adapter = AdapterConfig.model_validate({**adapter.model_dump(exclude_unset=True), **implied})
     except ValidationError as error:
         raise ConfigError(f"strategy '{method.name}': {describe(error, 'adapter')}") from None
     return config.model_copy(update={"adapter": adapter})

@@ -87,9 +87,9 @@ class Merged:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all but the tensors, for JSON."""
-        found = {name: getattr(self, name) for name in ("method", "options", "inputs", "ranks", "error", "exact")}
-        found |= {"dtype": self.dtype, "note": self.note, "base": self.base or None}
-        return found | {"out": None if self.out is None else str(self.out)}
+        facts = {name: getattr(self, name) for name in ("method", "options", "inputs", "ranks", "error", "exact")}
+        facts |= {"dtype": self.dtype, "note": self.note, "base": self.base or None}
+        return facts | {"out": None if self.out is None else str(self.out)}
 
 
 def merge_directories(
@@ -338,11 +338,11 @@ def as_one_adapter(merged: AdapterState, rank: int | None, current: AdapterState
 
 
 def _dtypes(updates: Sequence[ClientUpdate]) -> dict[str, torch.dtype]:
-    found: dict[str, torch.dtype] = {}
+    types: dict[str, torch.dtype] = {}
     for update in updates:
         for name, tensor in AdapterState(update.factors, update.dense).to_tensors().items():
-            found[name] = torch.promote_types(found.get(name, tensor.dtype), tensor.dtype)
-    return found
+            types[name] = torch.promote_types(types.get(name, tensor.dtype), tensor.dtype)
+    return types
 
 
 def _cast(state: AdapterState, dtypes: Mapping[str, torch.dtype]) -> AdapterState:

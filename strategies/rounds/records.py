@@ -170,18 +170,8 @@ class Records(Watcher):
 class Spending(Watcher):
     """Keeps a private run's books, and writes the statement of what was spent at its end.
 
-    Parameters
-    ----------
-    journal : Journal
-        Where the ``privacy`` event goes.
-    books : Books
-        The run's.
-    home : Resident
-        Knows whether test rows may be training rows.
-    charge : Charge or None
-        Of a round, for everybody, where it is clients that are protected.
-    facts : callable
-        Gives the clients that are known, and the kinds of tensors that stay with them, at the end.
+    `charge` is that of a round for everybody, where it is clients that are protected; `facts` gives, at the end, the
+    clients that are known, and the kinds of tensors that stay with them.
     """
 
     def __init__(
@@ -237,19 +227,7 @@ class Spending(Watcher):
 
 
 class Checkpoints(Watcher):
-    """Saves the adapter and what else must be remembered, after every few rounds and the last.
-
-    Parameters
-    ----------
-    directory : RunDirectory
-        Where to.
-    every, last : int
-        Of how many rounds one is saved, and the last of the run.
-    memory : callable
-        Gives what must be remembered.
-    facts : mapping
-        Said of each checkpoint.
-    """
+    """Saves adapter, memory and facts after each round that is due: one of every few, and the last."""
 
     def __init__(
         self,
@@ -269,19 +247,7 @@ class Checkpoints(Watcher):
 
 
 class Adapters(Watcher):
-    """Writes the adapter of the last round that was completed, and each client's own where there are such.
-
-    Parameters
-    ----------
-    directory : RunDirectory
-        Where to.
-    home : Resident
-        Its adapter is written as this one's model has it.
-    state : AdapterState
-        What the run begins with.
-    personal : callable, optional
-        Gives the clients' personal tensors, where the server may see them.
-    """
+    """Writes the adapter of the last round that was completed, and each client's own where the server may see it."""
 
     def __init__(self, directory: RunDirectory, home: Resident, state: AdapterState, personal: Personal | None) -> None:
         self.directory, self.home, self.state, self.personal = directory, home, state, personal
@@ -307,17 +273,7 @@ class Adapters(Watcher):
 
 
 class PlantedRows(Watcher):
-    """Scores the canaries at the end: how well the last adapter knows the planted rows.
-
-    Parameters
-    ----------
-    journal : Journal
-        Is warned where that fails, by which a run is not lost.
-    home : Resident
-        Holds the canaries.
-    initial : mapping of str to Tensor
-        The adapter that the run begins with.
-    """
+    """Scores the canaries at the end: how well the last adapter knows the planted rows. `initial` is the first one."""
 
     def __init__(self, journal: Journal, home: Resident, initial: Mapping[str, Tensor]) -> None:
         self.journal, self.home, self.initial, self.last = journal, home, initial, initial

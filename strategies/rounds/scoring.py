@@ -18,16 +18,8 @@ from fedpeft.wire import to_tensors
 class Scoring:
     """Scores an adapter on the test split, in the rounds in which that is due.
 
-    Parameters
-    ----------
-    config : RunConfig
-        Says when, and what of.
-    home : Resident
-        Model and rows.
-    personal_names : sequence of str
-        Tensors that stay with each client: then the score is the mean over the clients' own models.
-    personal : callable, optional
-        Gives them, where the server may see them.
+    Where tensors stay with each client (`personal_names`), the score is the mean over the clients' own models;
+    `personal` gives these tensors, where the server may see them.
     """
 
     def __init__(
@@ -60,18 +52,18 @@ class Scoring:
     def details(self, every: Iterable[Scores], owners: Sequence[str] = ()) -> dict[str, Any]:
         """Break test scores down by domain, and by client if asked: by its own model, where each has an owner."""
         models, test = list(every), self.home.test
-        found: dict[str, Any] = {}
+        parts: dict[str, Any] = {}
         if test.domains is not None:
             by_domain = [scores.by_group(test.domains) for scores in models]
-            found["domains"] = {name: mean_metrics([groups[name] for groups in by_domain]) for name in by_domain[0]}
+            parts["domains"] = {name: mean_metrics([groups[name] for groups in by_domain]) for name in by_domain[0]}
         if self.config.run.evaluate_clients:
             rows = (test, self.home.data.train, self.home.partition)
             clients: dict[str, dict[str, float]] = {}
-            for name, own in zip(owners, models, strict=False):
-                clients |= client_metrics(own, *rows, clients={name})
+            for name, scores in zip(owners, models, strict=False):
+                clients |= client_metrics(scores, *rows, clients={name})
             if not owners:  # one model for all
                 clients = client_metrics(models[0], *rows)
             key = "perplexity" if self.config.task == "causal-lm" else "accuracy"
             if clients:  # of no client are there test rows, else
-                found["clients"] = {key: spread(clients, key), "scores": clients}
-        return found
+                parts["clients"] = {key: spread(clients, key), "scores": clients}
+        return parts
