@@ -107,11 +107,16 @@ class AveragingStrategy(AdapterStrategy):
             )
 
     @classmethod
+    def needs_singles(cls, options: AveragingOptions) -> str:
+        """Return the robust mean."""
+        return "" if options.robust is None else f"robust = '{options.robust}'"
+
+    @classmethod
     def needs_start(cls, options: AveragingOptions) -> str:
         """Return the server optimizer, or clipping of changes, which both go by what clients started from."""
         if options.server_optimizer is not None:
             return f"server_optimizer = '{options.server_optimizer}'"
-        return f"robust = '{options.robust}'" if options.robust == "norm-clip" else ""
+        return cls.needs_singles(options) if options.robust == "norm-clip" else ""
 
     def memory(self) -> dict[str, Tensor]:
         """Return the state of the server optimizer."""

@@ -137,6 +137,11 @@ class AdapterStrategy(Strategy):
         return 0
 
     @classmethod
+    def needs_singles(cls, options: Any) -> str:
+        """Return the option that compares single clients' updates, as ``key = value``, if any: then no sum will do."""
+        return ""
+
+    @classmethod
     def needs_start(cls, options: Any) -> str:
         """Return the option that goes by how far clients moved from a common start, as ``key = value``, if any."""
         return ""

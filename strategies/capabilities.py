@@ -18,19 +18,22 @@ class Merging:
         Why it says nothing about them, after its name, such as ``merges nothing``; empty if it does.
     any_rank : bool
         Whether it can write any rank; if not, it keeps the adapters' own.
+    rank_option : str
+        Name of the option that sets the rank of what it writes, if there is one.
     rank_by : str
         The option that decides on the ranks where the method finds them itself, such as ``threshold=T``.
     shares_a : str
         What it averages over adapters that must share A, such as ``B``; empty if they need not.
     as_round : int
-        Which round of a federation the merge is to be like.
+        Which round of a federation the merge is like; the second, since a first one may be held otherwise.
     """
 
     refused: str = ""
     any_rank: bool = False
+    rank_option: str = ""
     rank_by: str = ""
     shares_a: str = ""
-    as_round: int = 1
+    as_round: int = 2
 
 
 @dataclass(frozen=True)

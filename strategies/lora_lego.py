@@ -248,7 +248,7 @@ class LoraLego(AdapterStrategy):
         needs_single_factors=True,
         changes_rank=True,
         mixed_ranks=True,
-        merging=Merging(any_rank=True),
+        merging=Merging(any_rank=True, rank_option="rank"),
     )
     Options = LoraLegoOptions
     options: LoraLegoOptions

@@ -195,8 +195,8 @@ def merge_adapters(
         for adapter, count in zip(adapters, rows, strict=True)
     ]
     check_ranks(method, updates, rank)
-    shared = rank is None and "rank" not in options and share_a(updates)
     facts = find(method).capabilities.merging
+    shared = rank is None and facts.rank_option not in options and share_a(updates)
     if facts.shares_a and not shared:
         others = _names(lambda other: not other.shares_a)
         raise AdapterError(

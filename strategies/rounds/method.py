@@ -26,6 +26,9 @@ class Method(Protocol):
     def exchange(cls, server_round: int) -> Exchange: ...  # noqa: D102
 
     @classmethod
+    def needs_singles(cls, options: Any) -> str: ...  # noqa: D102
+
+    @classmethod
     def check_cohort(cls, options: Any, clients: int) -> None: ...  # noqa: D102
 
     def aggregate(  # noqa: D102
@@ -76,9 +79,9 @@ def require_sums(
             f"strategy '{method.name}' is not for privacy.level = 'client': {why}. "
             f"Use one of {able or 'those that work on sums only (`fedpeft strategies`)'}, or another privacy.level"
         )
-    if (robust := getattr(options, "robust", None)) is not None:
+    if option := method.needs_singles(options):
         raise ConfigError(
-            f"strategy.robust = '{robust}' is not for privacy.level = 'client': it compares single clients' updates, "
+            f"strategy.{option} is not for privacy.level = 'client': it compares single clients' updates, "
             "and the noise is on their sum. Leave it unset; privacy.max_update_norm bounds each client already"
         )
     if len(set(ranks)) > 1:
