@@ -20,10 +20,10 @@ from fedpeft.adapters.state import AdapterState, ClientUpdate
 from fedpeft.config import AdapterConfig, describe
 from fedpeft.config.section import Section
 from fedpeft.errors import ConfigError, nearest
+from fedpeft.strategies.averaging.private_mean import require_sums
 from fedpeft.strategies.capabilities import Capabilities
 from fedpeft.strategies.rounds.exchange import Exchange
 from fedpeft.strategies.rounds.loop import Evaluate, Loop
-from fedpeft.strategies.rounds.method import require_sums
 from fedpeft.strategies.rounds.ranks import cut
 from fedpeft.strategies.rounds.terms import RunTerms
 from fedpeft.strategies.rounds.watchers import Watcher

@@ -9,9 +9,9 @@ from fedpeft.config import AdapterConfig, RunConfig, StrategyConfig, describe
 from fedpeft.config.privacy import Rng
 from fedpeft.errors import ConfigError
 from fedpeft.privacy.checks import check_privacy, with_rng
+from fedpeft.strategies.averaging.private_mean import require_sums
 from fedpeft.strategies.base import AdapterStrategy
 from fedpeft.strategies.registry import available, find
-from fedpeft.strategies.rounds.method import require_sums
 
 
 def with_typed_options(config: RunConfig, *, rng: Rng = "seeded") -> RunConfig:
@@ -33,7 +33,7 @@ def with_typed_options(config: RunConfig, *, rng: Rng = "seeded") -> RunConfig:
     _check_ranks(config, method)
     method.check(parsed, config.adapter)
     if config.privacy.level == "client":
-        require_sums(method, parsed, config.adapter.ranks or (), available())
+        require_sums(method, parsed, config.adapter.ranks or (), able=available().values())
     check_privacy(config)
     config = with_rng(config, rng)
     options = parsed.model_dump(mode="json", exclude_none=True)

@@ -16,7 +16,7 @@ failed, was refused or kept silent counts as zero, and a round of an empty cohor
   to be in every round: no amplification.
 
 A method then sees ONE client, which sends x: all that it makes of it is post-processing. So client privacy is for
-methods whose server needs sums over clients. Where both factors of a layer are in x, their product has
+methods whose server needs sums over clients (`require_sums`). Where both factors of a layer are in x, their product has
 the noise of both, and its square; where one is frozen or shared in a round (``adapter.kind = "ffa-lora"``, rolora,
 fedsvd), the noise stays linear.
 
@@ -44,7 +44,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -179,6 +179,69 @@ def client_privacy(config: RunConfig) -> ClientPrivacy | None:
     rate, rounds = privacy.sample_rate(config.federation.fraction), config.federation.rounds + asked.spare_rounds
     noise = calibrate(asked.epsilon, asked.delta, rate, rounds, asked.accountant)
     return replace(privacy, noise_multiplier=noise)
+
+
+class Summing(Protocol):
+    """What is asked of a method, of a strategy's class as a rule, before it is given a noised sum."""
+
+    @property
+    def name(self) -> str:
+        """By which users call it."""
+
+    @property
+    def capabilities(self) -> Any:
+        """Its record, see `fedpeft.strategies.capabilities`."""
+
+    def exchange(self, server_round: int) -> Any:
+        """Say what clients train and send, see `fedpeft.strategies.rounds.exchange`."""
+
+    def needs_singles(self, options: Any) -> str:
+        """Return the option that compares single clients' updates, as ``key = value``, if any."""
+
+
+def require_sums(method: Summing, options: Any, ranks: Sequence[int] = (), able: Iterable[Summing] = ()) -> None:
+    """Raise ConfigError unless a method can work on the noised sum of the clients' updates alone.
+
+    Parameters
+    ----------
+    method : Summing
+        A strategy.
+    options : StrategyOptions
+        The method's.
+    ranks : sequence of int
+        Of the clients.
+    able : iterable of Summing
+        Strategies of which an error names those that can.
+    """
+    if why := _obstacle(method):
+        names = ", ".join(other.name for other in able if not _obstacle(other))
+        use = f"one of {names}" if names else "a strategy whose server needs sums of updates alone"
+        raise ConfigError(
+            f"strategy '{method.name}' is not for privacy.level = 'client': {why}. Use {use}, or another privacy.level"
+        )
+    if option := method.needs_singles(options):
+        raise ConfigError(
+            f"strategy.{option} is not for privacy.level = 'client': it compares single clients' updates, "
+            "and the noise is on their sum. Leave it unset; privacy.max_update_norm bounds each client already"
+        )
+    if len(set(ranks)) > 1:
+        raise ConfigError(
+            f"adapter.ranks = {','.join(map(str, ranks))} is not for privacy.level = 'client': updates of different "
+            "ranks have no sum that noise could be added to. Give all clients one adapter.rank"
+        )
+
+
+def _obstacle(method: Summing) -> str:
+    """Say why a method cannot work on a noised sum, whatever its options; empty if it can."""
+    facts, first = method.capabilities, method.exchange(1)
+    if facts.needs_single_factors:
+        return (
+            f"its server must see each client's factors to send {facts.sends}, and the noise is on the sum of the "
+            "updates alone, of which sums of products such as sum_k p_k B_k A_k are no function"
+        )
+    if first.trained <= first.personal:
+        return "its clients send nothing, so that there is no sum to add noise to"
+    return ""
 
 
 def update_norm(change: Mapping[str, Tensor]) -> float:

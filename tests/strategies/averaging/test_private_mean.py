@@ -30,11 +30,11 @@ from fedpeft.strategies.averaging.private_mean import (
     ClientPrivacy,
     PrivateMean,
     client_privacy,
+    require_sums,
     update_norm,
 )
 from fedpeft.strategies.averaging.server_optimizers import ServerOptimizer
 from fedpeft.strategies.base import AdapterStrategy
-from fedpeft.strategies.rounds.method import require_sums
 from fedpeft.strategies.rounds.report import RoundReport
 from fedpeft.strategies.rounds.watchers import Watcher
 from fedpeft.wire import ARRAYS, to_record, to_tensors
@@ -351,7 +351,7 @@ def test_methods_that_need_more_than_sums_are_refused_and_say_why(name: str) -> 
         return
     why = "send nothing" if name == "local" else "each client's factors"
     with pytest.raises(ConfigError, match=f"strategy '{name}' is not for privacy.level = 'client'.*{why}") as error:
-        require_sums(STRATEGIES[name], STRATEGIES[name].Options(), (), STRATEGIES)
+        require_sums(STRATEGIES[name], STRATEGIES[name].Options(), able=STRATEGIES.values())
     with pytest.raises(ConfigError, match=why):
         STRATEGIES[name](client_privacy=SILENT)
     assert all(able in str(error.value) for able in ABLE)
