@@ -37,11 +37,12 @@ from torch import Tensor
 from fedpeft.adapters.state import AdapterState, ClientUpdate, LoraFactors
 from fedpeft.strategies.algebra.factors import client_weights, inner, norm, stack
 from fedpeft.strategies.algebra.means import weighted_mean
+from fedpeft.strategies.algebra.units import pool
 from fedpeft.strategies.base import AdapterStrategy
 from fedpeft.strategies.fedit import FedIt
 from fedpeft.strategies.flexlora import FlexLora
 from fedpeft.strategies.lora_fair import LoraFair
-from fedpeft.strategies.lora_lego import LoraLego, merge, pool
+from fedpeft.strategies.lora_lego import LoraLego, merge
 
 LAYER = "layer"
 METHODS: dict[str, Callable[[], AdapterStrategy]] = {

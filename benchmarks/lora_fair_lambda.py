@@ -93,10 +93,10 @@ def regress(name: str, seed: int, options: Mapping[str, float]) -> tuple[float, 
     mean = torch.stack(wanted).mean(dim=0)
     state, method = begun(seed, LOW_RANK), STRATEGIES[name](seed=seed, **options)
     error = 0.0
-    for method.server_round in range(1, ROUNDS + 1):
+    for server_round in range(1, ROUNDS + 1):
         updates = [ClientUpdate(str(k), 1, {LAYER: trained(state.factors[LAYER], own)}) for k, own in enumerate(wanted)]
-        merged = method.aggregate(iter(updates), state)
-        if method.server_round == 2:
+        merged = method.aggregate(iter(updates), state, server_round)
+        if server_round == 2:
             error = round_errors(updates, state, merged).of_step
         state = merged
     best = float(torch.linalg.svdvals(mean)[LOW_RANK:].square().sum())

@@ -155,9 +155,8 @@ def run(name: str, problem: Regression, seed: int, options: Mapping[str, Any] | 
     state = AdapterState({LAYER: LoraFactors(A, torch.zeros(problem.d_out, problem.rank).double(), 1.0)})
     errors = []
     for server_round in range(1, problem.rounds + 1):
-        method.server_round = server_round
         updates = _trained(method, state, problem, targets, C, seed, frozen)
-        state = method.aggregate(iter(updates), state)
+        state = method.aggregate(iter(updates), state, server_round)
         errors.append(_error(updates, state))
     W = _whole(state)
     S = torch.linalg.svdvals(W).square()

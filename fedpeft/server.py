@@ -22,7 +22,7 @@ from fedpeft.resident import resident
 from fedpeft.rounding import number
 from fedpeft.runs import Event, RunDirectory, check_vacant
 from fedpeft.strategies import find, with_typed_options
-from fedpeft.strategies.rounds.federation import exported_bytes, federate
+from fedpeft.strategies.federation import exported_bytes, federate
 
 log = logging.getLogger("flwr")
 

@@ -21,7 +21,8 @@ from fedpeft.simulations.charging import Charging
 from fedpeft.simulations.grids.inline import InlineGrid
 from fedpeft.simulations.grids.ray import RayGrid
 from fedpeft.strategies import find
-from fedpeft.strategies.rounds.federation import Outcome, build_strategy, exported_bytes, federate
+from fedpeft.strategies.federation import Insight, build_strategy, exported_bytes, federate
+from fedpeft.strategies.rounds.records import Outcome
 from fedpeft.strategies.rounds.report import require_enough
 from fedpeft.wire import to_tensors
 
@@ -54,7 +55,8 @@ def drive(config: RunConfig, out: Path, listener: Listener, grid: InlineGrid | R
     federation = config.federation
     require_enough(len(contexts), federation.min_clients)
     cohort = cohort_size(len(contexts), federation.fraction, federation.min_clients)
-    build_strategy(config, home, client_ids).check_cohort(cohort)
+    method = build_strategy(config, home)
+    method.check_cohort(method.options, cohort)
     rows = {client_ids[node]: client_rows(home, held.node_config).num_examples for node, held in contexts.items()}
     if config.privacy.level == "record":
         require_a_round(config, rows.values())
@@ -116,10 +118,8 @@ def drive(config: RunConfig, out: Path, listener: Listener, grid: InlineGrid | R
         grid,
         directory,
         listener=listener,
-        client_ids=client_ids,
-        personal=personal,
+        insight=Insight(client_ids, personal, explain),
         books=books,
-        explain=explain,
     )
 
 

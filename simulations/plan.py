@@ -19,8 +19,8 @@ from fedpeft.rounding import as_given
 from fedpeft.strategies import find, with_typed_options
 from fedpeft.strategies.averaging.private_mean import client_privacy
 from fedpeft.strategies.base import AdapterStrategy
+from fedpeft.strategies.federation import build_strategy, client_ranks, personal_names
 from fedpeft.strategies.rounds.exchange import sent_down
-from fedpeft.strategies.rounds.federation import build_strategy, client_ranks, personal_names
 from fedpeft.strategies.rounds.ranks import Ranks
 from fedpeft.strategies.rounds.report import require_enough
 
@@ -45,7 +45,8 @@ def plan(config: RunConfig) -> DryRun:
     up = sum(_volume(adapted, method.exchange(number).sent_up(names, adapted.frozen), ranks) for number in rounds)
     down = sum(_volume(adapted, sent_down(method.exchange, names, adapted.frozen, number), ranks) for number in rounds)
     cohort = cohort_size(len(held.client_ids), config.federation.fraction, config.federation.min_clients)
-    build_strategy(config, home, None).check_cohort(cohort)
+    ready = build_strategy(config, home)
+    ready.check_cohort(ready.options, cohort)
     if config.privacy.level == "record":
         _ = home.row_engine  # what a run would refuse
     if not any(role_of(name) is Role.A for name in adapted.frozen):  # else factors of a mean are exact

@@ -14,7 +14,7 @@ from fedpeft.runs import Event, Listener, check_vacant, default_directory
 from fedpeft.simulations.grids.ray import RayGrid
 
 if TYPE_CHECKING:
-    from fedpeft.strategies.rounds.federation import Outcome
+    from fedpeft.strategies.rounds.records import Outcome
 
 CLIENT_APP = "fedpeft.clients.app:app"
 

@@ -9,6 +9,34 @@ from fedpeft.adapters.state import Role
 
 
 @dataclass(frozen=True)
+class Merging:
+    """What a method does with adapters on disk, which come from no federation: see `fedpeft.strategies.merging.merge`.
+
+    Parameters
+    ----------
+    refused : str
+        Why it says nothing about them, after its name, such as ``merges nothing``; empty if it does.
+    any_rank : bool
+        Whether it can write any rank; if not, it keeps the adapters' own.
+    rank_option : str
+        Name of the option that sets the rank of what it writes, if there is one.
+    rank_by : str
+        The option that decides on the ranks where the method finds them itself, such as ``threshold=T``.
+    shares_a : str
+        What it averages over adapters that must share A, such as ``B``; empty if they need not.
+    as_round : int
+        Which round of a federation the merge is like; the second, since a first one may be held otherwise.
+    """
+
+    refused: str = ""
+    any_rank: bool = False
+    rank_option: str = ""
+    rank_by: str = ""
+    shares_a: str = ""
+    as_round: int = 2
+
+
+@dataclass(frozen=True)
 class Capabilities:
     """What a method does, from which tables, refusals and byte counts derive.
 
@@ -42,6 +70,8 @@ class Capabilities:
         The one of `kinds` that a run has where it names none; if empty ``lora``, or the only one that there is.
     head : {"shared", "local", "frozen"}
         The ``adapter.head`` of a run that says nothing of it.
+    merging : Merging
+        How it merges adapters on disk.
     """
 
     paper: str
@@ -58,6 +88,7 @@ class Capabilities:
     fixed_factors: bool = True
     kind: str = ""
     head: Head = "shared"
+    merging: Merging = Merging()
 
     @property
     def kinds(self) -> frozenset[str]:

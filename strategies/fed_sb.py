@@ -18,8 +18,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from fedpeft.adapters.state import AdapterState, ClientUpdate, Role
-from fedpeft.strategies.averaging.averaging import AveragingStrategy
-from fedpeft.strategies.capabilities import Capabilities
+from fedpeft.strategies.averaged import AveragingStrategy
+from fedpeft.strategies.capabilities import Capabilities, Merging
 from fedpeft.strategies.rounds.exchange import Exchange
 
 
@@ -35,6 +35,7 @@ class FedSb(AveragingStrategy):
         trains="R",
         updates=frozenset({"square"}),
         kind="lora-xs",
+        merging=Merging(refused="sums the R of adapters that share A and B, and these have no R"),
     )
 
     @classmethod
@@ -42,6 +43,6 @@ class FedSb(AveragingStrategy):
         """Train R."""
         return Exchange(trained=frozenset({Role.R, Role.HEAD}))
 
-    def aggregate(self, updates: Iterable[ClientUpdate], current: AdapterState) -> AdapterState:
+    def aggregate(self, updates: Iterable[ClientUpdate], current: AdapterState, server_round: int = 1) -> AdapterState:
         """Average R as it arrives; see `average`."""
         return self.average(updates, current)

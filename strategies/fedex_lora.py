@@ -28,7 +28,7 @@ from fedpeft.strategies.algebra.base_changes import Piece, advance, as_step, ste
 from fedpeft.strategies.algebra.factors import client_weights
 from fedpeft.strategies.algebra.means import weighted_mean
 from fedpeft.strategies.base import AdapterStrategy
-from fedpeft.strategies.capabilities import Capabilities
+from fedpeft.strategies.capabilities import Capabilities, Merging
 
 
 def residual(factors: Sequence[LoraFactors], weights: Sequence[float], mean: LoraFactors) -> Piece | None:
@@ -68,6 +68,7 @@ class FedExLora(AdapterStrategy):
         exact="always",
         needs_single_factors=True,
         changes_base=True,
+        merging=Merging(any_rank=True),
     )
 
     @classmethod
@@ -75,7 +76,7 @@ class FedExLora(AdapterStrategy):
         """Return (K - 1) r (d_in + d_out), or the size of the layer."""
         return step_floats(sum(ranks[1:]), d_in, d_out)
 
-    def aggregate(self, updates: Iterable[ClientUpdate], current: AdapterState) -> AdapterState:
+    def aggregate(self, updates: Iterable[ClientUpdate], current: AdapterState, server_round: int = 1) -> AdapterState:
         """Average, and fold the residual of every layer into the base; see `residual`."""
         if not self.trains_a:
             return weighted_mean(updates, current, trains_a=False)

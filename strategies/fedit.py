@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from fedpeft.adapters.state import AdapterState, ClientUpdate
-from fedpeft.strategies.averaging.averaging import AveragingStrategy
+from fedpeft.strategies.averaged import AveragingStrategy
 from fedpeft.strategies.capabilities import Capabilities
 
 
@@ -37,6 +37,6 @@ class FedIt(AveragingStrategy):
         updates=None,
     )
 
-    def aggregate(self, updates: Iterable[ClientUpdate], current: AdapterState) -> AdapterState:
+    def aggregate(self, updates: Iterable[ClientUpdate], current: AdapterState, server_round: int = 1) -> AdapterState:
         """Average the cohort as it arrives; see `average`."""
         return self.average(updates, current, self.trains_a)

@@ -39,7 +39,7 @@ from fedpeft.errors import AdapterError
 from fedpeft.strategies.algebra.factors import require_layers
 from fedpeft.strategies.algebra.means import weighted_mean
 from fedpeft.strategies.base import AdapterStrategy, StrategyOptions
-from fedpeft.strategies.capabilities import Capabilities
+from fedpeft.strategies.capabilities import Capabilities, Merging
 
 Aligned = Literal["A", "B"]
 
@@ -98,10 +98,10 @@ def rotation(f: LoraFactors, reference: LoraFactors, aligned: Aligned, rotate_la
         R ``(r, r)``, orthogonal, float64.
     """
     if aligned == "A":
-        own, other = f.A.to(torch.float64), reference.A.to(torch.float64)  # (r, d)
+        factor, target = f.A.to(torch.float64), reference.A.to(torch.float64)  # (r, d)
     else:
-        own, other = f.B.to(torch.float64).T, reference.B.to(torch.float64).T
-    full = nearest_orthogonal(own @ other.T, rotate_lambda < 1, float(own.norm() * other.norm()))
+        factor, target = f.B.to(torch.float64).T, reference.B.to(torch.float64).T
+    full = nearest_orthogonal(factor @ target.T, rotate_lambda < 1, float(factor.norm() * target.norm()))
     if rotate_lambda == 1:
         return full
     identity = torch.eye(f.rank, dtype=torch.float64)
@@ -128,7 +128,7 @@ def align(update: ClientUpdate, current: AdapterState, aligned: Aligned, rotate_
         if f.rank != reference.rank:
             raise AdapterError(
                 f"client '{update.client_id}' sent rank {f.rank} for {layer} where the adapter has rank "
-                f"{reference.rank}; rotations need equal ranks, so use a method for mixed ranks, such as flexlora"
+                f"{reference.rank}; rotations need equal ranks, so use a method for mixed ranks (`fedpeft strategies`)"
             )
         rotated[layer] = rotate(f, rotation(f, reference, aligned, rotate_lambda))
     return replace(update, factors=rotated)
@@ -151,13 +151,14 @@ class FedRotLora(AdapterStrategy):
         sends="means of R_k^T A_k and B_k R_k",
         exact="only where A is frozen (ffa-lora); with lambda = 1, also for clients that differ by rotations",
         needs_single_factors=True,
+        merging=Merging(as_round=2),  # an even one, whose rotations align A; the first one rotates nothing
     )
     Options = FedRotLoraOptions
     options: FedRotLoraOptions
 
-    def aggregate(self, updates: Iterable[ClientUpdate], current: AdapterState) -> AdapterState:
+    def aggregate(self, updates: Iterable[ClientUpdate], current: AdapterState, server_round: int = 1) -> AdapterState:
         """Rotate each client as it arrives, then average; see `align`."""
-        aligned = aligned_factor(self.server_round)
+        aligned = aligned_factor(server_round)
         if aligned is None or not self.trains_a:  # a rotation would change A
             return weighted_mean(updates, current, self.trains_a)
         return weighted_mean(self._aligned(updates, current, aligned), current)

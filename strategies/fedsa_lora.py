@@ -18,9 +18,9 @@ from collections.abc import Iterable
 from fedpeft.adapters.state import AdapterState, ClientUpdate, Role
 from fedpeft.config import AdapterConfig
 from fedpeft.errors import ConfigError
-from fedpeft.strategies.averaging.averaging import AveragingStrategy
+from fedpeft.strategies.averaged import AveragingStrategy
 from fedpeft.strategies.base import StrategyOptions
-from fedpeft.strategies.capabilities import Capabilities
+from fedpeft.strategies.capabilities import Capabilities, Merging
 from fedpeft.strategies.rounds.exchange import Exchange
 
 
@@ -35,6 +35,7 @@ class FedSaLora(AveragingStrategy):
         needs_single_factors=False,
         personal=frozenset({Role.B}),
         head="local",
+        merging=Merging(refused="leaves each client its own B, so that there is no one adapter to write"),
     )
 
     @classmethod
@@ -51,6 +52,6 @@ class FedSaLora(AveragingStrategy):
         """Train everything, and leave B where it is."""
         return Exchange(personal=cls.capabilities.personal)
 
-    def aggregate(self, updates: Iterable[ClientUpdate], current: AdapterState) -> AdapterState:
+    def aggregate(self, updates: Iterable[ClientUpdate], current: AdapterState, server_round: int = 1) -> AdapterState:
         """Average A as it arrives."""
         return self.average(updates, current, trains_b=False)

@@ -27,7 +27,7 @@ from fedpeft.config import AdapterConfig
 from fedpeft.errors import ConfigError
 from fedpeft.strategies.algebra.means import weighted_mean
 from fedpeft.strategies.base import AdapterStrategy, StrategyOptions
-from fedpeft.strategies.capabilities import Capabilities
+from fedpeft.strategies.capabilities import Capabilities, Merging
 from fedpeft.strategies.rounds.exchange import Exchange
 
 
@@ -61,6 +61,7 @@ class FedSvd(AdapterStrategy):
         exact="always: A is shared",
         needs_single_factors=False,
         trains="B",
+        merging=Merging(shares_a="B"),
     )
 
     @classmethod
@@ -77,7 +78,7 @@ class FedSvd(AdapterStrategy):
         """Train B; A is new in every round."""
         return Exchange(trained=frozenset({Role.B, Role.HEAD}), refactored=frozenset({Role.A}))
 
-    def aggregate(self, updates: Iterable[ClientUpdate], current: AdapterState) -> AdapterState:
+    def aggregate(self, updates: Iterable[ClientUpdate], current: AdapterState, server_round: int = 1) -> AdapterState:
         """Average B as it arrives, then refactor every layer; see `refactor`."""
         mean = weighted_mean(updates, current, trains_a=False)
         return AdapterState({layer: refactor(f) for layer, f in mean.factors.items()}, mean.dense)

@@ -28,7 +28,7 @@ from fedpeft.strategies.algebra.base_changes import advance, as_step, step_float
 from fedpeft.strategies.algebra.factors import client_weights, stack, whole_cohort
 from fedpeft.strategies.algebra.means import mean_dense
 from fedpeft.strategies.base import AdapterStrategy
-from fedpeft.strategies.capabilities import Capabilities
+from fedpeft.strategies.capabilities import Capabilities, Merging
 from fedpeft.strategies.rounds.exchange import Exchange
 
 
@@ -45,6 +45,7 @@ class FLora(AdapterStrategy):
         changes_base=True,
         init="default",
         fixed_factors=False,
+        merging=Merging(any_rank=True),
     )
 
     @classmethod
@@ -59,7 +60,7 @@ class FLora(AdapterStrategy):
         """Return sum_k r_k (d_in + d_out), or the size of the layer."""
         return step_floats(sum(ranks), d_in, d_out)
 
-    def aggregate(self, updates: Iterable[ClientUpdate], current: AdapterState) -> AdapterState:
+    def aggregate(self, updates: Iterable[ClientUpdate], current: AdapterState, server_round: int = 1) -> AdapterState:
         """Fold the stack of every layer into the base, and begin again."""
         cohort = whole_cohort(updates, current)
         weights = client_weights(cohort)
@@ -68,6 +69,6 @@ class FLora(AdapterStrategy):
         for layer, f in current.factors.items():
             B, A = stack([update.factors[layer] for update in cohort], weights)
             steps[layer] = as_step(B, A, like=f.B)
-            A_new = draw_a(self.seed, self.server_round + 1, layer, *f.A.shape).to(f.A)
+            A_new = draw_a(self.seed, server_round + 1, layer, *f.A.shape).to(f.A)
             factors[layer] = LoraFactors(A_new, torch.zeros_like(f.B), f.scaling)
         return AdapterState(factors, mean_dense(cohort, current), advance(current.base, steps))

@@ -35,9 +35,9 @@ from fedpeft.config import AdapterConfig
 from fedpeft.errors import ConfigError
 from fedpeft.strategies.algebra.factors import client_weights, whole_cohort
 from fedpeft.strategies.algebra.means import mean_dense, weighted_mean
+from fedpeft.strategies.algebra.spectra import decompose, truncate
 from fedpeft.strategies.base import AdapterStrategy, StrategyOptions
-from fedpeft.strategies.capabilities import Capabilities
-from fedpeft.strategies.flexlora import decompose, truncate
+from fedpeft.strategies.capabilities import Capabilities, Merging
 
 
 def kept_rank(S: Tensor, threshold: float) -> int:
@@ -82,6 +82,7 @@ class Florist(AdapterStrategy):
         needs_single_factors=True,
         changes_rank=True,
         mixed_ranks=True,
+        merging=Merging(rank_by="threshold=T"),
     )
     Options = FloristOptions
     options: FloristOptions
@@ -101,9 +102,9 @@ class Florist(AdapterStrategy):
 
     def memory(self) -> dict[str, Tensor]:
         """Return the ranks that layers are filled up to."""
-        return super().memory() | {f"begun.{layer}": torch.tensor(rank) for layer, rank in self._begun.items()}
+        return {f"begun.{layer}": torch.tensor(rank) for layer, rank in self._begun.items()}
 
-    def aggregate(self, updates: Iterable[ClientUpdate], current: AdapterState) -> AdapterState:
+    def aggregate(self, updates: Iterable[ClientUpdate], current: AdapterState, server_round: int = 1) -> AdapterState:
         """Decompose every layer's DW and keep as many ranks as it needs; see `kept_rank`."""
         if not self.trains_a:
             return weighted_mean(updates, current, trains_a=False)

@@ -23,7 +23,7 @@ from fedpeft.adapters.state import AdapterState, ClientUpdate, LoraFactors, Role
 from fedpeft.strategies.algebra.base_changes import Piece, advance, as_step, step_floats
 from fedpeft.strategies.algebra.means import weighted_mean
 from fedpeft.strategies.base import AdapterStrategy
-from fedpeft.strategies.capabilities import Capabilities
+from fedpeft.strategies.capabilities import Capabilities, Merging
 from fedpeft.strategies.rounds.exchange import Exchange
 
 
@@ -46,6 +46,9 @@ class FrLora(AdapterStrategy):
         changes_base=True,
         init="pissa",
         fixed_factors=False,
+        merging=Merging(
+            refused="begins at the principal part of the base's weights, which adapters on disk do not hold"
+        ),
     )
 
     @classmethod
@@ -58,7 +61,7 @@ class FrLora(AdapterStrategy):
         """Return 2 r (d_in + d_out), or the size of the layer."""
         return step_floats(2 * max(ranks), d_in, d_out)
 
-    def aggregate(self, updates: Iterable[ClientUpdate], current: AdapterState) -> AdapterState:
+    def aggregate(self, updates: Iterable[ClientUpdate], current: AdapterState, server_round: int = 1) -> AdapterState:
         """Fold the mean's change of every layer into the base, and begin again where the round began."""
         mean = weighted_mean(updates, current)
         steps = {layer: residual(mean.factors[layer], f) for layer, f in current.factors.items()}

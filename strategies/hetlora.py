@@ -3,9 +3,9 @@
 Y. J. Cho et al., "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models", arXiv 2401.06432.
 
 * Client k of rank r_k gets the first r_k rows of A and columns of B ("distribution with truncation").
-* It may prune itself while it trains (`fedpeft.adapters.pruning`): with q = gamma r_k it adds
-  lambda |B_k[:, q:]| |A_k[q:]| to its loss, and has rank q from then on if that product is smaller after training than
-  before.
+* It may prune itself while it trains: with q = gamma r_k it adds lambda |B_k[:, q:]| |A_k[q:]| to its loss, and has
+  rank q from then on if that product is smaller after training than before. `HetLora.client_settings` asks for it, and
+  `fedpeft.adapters.pruning` is the client's side.
 * The server pads every A_k and B_k with zeros to the largest rank and averages the factors ("sparsity-weighted"):
 
       Abar = sum_k w_k A_k,    Bbar = sum_k w_k B_k,    w_k = |s_k B_k A_k| / sum_j |s_j B_j A_j|.
@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from fedpeft.adapters.pruning import PRUNED_RANK, TAIL_PENALTY
 from fedpeft.adapters.state import AdapterState, ClientUpdate, LoraFactors
@@ -89,7 +88,7 @@ class HetLora(AdapterStrategy):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        if self.ranks is None and self.options.prune is not None:
+        if not self.terms.ranks and self.options.prune is not None:
             raise ConfigError(
                 "strategy.prune needs to know the clients' ranks; give ranks, one number if all are equal"
             )
@@ -110,12 +109,7 @@ class HetLora(AdapterStrategy):
         kept = self.pruned(rank)
         return {} if kept is None else {PRUNED_RANK: kept, TAIL_PENALTY: self.options.penalty}
 
-    def memory(self) -> dict[str, Tensor]:
-        """Return the clients' ranks, which pruning changes."""
-        of = {} if self.ranks is None else self.ranks.of
-        return {f"rank.{client}": torch.tensor(rank) for client, rank in of.items()}
-
-    def aggregate(self, updates: Iterable[ClientUpdate], current: AdapterState) -> AdapterState:
+    def aggregate(self, updates: Iterable[ClientUpdate], current: AdapterState, server_round: int = 1) -> AdapterState:
         """Average every layer's padded factors; see `sparsity_weights` and `padded_mean`."""
         cohort = whole_cohort(updates, current)
         rows = client_weights(cohort)

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 from fedpeft.adapters.state import AdapterState, ClientUpdate
 from fedpeft.strategies.base import AdapterStrategy
-from fedpeft.strategies.capabilities import Capabilities
+from fedpeft.strategies.capabilities import Capabilities, Merging
 from fedpeft.strategies.rounds.exchange import EVERYTHING, Exchange
 
 
@@ -27,6 +27,7 @@ class Local(AdapterStrategy):
         personal=EVERYTHING,
         updates=None,
         head="local",
+        merging=Merging(refused="merges nothing"),
     )
 
     @classmethod
@@ -34,7 +35,7 @@ class Local(AdapterStrategy):
         """Train everything, and leave it where it is."""
         return Exchange(personal=EVERYTHING)
 
-    def aggregate(self, updates: Iterable[ClientUpdate], current: AdapterState) -> AdapterState:
+    def aggregate(self, updates: Iterable[ClientUpdate], current: AdapterState, server_round: int = 1) -> AdapterState:
         """Hear who trained, and merge nothing."""
         deque(updates, maxlen=0)  # they are counted as they are read
         return current

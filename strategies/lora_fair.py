@@ -194,7 +194,7 @@ class LoraFair(AdapterStrategy):
     Options = LoraFairOptions
     options: LoraFairOptions
 
-    def aggregate(self, updates: Iterable[ClientUpdate], current: AdapterState) -> AdapterState:
+    def aggregate(self, updates: Iterable[ClientUpdate], current: AdapterState, server_round: int = 1) -> AdapterState:
         """Average the cohort, then correct B of every layer; see `correct`."""
         if not self.trains_a:  # the mean is exact, dB = 0
             return weighted_mean(updates, current, trains_a=False)

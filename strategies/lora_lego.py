@@ -28,9 +28,9 @@ With a frozen, shared A, ranks of equal index share a, so that clusters are the 
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -44,100 +44,18 @@ from fedpeft.seeds import generator
 from fedpeft.strategies.algebra.clustering import axial_kmeans
 from fedpeft.strategies.algebra.factors import client_weights, require_layers
 from fedpeft.strategies.algebra.means import mean_dense, weighted_mean
+from fedpeft.strategies.algebra.units import Units, columns_of, inner_products, norms, pool, write_gram
 from fedpeft.strategies.base import AdapterStrategy, StrategyOptions
-from fedpeft.strategies.capabilities import Capabilities
+from fedpeft.strategies.capabilities import Capabilities, Merging
 from fedpeft.strategies.rounds.ranks import cut
 
 Reweight = Literal["least-squares", "paper", "none"]
 
 # Layers of equal shape are clustered together, up to this many bytes: small layers then cost fewer calls.
 BATCH_BYTES = 2**28
-# Units stay in the type that they came in, and columns of them become float64 as they are needed, this many at a time.
-COLUMNS = 1024
-# Inner products of units with themselves are symmetric: this many rows at a time meet only the rows from there on.
-ROWS = 256
 # Combinations of ranks that the k x k system sees with less than this share of its largest eigenvalue keep the lengths
 # they have: solving for them would make huge ranks that cancel each other. A square: 3e-3 of the clients' own size.
 RESOLUTION = 1e-5
-
-
-@dataclass(frozen=True)
-class Units:
-    """The live ranks of all clients in one layer, |a_i| = |b_i|, in an order that only their content decides."""
-
-    m: Tensor  # (U, d_in + d_out), a_i then b_i, float32 unless a client sent float64
-    weights: Tensor  # (U,) p_k of the unit's client
-    a_norms: Tensor  # (U,) |a_i| as the client sent it
-    d_in: int
-
-    @property
-    def a(self) -> Tensor:
-        """Rows a_i, ``(U, d_in)``."""
-        return self.m[:, : self.d_in]
-
-    @property
-    def b(self) -> Tensor:
-        """Rows b_i, ``(U, d_out)``."""
-        return self.m[:, self.d_in :]
-
-
-def pool(factors: Sequence[LoraFactors], weights: Sequence[float]) -> Units:
-    """Collect the clients' ranks of one layer; `weights` are their p_k."""
-    p = torch.cat([torch.full((f.rank,), w, dtype=torch.float64) for f, w in zip(factors, weights, strict=True)])
-    scaling = torch.cat([torch.full((f.rank,), f.scaling, dtype=torch.float64) for f in factors])
-    d_in, d_out = factors[0].A.shape[1], factors[0].B.shape[0]
-    double = any(torch.float64 in (f.A.dtype, f.B.dtype) for f in factors)
-    m = torch.empty(len(p), d_in + d_out, dtype=torch.float64 if double else torch.float32)
-    a, b = m[:, :d_in], m[:, d_in:]
-    torch.cat([f.A.to(m) for f in factors], out=a)
-    torch.cat([f.B.to(m).T for f in factors], out=b)
-    a_norms, b_norms = _norms(a), scaling.abs() * _norms(b)
-    live = ((a_norms > 0) & (b_norms > 0) & (p > 0)).nonzero()[:, 0].tolist()
-    some = (a[start : start + ROWS] for start in range(0, len(a), ROWS))
-    largest = torch.cat([rows.gather(1, rows.abs().argmax(dim=1, keepdim=True)) for rows in some])  # (R, 1)
-    gauge = (b_norms / a_norms).sqrt()[:, None] * largest.sign()
-    a_factor, b_factor = gauge.to(m), (scaling[:, None] / gauge).to(m)  # (R, 1)
-    sizes, ties = (a_norms * b_norms).to(torch.float32).tolist(), p.tolist()
-    often = Counter(sizes)
-
-    def content(i: int) -> bytes:
-        if often[sizes[i]] == 1:  # nothing to tell apart
-            return b""
-        # Rounded to float32, it does not see what the gauge leaves in the last digits; -0.0 becomes 0.0.
-        unit = torch.cat([a[i] * a_factor[i], b[i] * b_factor[i]])
-        return unit.to(torch.float32).add_(0.0).numpy().tobytes()
-
-    order = sorted(live, key=lambda i: (-sizes[i], content(i), ties[i]))
-    for part, factor in ((a, a_factor), (b, b_factor)):  # in place, since m is large
-        for columns in _columns(part):
-            columns[: len(order)] = columns[order].mul_(factor[order])
-    return Units(m[: len(order)], p[order], a_norms[order], d_in)
-
-
-def _norms(rows: Tensor) -> Tensor:
-    """Return the norm of each row, in float64."""
-    norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
-    return norms.to(torch.float64)
-
-
-def _columns(m: Tensor) -> Iterator[Tensor]:
-    """Yield the columns of m, a few at a time."""
-    return (m[:, start : start + COLUMNS] for start in range(0, m.shape[1], COLUMNS))
-
-
-def _inner(vectors: Tensor, m: Tensor) -> Tensor:
-    """Return the inner products ``(k, U)`` of vectors ``(k, d)``, float64, with the rows of m ``(U, d)``."""
-    result = torch.zeros(len(vectors), len(m), dtype=torch.float64)
-    for v, x in zip(_columns(vectors), _columns(m), strict=True):
-        result.addmm_(v, x.T.to(torch.float64))
-    return result
-
-
-def _gram(m: Tensor, out: Tensor) -> None:
-    """Write the inner products of the rows of m to `out`, ``(U, U)``; they are symmetric, so half are computed."""
-    for i in range(0, len(m), ROWS):
-        out[i : i + ROWS, i:] = m[i : i + ROWS] @ m[i:].T
-        out[i + ROWS :, i : i + ROWS] = out[i : i + ROWS, i + ROWS :].T
 
 
 def merge(
@@ -169,7 +87,7 @@ def merge(
     mass = share.sum(dim=1)  # (k,)
     share = share / torch.where(mass > 0, mass, 1.0)[:, None]
     share_signed = share * signs
-    centroids = torch.cat([share_signed @ x.to(torch.float64) for x in _columns(units.m)], dim=1)  # (k, d_in + d_out)
+    centroids = torch.cat([share_signed @ x.to(torch.float64) for x in columns_of(units.m)], dim=1)  # (k, d_in + d_out)
     a, b = centroids[:, : units.d_in], centroids[:, units.d_in :]
     a_size, b_size = a.norm(dim=1), b.norm(dim=1)
     live = a_size * b_size > 0
@@ -177,14 +95,14 @@ def merge(
     b = b / torch.where(live, b_size, 1.0)[:, None]
     size = a_size * b_size  # |b_j a_j^T|
     if reweight == "paper":
-        mean_norms = share @ _norms(units.m)
+        mean_norms = share @ norms(units.m)
         growth = mean_norms / torch.where(live, centroids.norm(dim=1), 1.0)
         size = size * growth.square() * output_scale
     elif reweight == "least-squares":
         # Beginning at mass * size, which is right where all units of a cluster are equal, and solving for the change
         # only keeps that right whatever a singular system cannot tell apart.
         gram = (a @ a.T) * (b @ b.T)  # (k, k) <b_i a_i^T, b_j a_j^T>
-        seen = (_inner(a, units.a) * _inner(b, units.b)) @ units.weights  # (k,) <b_j a_j^T, DW>
+        seen = (inner_products(a, units.a) * inner_products(b, units.b)) @ units.weights  # (k,) <b_j a_j^T, DW>
         size = mass * size
         size = size + torch.linalg.pinv(gram, rtol=RESOLUTION, hermitian=True) @ (seen - gram @ size)
     a_norms = share @ units.a_norms
@@ -263,7 +181,7 @@ def _cluster(pools: Mapping[str, Units], k: int) -> dict[str, tuple[Tensor, Tens
     for i, layer in enumerate(crowded):
         units = pools[layer]
         live = len(units.m)
-        _gram(units.m, gram[i, :live, :live])
+        write_gram(units.m, gram[i, :live, :live])
         weights[i, :live] = units.weights
     labels, signs = axial_kmeans(gram, weights, k)
     for i, layer in enumerate(crowded):
@@ -330,6 +248,7 @@ class LoraLego(AdapterStrategy):
         needs_single_factors=True,
         changes_rank=True,
         mixed_ranks=True,
+        merging=Merging(any_rank=True, rank_option="rank"),
     )
     Options = LoraLegoOptions
     options: LoraLegoOptions
@@ -362,7 +281,7 @@ class LoraLego(AdapterStrategy):
             for name, tensor in AdapterState(factors).to_tensors().items()
         }
 
-    def aggregate(self, updates: Iterable[ClientUpdate], current: AdapterState) -> AdapterState:
+    def aggregate(self, updates: Iterable[ClientUpdate], current: AdapterState, server_round: int = 1) -> AdapterState:
         """Pool, cluster and reweight the cohort's ranks; see `merge_layers` and `merge_frozen`.
 
         Raises
@@ -374,7 +293,7 @@ class LoraLego(AdapterStrategy):
         rank, reweight = self.options.rank, self.options.reweight
         if self.trains_a:
             largest = max((f.rank for f in current.factors.values()), default=0)
-            smaller = {each for each in self.ranks.dealt if each < largest} if self.ranks is not None else set()
+            smaller = {each for each in self.terms.ranks if each < largest}
             self._smaller = {each: merge_layers(cohort, current, each, reweight, self.seed) for each in sorted(smaller)}
             return AdapterState(merge_layers(cohort, current, rank, reweight, self.seed), mean_dense(cohort, current))
         for f in current.factors.values():

@@ -34,9 +34,9 @@ from torch import Tensor
 from fedpeft.adapters.state import AdapterState, ClientUpdate, LoraFactors
 from fedpeft.strategies.algebra.factors import client_weights, whole_cohort
 from fedpeft.strategies.algebra.means import mean_dense, weighted_mean
+from fedpeft.strategies.algebra.spectra import best_rank
 from fedpeft.strategies.base import AdapterStrategy
-from fedpeft.strategies.capabilities import Capabilities
-from fedpeft.strategies.flexlora import best_rank
+from fedpeft.strategies.capabilities import Capabilities, Merging
 
 
 def rank_weights(ranks: Sequence[int], weights: Sequence[float]) -> Tensor:
@@ -88,9 +88,12 @@ class RaFLora(AdapterStrategy):
         exact="as flexlora where all ranks are equal; else it makes up for those who lack a rank",
         needs_single_factors=True,
         mixed_ranks=True,
+        merging=Merging(
+            refused="averages ranks of equal index, which mean the same only to clients that began at one adapter"
+        ),
     )
 
-    def aggregate(self, updates: Iterable[ClientUpdate], current: AdapterState) -> AdapterState:
+    def aggregate(self, updates: Iterable[ClientUpdate], current: AdapterState, server_round: int = 1) -> AdapterState:
         """Average every layer by partitions, and keep its ranks; see `partitioned`."""
         if not self.trains_a:
             return weighted_mean(updates, current, trains_a=False)

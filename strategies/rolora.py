@@ -19,9 +19,9 @@ from collections.abc import Iterable
 from fedpeft.adapters.state import AdapterState, ClientUpdate, Role
 from fedpeft.config import AdapterConfig
 from fedpeft.errors import ConfigError
-from fedpeft.strategies.averaging.averaging import AveragingStrategy
+from fedpeft.strategies.averaged import AveragingStrategy
 from fedpeft.strategies.base import StrategyOptions
-from fedpeft.strategies.capabilities import Capabilities
+from fedpeft.strategies.capabilities import Capabilities, Merging
 from fedpeft.strategies.rounds.exchange import Exchange
 
 FACTORS = frozenset({Role.A, Role.B})
@@ -42,6 +42,9 @@ class RoLora(AveragingStrategy):
         exact="always: the other factor is shared",
         needs_single_factors=False,
         trains="B, A in turn",
+        merging=Merging(
+            refused="trains A and B by turns while all clients share the other one, and adapters on disk share neither"
+        ),
     )
 
     @classmethod
@@ -58,7 +61,7 @@ class RoLora(AveragingStrategy):
         """Train one factor, and keep both."""
         return Exchange(trained=frozenset({trained_factor(server_round), Role.HEAD}), kept=FACTORS)
 
-    def aggregate(self, updates: Iterable[ClientUpdate], current: AdapterState) -> AdapterState:
+    def aggregate(self, updates: Iterable[ClientUpdate], current: AdapterState, server_round: int = 1) -> AdapterState:
         """Average the factor that the round trained as it arrives."""
-        trained = trained_factor(self.server_round)
+        trained = trained_factor(server_round)
         return self.average(updates, current, trains_a=trained is Role.A, trains_b=trained is Role.B)

@@ -16,7 +16,7 @@ from torch import Tensor
 from fedpeft.adapters.base_change import matrix
 from fedpeft.adapters.state import AdapterState, BaseChange, LoraFactors
 from fedpeft.strategies.algebra.factors import sum_of
-from fedpeft.strategies.flexlora import Spectrum, decompose
+from fedpeft.strategies.algebra.spectra import Spectrum, decompose
 
 Piece = LoraFactors | Tensor
 

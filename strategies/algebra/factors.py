@@ -138,13 +138,13 @@ def squared_norms(terms: Sequence[LoraFactors | Tensor], sums: Sequence[Mapping[
     d_in = next(iter(rows_of.values())).shape[1]
     squares, at = [0.0] * len(sums), 0
     for block in _blocks(columns) if matrices else _isometric_rows(columns):
-        found = {j: block[:, span[j]] @ A for j, A in rows_of.items()}  # (rows, d_in)
-        found |= {j: W[at : at + len(block)].to(torch.float64) for j, W in matrices.items()}
+        products = {j: block[:, span[j]] @ A for j, A in rows_of.items()}  # (rows, d_in)
+        products |= {j: W[at : at + len(block)].to(torch.float64) for j, W in matrices.items()}
         at += len(block)
         for i, wanted in enumerate(sums):
             total = torch.zeros(len(block), d_in, dtype=torch.float64)
             for j, c in wanted.items():
-                total.add_(found[j], alpha=c)
+                total.add_(products[j], alpha=c)
             squares[i] += float(total.square_().sum())
     return squares
 
@@ -265,8 +265,8 @@ def round_errors(
             terms += pieces
         folded, before, taken = parts
         residual, step, total = {0: 1.0, 2: -1.0, **folded}, {0: 1.0, 1: -1.0}, {0: 1.0, **before, **taken}
-        found = squared_norms(terms, [residual, step, total, {0: 1.0}, {0: 1.0, **before}])
-        squares = [one + other for one, other in zip(squares, found, strict=True)]
+        norms = squared_norms(terms, [residual, step, total, {0: 1.0}, {0: 1.0, **before}])
+        squares = [one + other for one, other in zip(squares, norms, strict=True)]
         resolution = max(resolution, 4 * torch.finfo(sent.B.dtype).eps)
     residual_, step_, total_, size, whole = squares
     return RoundErrors(

@@ -39,7 +39,7 @@ class RunningMean:
             if shapes.get(name) != expected:
                 raise AdapterError(
                     f"client '{client_id}' sent {name} with shape {shapes.get(name)} where others sent {expected}; "
-                    "a mean of factors needs equal ranks, so use a method for mixed ranks, such as lora-lego"
+                    "a mean of factors needs equal ranks, so use a method for mixed ranks (`fedpeft strategies`)"
                 )
         for name, tensor in tensors.items():
             self._sums[name].add_(tensor.to("cpu"), alpha=weight)  # promoted to float64 before the product

@@ -44,7 +44,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -58,7 +58,6 @@ from fedpeft.privacy.randomness import Randomness, secure, seeded
 
 if TYPE_CHECKING:
     from fedpeft.config import RunConfig
-    from fedpeft.strategies.base import AdapterStrategy
 
 NAME = "private mean"  # of the one client that a method sees
 CLIP = "client_privacy.clip"  # in a checkpoint
@@ -182,29 +181,47 @@ def client_privacy(config: RunConfig) -> ClientPrivacy | None:
     return replace(privacy, noise_multiplier=noise)
 
 
-def require_sums(method: type[AdapterStrategy], options: Any, ranks: Sequence[int] = ()) -> None:
+class Summing(Protocol):
+    """What is asked of a method, of a strategy's class as a rule, before it is given a noised sum."""
+
+    @property
+    def name(self) -> str:
+        """By which users call it."""
+
+    @property
+    def capabilities(self) -> Any:
+        """Its record, see `fedpeft.strategies.capabilities`."""
+
+    def exchange(self, server_round: int) -> Any:
+        """Say what clients train and send, see `fedpeft.strategies.rounds.exchange`."""
+
+    def needs_singles(self, options: Any) -> str:
+        """Return the option that compares single clients' updates, as ``key = value``, if any."""
+
+
+def require_sums(method: Summing, options: Any, ranks: Sequence[int] = (), able: Iterable[Summing] = ()) -> None:
     """Raise ConfigError unless a method can work on the noised sum of the clients' updates alone.
 
     Parameters
     ----------
-    method : type
+    method : Summing
         A strategy.
     options : StrategyOptions
         The method's.
     ranks : sequence of int
         Of the clients.
+    able : iterable of Summing
+        Strategies of which an error names those that can.
     """
-    from fedpeft.strategies import available  # which itself imports the strategies, and they this module
-
-    able = ", ".join(name for name, other in available().items() if not _obstacle(other))
     if why := _obstacle(method):
+        names = ", ".join(other.name for other in able if not _obstacle(other))
+        use = f"one of {names}" if names else "a strategy whose server needs sums of updates alone"
         raise ConfigError(
-            f"strategy '{method.name}' is not for privacy.level = 'client': {why}. Use one of {able}, or another "
-            "privacy.level"
+            f"strategy '{method.name}' is not for privacy.level = 'client': {why}. Use {use}, or another privacy.level"
         )
-    if (robust := getattr(options, "robust", None)) is not None:
+    if option := method.needs_singles(options):
         raise ConfigError(
-            f"strategy.robust = '{robust}' is not for privacy.level = 'client': it compares single clients' updates, "
+            f"strategy.{option} is not for privacy.level = 'client': it compares single clients' updates, "
             "and the noise is on their sum. Leave it unset; privacy.max_update_norm bounds each client already"
         )
     if len(set(ranks)) > 1:
@@ -214,7 +231,7 @@ def require_sums(method: type[AdapterStrategy], options: Any, ranks: Sequence[in
         )
 
 
-def _obstacle(method: type[AdapterStrategy]) -> str:
+def _obstacle(method: Summing) -> str:
     """Say why a method cannot work on a noised sum, whatever its options; empty if it can."""
     facts, first = method.capabilities, method.exchange(1)
     if facts.needs_single_factors:

@@ -84,10 +84,8 @@ def trimmed_mean(updates: Sequence[Tensors], weights: Sequence[float], trim: flo
 
     Parameters
     ----------
-    updates : sequence of mapping of str to Tensor
-        The clients' tensors, of equal names and shapes; any float type.
-    weights : sequence of float
-        Rows of each client. By design without influence on the result, see the module; only their sum is checked.
+    updates, weights
+        As for `coordinate_median`.
     trim : float
         beta, the share of the clients left out at each end, 0 <= trim < 0.5.
 
@@ -99,11 +97,7 @@ def trimmed_mean(updates: Sequence[Tensors], weights: Sequence[float], trim: flo
     Raises
     ------
     ConfigError
-        A trim that leaves nothing.
-    AdapterError
-        Clients whose names or shapes differ.
-    TooFewClientsError
-        No client, or none that trained on any row.
+        A trim that leaves nothing. For the rest see `coordinate_median`.
     """
     _require_trim(trim)
     require_alike(updates, weights)
@@ -164,10 +158,8 @@ def krum(updates: Sequence[Tensors], weights: Sequence[float], byzantine: int = 
 
     Parameters
     ----------
-    updates : sequence of mapping of str to Tensor
-        The clients' tensors, of equal names and shapes; any float type.
-    weights : sequence of float
-        Rows of each client. By design without influence on the result, see the module; only their sum is checked.
+    updates, weights
+        As for `coordinate_median`.
     byzantine : int
         f, how many clients may lie; K >= 2f + 3.
 
@@ -179,11 +171,7 @@ def krum(updates: Sequence[Tensors], weights: Sequence[float], byzantine: int = 
     Raises
     ------
     ConfigError
-        Too few clients for f.
-    AdapterError
-        Clients whose names or shapes differ.
-    TooFewClientsError
-        No client, or none that trained on any row.
+        Too few clients for f. For the rest see `coordinate_median`.
     """
     require_alike(updates, weights)
     scores = krum_scores(updates, byzantine)
@@ -200,8 +188,8 @@ def norm_clip(
 
     Parameters
     ----------
-    updates : sequence of mapping of str to Tensor
-        The clients' tensors, of equal names and shapes; any float type.
+    updates
+        As for `coordinate_median`.
     weights : sequence of float
         Rows of each client, not negative; p_k = n_k / sum n.
     start : mapping of str to Tensor
@@ -221,18 +209,16 @@ def norm_clip(
     ConfigError
         A bound that is no positive number.
     AdapterError
-        Names or shapes that differ between clients, or from the start.
-    TooFewClientsError
-        No client, or none that trained on any row.
+        A start of other shapes. For the rest see `coordinate_median`.
     """
     _require_max_norm(max_norm)
     require_alike(updates, weights)
     names = sorted(updates[0])
     for name in names:
-        held = tuple(start[name].shape) if name in start else None
-        if held != tuple(updates[0][name].shape):
+        begun = tuple(start[name].shape) if name in start else None
+        if begun != tuple(updates[0][name].shape):
             raise AdapterError(
-                f"clients sent {name} with shape {tuple(updates[0][name].shape)} where the round started from {held}; "
+                f"clients sent {name} with shape {tuple(updates[0][name].shape)} where the round started from {begun}; "
                 "a change is clipped against the tensors that were sent to the clients"
             )
     norms = [
@@ -307,12 +293,8 @@ def robust_mean(
     ----------
     kind : str
         ``"median"``, ``"trimmed-mean"``, ``"krum"`` or ``"norm-clip"``.
-    updates : sequence of mapping of str to Tensor
-        The clients' tensors, of equal names and shapes; any float type.
-    weights : sequence of float
-        Rows of each client; norm-clip alone weights with them.
-    start : mapping of str to Tensor
-        What the clients started from; norm-clip alone reads it.
+    updates, weights, start
+        As for `norm_clip`, which alone weights with rows and reads the start.
     options : Robustness, optional
         The kind's parameters; its defaults where not given.
 
@@ -325,10 +307,8 @@ def robust_mean(
     ------
     ConfigError
         An unknown kind, options of another kind, a parameter out of range, or too few clients for Krum.
-    AdapterError
-        Names or shapes that differ.
-    TooFewClientsError
-        No client, or none that trained on any row.
+    AdapterError, TooFewClientsError
+        As for `coordinate_median`.
     """
     _require_kind(kind)
     options = options or Robustness(kind)

@@ -33,24 +33,26 @@ def check_alike(adapters: Sequence[SavedAdapter], base: str | None = None) -> di
         They differ in what must be the same; lists in what, and which folder has what.
     """
     first = adapters[0]
-    found, common = [], written_fields(first.config)
+    differences, common = [], written_fields(first.config)
     for name, meaning in LORA_FIELDS.items():
         if meaning not in (Meaning.SAME, Meaning.AGREE) or (name == BASE and base is not None):
             continue
         values = {str(adapter.path): canonical(name, adapter.config.get(name)) for adapter in adapters}
         if name == BASE:
             values = {path: _resolved(value) for path, value in values.items()}
-        told = {path: value for path, value in values.items() if meaning is Meaning.SAME or value is not None}
-        if len({str(value) for value in told.values()}) > 1:
-            listed = ", ".join(f"'{path}' has {_shown(value)}" for path, value in told.items())
-            found.append(f"{name}: {listed}{' (name it by --base FOLDER if it is one)' if name == BASE else ''}")
-        elif meaning is Meaning.AGREE and told:
+        given = {path: value for path, value in values.items() if meaning is Meaning.SAME or value is not None}
+        if len({str(value) for value in given.values()}) > 1:
+            listed = ", ".join(f"'{path}' has {_shown(value)}" for path, value in given.items())
+            differences.append(f"{name}: {listed}{' (name it by --base FOLDER if it is one)' if name == BASE else ''}")
+        elif meaning is Meaning.AGREE and given:
             common[name] = next(a.config[name] for a in adapters if canonical(name, a.config.get(name)) is not None)
-    found += _differing_labels(adapters)
+    differences += _differing_labels(adapters)
     for other in adapters[1:]:
-        found += _differing_layers(first, other)
-    if found:
-        raise AdapterError(f"these adapters are no adapters of one model: {'; '.join(found)}. Merge those that agree.")
+        differences += _differing_layers(first, other)
+    if differences:
+        raise AdapterError(
+            f"these adapters are no adapters of one model: {'; '.join(differences)}. Merge those that agree."
+        )
     return common if base is None else common | {BASE: base}
 
 
@@ -95,14 +97,14 @@ def weights_digest(folder: Path) -> str:
     """Return the SHA-256 of a folder's tensors by their names, however they are divided into files."""
     from safetensors import SafetensorError, safe_open
 
-    found: dict[str, str] = {}
+    digests: dict[str, str] = {}
     for file in _weights(folder):
         try:
             with safe_open(file, framework="pt") as tensors:
-                found |= {name: fingerprint({name: tensors.get_tensor(name)}) for name in tensors.keys()}  # noqa: SIM118
+                digests |= {name: fingerprint({name: tensors.get_tensor(name)}) for name in tensors.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise AdapterError(f"cannot read '{file}': {error}") from None
-    return hashlib.sha256("".join(f"{name}{found[name]}" for name in sorted(found)).encode()).hexdigest()
+    return hashlib.sha256("".join(f"{name}{digests[name]}" for name in sorted(digests)).encode()).hexdigest()
 
 
 def _resolved(value: Any) -> Any:
@@ -114,8 +116,8 @@ def _shown(value: Any) -> str:
 
 
 def _differing_labels(adapters: Sequence[SavedAdapter]) -> Iterable[str]:
-    told = {str(adapter.path): adapter.labels for adapter in adapters if adapter.labels is not None}
-    (path, names), *rest = told.items() if told else [("", None)]
+    labelled = {str(adapter.path): adapter.labels for adapter in adapters if adapter.labels is not None}
+    (path, names), *rest = labelled.items() if labelled else [("", None)]
     for other, labels in rest:
         if labels != names:
             yield f"labels.json: '{path}' has {_few(names)}, '{other}' has {_few(labels)}"

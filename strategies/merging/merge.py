@@ -29,28 +29,18 @@ from fedpeft.adapters.state import A_SUFFIX, AdapterState, ClientUpdate, LoraFac
 from fedpeft.errors import AdapterError, ConfigError, RunDirectoryError
 from fedpeft.runs import check_vacant
 from fedpeft.seeds import generator
-from fedpeft.strategies import available, find
 from fedpeft.strategies.algebra.base_changes import exact_sum
 from fedpeft.strategies.algebra.factors import aggregation_error
+from fedpeft.strategies.algebra.spectra import decompose, truncate
 from fedpeft.strategies.base import AdapterStrategy
-from fedpeft.strategies.flexlora import decompose, truncate
+from fedpeft.strategies.capabilities import Merging
 from fedpeft.strategies.merging.agreement import check_alike, check_base
+from fedpeft.strategies.registry import available, find
+from fedpeft.strategies.rounds.terms import RunTerms
 
-# why a method says nothing about adapters on disk
-REFUSED = {
-    "fedsa-lora": "leaves each client its own B, so that there is no one adapter to write",
-    "local": "merges nothing",
-    "rolora": "trains A and B by turns while all clients share the other one, and adapters on disk share neither",
-    "frlora": "begins at the principal part of the base's weights, which adapters on disk do not hold",
-    "raflora": "averages ranks of equal index, which mean the same only to clients that began at one adapter",
-    "fed-sb": "sums the R of adapters that share A and B, and these have no R",
-}
-ANY_RANK = ("lora-lego", "flexlora", "flora", "fedex-lora")  # can write any rank
-NEEDS_START = {"server_optimizer": ("avgm", "adagrad", "adam", "yogi"), "robust": ("norm-clip",)}
 EXACT = 1e-6  # relative; what is beyond is a method's error, not the rounding of those that compute in float32
 MOST = 2**62  # sum of the weights as whole numbers
 EXPONENT = re.compile(r"[eE][+-]?0*[1-9]\d{2,}")  # of a number that only fills the memory
-ALIGNING_ROUND = 2  # not the first, in which fedrot-lora rotates nothing; an even one, whose rotations align A
 
 
 @dataclass(frozen=True)
@@ -97,9 +87,9 @@ class Merged:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all but the tensors, for JSON."""
-        found = {name: getattr(self, name) for name in ("method", "options", "inputs", "ranks", "error", "exact")}
-        found |= {"dtype": self.dtype, "note": self.note, "base": self.base or None}
-        return found | {"out": None if self.out is None else str(self.out)}
+        facts = {name: getattr(self, name) for name in ("method", "options", "inputs", "ranks", "error", "exact")}
+        facts |= {"dtype": self.dtype, "note": self.note, "base": self.base or None}
+        return facts | {"out": None if self.out is None else str(self.out)}
 
 
 def merge_directories(
@@ -180,9 +170,14 @@ def _whole_or_not_at_all(out: Path) -> Iterator[Path]:
 
 def check_method(name: str) -> None:
     """Raise ConfigError if there is no such method, or none for adapters on disk."""
-    if name in REFUSED:
-        raise ConfigError(f"strategy '{name}' {REFUSED[name]}; merge by another one, such as flexlora.")
-    find(name)
+    if why := find(name).capabilities.merging.refused:
+        raise ConfigError(f"strategy '{name}' {why}; merge by one of these: {_names(lambda facts: not facts.refused)}.")
+
+
+def _names(can: Callable[[Merging], bool]) -> str:
+    """Return the names of the methods for adapters on disk of which something is so."""
+    facts = {name: method.capabilities.merging for name, method in available().items()}
+    return ", ".join(name for name, each in facts.items() if not each.refused and can(each))
 
 
 def merge_adapters(
@@ -200,13 +195,18 @@ def merge_adapters(
         for adapter, count in zip(adapters, rows, strict=True)
     ]
     check_ranks(method, updates, rank)
-    shared = rank is None and "rank" not in options and share_a(updates)
-    if method == "fedsvd" and not shared:
-        raise AdapterError("strategy 'fedsvd' averages B over adapters that share A, and these do not; take flexlora.")
+    facts = find(method).capabilities.merging
+    shared = rank is None and facts.rank_option not in options and share_a(updates)
+    if facts.shares_a and not shared:
+        others = _names(lambda other: not other.shares_a)
+        raise AdapterError(
+            f"strategy '{method}' averages {facts.shares_a} over adapters that share A, and these do not; "
+            f"take one of these: {others}."
+        )
     strategy = build(method, options, seed, updates[0], shared)
-    strategy.check_cohort(len(updates))
-    current = starting_point(updates, rank, strategy.scaling, seed)
-    merged, note = strategy.aggregate(iter(updates), current), ""
+    strategy.check_cohort(strategy.options, len(updates))
+    current = starting_point(updates, rank, strategy.terms.scaling, seed)
+    merged, note = strategy.aggregate(iter(updates), current, facts.as_round), ""
     if strategy.capabilities.changes_base:
         merged, note = as_one_adapter(merged, rank, current)
     dtypes = _dtypes(updates)
@@ -233,14 +233,12 @@ def build(method: str, options: Mapping[str, Any], seed: int, first: ClientUpdat
     frozen = [layer + A_SUFFIX for layer in first.factors] if shared else []
     kind = find(method)
     parsed = kind.parse_options(options).model_dump(exclude_none=True)
-    strategy = kind(seed=seed, scaling=scaling, frozen=frozen, measure_error=False, **parsed)
-    for name, values in NEEDS_START.items():
-        if (given := getattr(strategy.options, name, None)) in values:
-            raise ConfigError(
-                f"strategy.{name} = '{given}' goes by how far clients moved from a common start, which adapters on "
-                "disk do not tell; leave it out."
-            )
-    strategy.server_round = ALIGNING_ROUND
+    strategy = kind(terms=RunTerms(seed=seed, scaling=scaling, frozen=frozen), **parsed)
+    if option := strategy.needs_start(strategy.options):
+        raise ConfigError(
+            f"strategy.{option} goes by how far clients moved from a common start, which adapters on disk do not tell; "
+            "leave it out."
+        )
     return strategy
 
 
@@ -285,14 +283,17 @@ def check_ranks(method: str, updates: Sequence[ClientUpdate], rank: int | None) 
         if rank > min(f.B.shape[0], f.A.shape[1]):
             smaller = min(f.B.shape[0], f.A.shape[1])
             raise AdapterError(f"--rank {rank} is larger than layer '{layer}', where {smaller} is the most.")
-    if method == "florist":
-        raise ConfigError("strategy 'florist' finds the ranks itself: give --option threshold=T instead of --rank.")
+    facts = find(method).capabilities.merging
+    if facts.rank_by:
+        raise ConfigError(
+            f"strategy '{method}' finds the ranks itself: give --option {facts.rank_by} instead of --rank."
+        )
     largest = {max(ranks) for ranks in zip(*(each.values() for each in shapes), strict=True)}
-    if method not in ANY_RANK and largest != {rank}:
+    if not facts.any_rank and largest != {rank}:
         have = ", ".join(map(str, sorted(largest)))
         raise ConfigError(
             f"--rank {rank}: strategy '{method}' keeps the adapters' rank, {have}. "
-            f"These can write any: {', '.join(ANY_RANK)}."
+            f"These can write any: {_names(lambda other: other.any_rank)}."
         )
 
 
@@ -337,11 +338,11 @@ def as_one_adapter(merged: AdapterState, rank: int | None, current: AdapterState
 
 
 def _dtypes(updates: Sequence[ClientUpdate]) -> dict[str, torch.dtype]:
-    found: dict[str, torch.dtype] = {}
+    types: dict[str, torch.dtype] = {}
     for update in updates:
         for name, tensor in AdapterState(update.factors, update.dense).to_tensors().items():
-            found[name] = torch.promote_types(found.get(name, tensor.dtype), tensor.dtype)
-    return found
+            types[name] = torch.promote_types(types.get(name, tensor.dtype), tensor.dtype)
+    return types
 
 
 def _cast(state: AdapterState, dtypes: Mapping[str, torch.dtype]) -> AdapterState:

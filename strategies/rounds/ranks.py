@@ -9,19 +9,18 @@ from fedpeft.adapters.state import AdapterState, LoraFactors
 from fedpeft.strategies.rounds.report import client_order
 
 
-def first_ranks(f: LoraFactors, rank: int, scaling: float) -> LoraFactors:
-    """Return the first `rank` ranks of a layer, all if it has fewer, for clients who multiply with another scaling.
+def cut(state: AdapterState, rank: int, scaling: float) -> AdapterState:
+    """Return the first `rank` ranks of every layer, all if it has fewer, for clients who multiply with another scaling.
 
     The product of these ranks is the same: s B A = s_k (s / s_k B) A.
     """
+    return replace(state, factors={layer: _cut(f, rank, scaling) for layer, f in state.factors.items()})
+
+
+def _cut(f: LoraFactors, rank: int, scaling: float) -> LoraFactors:
     ratio = f.scaling / scaling
     B = f.B[:, :rank]
     return replace(f, A=f.A[:rank].contiguous(), B=(B if ratio == 1 else B * ratio).contiguous(), scaling=scaling)
-
-
-def cut(state: AdapterState, rank: int, scaling: float) -> AdapterState:
-    """Return the adapter with the first `rank` ranks of every layer; see `first_ranks`."""
-    return replace(state, factors={layer: first_ranks(f, rank, scaling) for layer, f in state.factors.items()})
 
 
 class Ranks:

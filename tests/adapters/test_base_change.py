@@ -18,7 +18,7 @@ from fedpeft.models import load_base, locate
 from fedpeft.resident import Resident
 from fedpeft.simulations.plan import plan
 from fedpeft.strategies import with_typed_options
-from fedpeft.strategies.rounds.federation import build_strategy
+from fedpeft.strategies.federation import build_strategy
 
 Make = Callable[..., RunConfig]
 
@@ -58,11 +58,11 @@ def test_methods_that_change_the_base_refuse_packed_weights_before_any_round(
     monkeypatch.setattr("fedpeft.resident.load_base", lambda *_: packed(config))
     home = Resident(config)
     if method == "fedit":  # changes nothing
-        assert build_strategy(config, home, None).name == method
+        assert build_strategy(config, home).name == method
         return
     says = rf"strategy\.name = '{method}' .* layer '.*query' \(Packed\) holds its weight as uint8 of shape \(128, 1\)"
     with pytest.raises(AdapterError, match=says) as caught:
-        build_strategy(config, home, None)
+        build_strategy(config, home)
     assert "\n" not in str(caught.value)
     monkeypatch.setattr("fedpeft.simulations.plan.resident", lambda _: home)
     with pytest.raises(AdapterError, match="uint8"):

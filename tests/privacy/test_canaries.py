@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import fedpeft.data.tokens
-import fedpeft.strategies.rounds.federation as federation
+import fedpeft.strategies.rounds.records as records
 from fedpeft.clients.rows import ClientRows, client_rows
 from fedpeft.config import RunConfig, nest, resolve
 from fedpeft.data.splits import EncodedSplit
@@ -314,12 +314,12 @@ def test_an_interrupted_run_scores_its_last_adapter(text_config: Make, tmp_path:
 
 
 def test_a_diverged_loss_is_written_as_null(text_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = federation.write_scores
+    write = records.write_scores
 
     def diverged(path: Path, home: Resident, before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> None:
         write(path, home, before, {name: torch.full_like(tensor, np.nan) for name, tensor in after.items()})
 
-    monkeypatch.setattr(federation, "write_scores", diverged)
+    monkeypatch.setattr(records, "write_scores", diverged)
     run = simulate(text_config(privacy__canaries=40), tmp_path / "run").path
     assert scores_of(run)["scores"] == [None] * 40
     assert audit_run(run)["epsilon_lower_bound"] == 0.0
@@ -331,7 +331,7 @@ def test_the_adapter_outlives_scores_that_cannot_be_written(
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(federation, "write_scores", full)
+    monkeypatch.setattr(records, "write_scores", full)
     events: list[Event] = []
     run = simulate(text_config(privacy__canaries=12), tmp_path / "run", listener=events.append).path
     assert load_file(run / "adapter" / "adapter_model.safetensors")

@@ -15,7 +15,7 @@ from fedpeft.report.history import History
 from fedpeft.runs import read_events
 from fedpeft.simulations import compare
 from fedpeft.simulations.compare import Compared, plan_jobs, run_jobs, split_words, write_comparison
-from fedpeft.strategies.rounds.federation import Outcome
+from fedpeft.strategies.rounds.records import Outcome
 
 
 def run(words: list[str], config: RunConfig, out: Path, seeds: int = 1) -> tuple[list[str], Compared]:

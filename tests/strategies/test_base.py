@@ -17,6 +17,7 @@ from fedpeft.adapters.state import AdapterState, TrainMetrics, fingerprint
 from fedpeft.errors import ConfigError, DeploymentError, TooFewClientsError
 from fedpeft.strategies import FedIt, find
 from fedpeft.strategies.rounds.report import RoundReport, client_order, error_class, in_order
+from fedpeft.strategies.rounds.watchers import Watcher
 from fedpeft.wire import ARRAYS_RECORD, Identity, ShortAnswer, TrainAnswer, TrainOrder, to_record, to_tensors
 
 A, B, HEAD = "layer.lora_A.weight", "layer.lora_B.weight", "head.weight"
@@ -91,6 +92,16 @@ def ids(count: int) -> dict[int, str]:
     return {node: str(node - 1) for node in range(1, count + 1)}
 
 
+class Reports(Watcher):
+    """Collects the reports of rounds."""
+
+    def __init__(self, reports: list[RoundReport]) -> None:
+        self.reports = reports
+
+    def round_done(self, report: RoundReport, state: AdapterState) -> None:
+        self.reports.append(report)
+
+
 def run(
     clients: dict[int, Client], rounds: int = 1, reverse: bool = False, **options: object
 ) -> tuple[dict[str, Tensor], list[RoundReport], FunctionGrid]:
@@ -98,7 +109,7 @@ def run(
     reports: list[RoundReport] = []
     options.setdefault("client_ids", ids(len(clients)))
     strategy = FedIt(**options)  # type: ignore[arg-type]
-    result = strategy.start(grid, to_record(initial()), rounds, observer=lambda report, state: reports.append(report))
+    result = strategy.start(grid, to_record(initial()), rounds, watchers=[Reports(reports)])
     return to_tensors(result.arrays), reports, grid
 
 
@@ -236,9 +247,7 @@ def test_frozen_tensors_travel_as_a_hash_and_only_to_those_who_draw_others() -> 
     assert torch.equal(final[A], initial()[A])
     torch.testing.assert_close(final[B], initial()[B] + 2.0)
     assert [len(report.updates) for report in reports] == [3, 3]
-    carried = [
-        message.metadata.dst_node_id for message in grid.log if A in message.content.array_records[ARRAYS_RECORD]
-    ]
+    carried = [m.metadata.dst_node_id for m in grid.log if A in TrainOrder.from_record(m.content).arrays]
     assert carried == [2, 2]  # repeated at once in round 1, sent along in round 2
     values = 4 * (3 * 2 + 2 * 3)
     assert reports[1].bytes_up == 3 * values
@@ -255,14 +264,14 @@ def named(name: str, then: Client) -> Client:
 
 
 def test_nodes_are_asked_once_for_their_client_id() -> None:
-    _, reports, grid = run({7: named("b", adding(1.0)), 9: named("a", adding(1.0))}, 2, client_ids=None)
+    _, reports, grid = run({7: named("b", adding(1.0)), 9: named("a", adding(1.0))}, 2, client_ids={})
     assert [[u.client_id for u in report.updates] for report in reports] == [["a", "b"], ["a", "b"]]
     assert sum(message.metadata.message_type == "query" for message in grid.log) == 2
 
 
 def test_two_nodes_of_one_name_are_an_error() -> None:
     with pytest.raises(DeploymentError, match="two nodes call themselves client 'a'"):
-        run({7: named("a", adding(1.0)), 9: named("a", adding(1.0))}, client_ids=None)
+        run({7: named("a", adding(1.0)), 9: named("a", adding(1.0))}, client_ids={})
 
 
 def test_a_supernodes_wrapping_of_an_error_is_taken_off() -> None:
@@ -283,7 +292,7 @@ def test_messages_without_a_reply_are_faults() -> None:
 
     reports: list[RoundReport] = []
     grid = Losing({1: adding(1.0), 2: adding(1.0)})
-    FedIt(client_ids=ids(2)).start(grid, to_record(initial()), 1, observer=lambda report, state: reports.append(report))
+    FedIt(client_ids=ids(2)).start(grid, to_record(initial()), 1, watchers=[Reports(reports)])
     assert [(fault.client_id, fault.reason) for fault in reports[0].faults] == [("0", "no reply")]
 
 
@@ -316,8 +325,8 @@ def test_unknown_strategies_and_options_name_the_nearest() -> None:
 
 def test_a_merged_adapter_that_overflows_ends_the_run() -> None:
     class Overflowing(FedIt):
-        def aggregate(self, updates, current):  # type: ignore[no-untyped-def]
-            merged = super().aggregate(updates, current)
+        def aggregate(self, updates, current, server_round=1):  # type: ignore[no-untyped-def]
+            merged = super().aggregate(updates, current, server_round)
             return AdapterState(merged.factors, {HEAD: torch.full((2, 3), float("inf"))})
 
     with pytest.raises(TooFewClientsError, match=r"merged adapter holds NaN or infinity in head.weight"):
@@ -334,5 +343,6 @@ def test_bytes_that_are_no_array_cost_their_client_alone(data: bytes) -> None:
 
     strategy = FedIt(client_ids=ids(2))
     strategy.start(FunctionGrid({1: adding(1.0), 2: hostile}), to_record(initial()), 1)
-    assert strategy.report is not None
-    assert [fault.client_id for fault in strategy.report.faults] == [strategy.client_ids[2]]  # type: ignore[index]
+    assert strategy.loop is not None
+    assert strategy.loop.report is not None
+    assert [fault.client_id for fault in strategy.loop.report.faults] == [strategy.loop.client_ids[2]]

@@ -44,8 +44,7 @@ LAMBDAS = st.sampled_from([0.0, 0.3, 0.5, 0.9, 1.0])
 
 def fedrot(cohort: Cohort, rotate_lambda: float = 0.5, server_round: int = 2) -> AdapterState:
     strategy = make(FedRotLora, rotate_lambda=rotate_lambda)
-    strategy.server_round = server_round
-    return strategy.aggregate(iter(cohort.updates), cohort.current)
+    return strategy.aggregate(iter(cohort.updates), cohort.current, server_round)
 
 
 def under_way(cohort: Cohort) -> Cohort:
@@ -231,8 +230,7 @@ def test_regression_means_are_weighted_with_rows(server_round: int) -> None:
 def test_a_frozen_a_is_not_rotated(server_round: int) -> None:
     frozen = share_a(under_way(make_cohort()))
     strategy = make(FedRotLora, frozen_a=True, rotate_lambda=1.0)
-    strategy.server_round = server_round
-    merged = strategy.aggregate(iter(frozen.updates), frozen.current).to_tensors()
+    merged = strategy.aggregate(iter(frozen.updates), frozen.current, server_round).to_tensors()
     expected = weighted_mean(frozen.updates, frozen.current, trains_a=False)
     assert all(torch.equal(merged[name], tensor) for name, tensor in expected.to_tensors().items())
     assert_close(products(expected), ideal(frozen.updates))
@@ -240,9 +238,7 @@ def test_a_frozen_a_is_not_rotated(server_round: int) -> None:
 
 def test_clients_are_rotated_in_full_unless_an_option_says_less() -> None:
     cohort = turned()
-    by_default = make(FedRotLora)
-    by_default.server_round = 2
-    merged = by_default.aggregate(iter(cohort.updates), cohort.current)
+    merged = make(FedRotLora).aggregate(iter(cohort.updates), cohort.current, 2)
     assert dense_error(cohort.updates, merged) < 1e-12 < dense_error(cohort.updates, fedrot(cohort, 0.5))
 
 

@@ -46,9 +46,7 @@ def test_neither_the_order_of_clients_nor_of_ones_ranks_changes_anything(cohort:
 
 def test_clients_begin_again_with_another_random_a_and_b_zero() -> None:
     cohort = make_cohort()
-    strategy = make(FLora)
-    strategy.server_round = 4
-    merged = strategy.aggregate(cohort.updates, cohort.current)
+    merged = make(FLora).aggregate(cohort.updates, cohort.current, 4)
     for layer, f in merged.factors.items():
         assert not f.B.any()
         assert torch.equal(f.A, draw_a(3, 5, layer, *f.A.shape).double())

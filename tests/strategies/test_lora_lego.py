@@ -17,7 +17,8 @@ from fedpeft.errors import AdapterError, ConfigError, TooFewClientsError
 from fedpeft.strategies import lora_lego
 from fedpeft.strategies.algebra import clustering
 from fedpeft.strategies.algebra.means import weighted_mean
-from fedpeft.strategies.lora_lego import LoraLego, merge, merge_layers, pool
+from fedpeft.strategies.algebra.units import pool
+from fedpeft.strategies.lora_lego import LoraLego, merge, merge_layers
 from tests.strategies.oracles import (
     LAYERS,
     Cohort,

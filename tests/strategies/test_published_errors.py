@@ -81,8 +81,9 @@ def test_padded_ranks_that_receive_gradient_noise() -> None:
     strategy.start(FunctionGrid({1: client, 2: client}), to_record(initial()), 2)
     assert seen == {"1": (1, 1, 4.0), "2": (2, 2, 2.0)}
     padded = strategy.start(FunctionGrid({1: full_rank, 2: client}), to_record(initial()), 1)
-    assert strategy.report is not None
-    assert "expected (1, 5)" in strategy.report.faults[0].reason
+    assert strategy.loop is not None
+    assert strategy.loop.report is not None
+    assert "expected (1, 5)" in strategy.loop.report.faults[0].reason
     assert padded.arrays is not None
 
 
@@ -106,9 +107,7 @@ def test_means_unweighted_while_products_are_weighted(name: str) -> None:
 
 
 def merged(name: str, updates: list[ClientUpdate], current: AdapterState) -> dict[str, Tensor]:
-    strategy = make(STRATEGIES[name])
-    strategy.server_round = 1
-    return strategy.aggregate(updates, current).to_tensors()
+    return make(STRATEGIES[name]).aggregate(updates, current).to_tensors()
 
 
 def test_sample_counts_forced_to_1() -> None:

@@ -34,9 +34,7 @@ def share_b(cohort: Cohort) -> Cohort:
 
 
 def merge(cohort: Cohort, server_round: int) -> AdapterState:
-    strategy = make(RoLora)
-    strategy.server_round = server_round
-    return strategy.aggregate(iter(cohort.updates), cohort.current)
+    return make(RoLora).aggregate(iter(cohort.updates), cohort.current, server_round)
 
 
 @settings(max_examples=40, deadline=None)

@@ -40,12 +40,14 @@ def started(name: str, rank: int) -> AdapterState:
     return AdapterState(factors, {"classifier.weight": normal(9, 4, D_OUT)})
 
 
-def trained(method: AdapterStrategy, state: AdapterState, ranks: tuple[int, ...], length: float) -> list[ClientUpdate]:
+def trained(
+    method: AdapterStrategy, state: AdapterState, ranks: tuple[int, ...], length: float, server_round: int
+) -> list[ClientUpdate]:
     """Let clients leave what they were sent, each in its own direction, in what the round trains alone."""
     updates = []
-    roles = method.exchange(method.server_round).trained
+    roles = method.exchange(server_round).trained
     for k, (rows, rank) in enumerate(zip(ROWS, ranks, strict=True)):
-        view, seed = method.view(state, rank, 6.0 / rank), 1000 * method.server_round + 100 * k
+        view, seed = method.view(state, rank, 6.0 / rank), 1000 * server_round + 100 * k
         factors = {}
         for layer, f in view.factors.items():
             seed += 10
@@ -82,9 +84,8 @@ def test_both_errors_equal_the_dense_ones_in_every_round(name: str, mixed: bool)
     offset = dict(state.factors) if STRATEGIES[name].capabilities.init == "pissa" else {}
     drawn = vector({layer: f.product() for layer, f in offset.items()}) if offset else 0.0
     for server_round in (1, 2, 3):
-        method.server_round = server_round
-        updates = trained(method, state, ranks, 0.3)
-        merged = method.aggregate(iter(updates), state)
+        updates = trained(method, state, ranks, 0.3, server_round)
+        merged = method.aggregate(iter(updates), state, server_round)
         target = vector(ideal(updates))
         begun = vector({layer: f.product() for layer, f in state.factors.items()})
         # the whole of what the next round begins with, less the whole of what this one began with
@@ -102,14 +103,13 @@ def test_both_errors_equal_the_dense_ones_in_every_round(name: str, mixed: bool)
 @pytest.mark.parametrize("name", MERGING)
 def test_a_round_in_which_nobody_moves_has_no_error(name: str) -> None:
     method = make(STRATEGIES[name], **({"rotate_lambda": 0.5} if name == "fedrot-lora" else {}))
-    method.server_round = 2
     state = started(name, 3)
     if name not in ("flora", "frlora", "fed-sb"):  # whose rounds begin where they are
         f32 = {n: replace(f, A=f.A.float(), B=normal(3, *f.B.shape).float()) for n, f in state.factors.items()}
         state = AdapterState(f32, {n: t.float() for n, t in state.dense.items()})
-    updates = trained(method, state, (3, 3, 3), 0.0)
+    updates = trained(method, state, (3, 3, 3), 0.0, 2)
     updates = [replace(u, factors=state.factors) for u in updates]
-    merged = method.aggregate(iter(updates), state)
+    merged = method.aggregate(iter(updates), state, 2)
     if name == "florist":  # drops directions, whoever moves
         assert round_errors(updates, state, merged).of_step in (0.0, math.inf)
         return
@@ -151,9 +151,8 @@ def test_the_step_is_small_beside_the_total_late_in_a_run() -> None:
     method, state = make(STRATEGIES["fedit"]), started("fedit", 3)
     grown = {n: replace(f, B=10 * normal(7, *f.B.shape)) for n, f in state.factors.items()}
     state = replace(state, factors=grown)
-    method.server_round = 9
-    updates = trained(method, state, (3, 3, 3), 0.2)
-    errors = round_errors(updates, state, method.aggregate(iter(updates), state))
+    updates = trained(method, state, (3, 3, 3), 0.2, 9)
+    errors = round_errors(updates, state, method.aggregate(iter(updates), state, 9))
     assert errors.of_step > 5 * errors.of_total > 0
 
 

@@ -30,14 +30,27 @@ from fedpeft.strategies.averaging.private_mean import (
     ClientPrivacy,
     PrivateMean,
     client_privacy,
+    require_sums,
     update_norm,
 )
 from fedpeft.strategies.averaging.server_optimizers import ServerOptimizer
 from fedpeft.strategies.base import AdapterStrategy
 from fedpeft.strategies.rounds.report import RoundReport
+from fedpeft.strategies.rounds.watchers import Watcher
 from fedpeft.wire import TrainOrder, to_record, to_tensors
 from tests.strategies.oracles import assert_close
-from tests.strategies.test_base import A, Client, FunctionGrid, adding, broken, ids, initial, raising, reply_with
+from tests.strategies.test_base import (
+    A,
+    Client,
+    FunctionGrid,
+    Reports,
+    adding,
+    broken,
+    ids,
+    initial,
+    raising,
+    reply_with,
+)
 
 Make = Callable[..., RunConfig]
 
@@ -75,6 +88,7 @@ def run(
     method: type[AdapterStrategy] = FedIt,
     begin: Mapping[str, Tensor] | None = None,
     reverse: bool = False,
+    watchers: Iterable[Watcher] = (),
     **options: Any,
 ) -> tuple[dict[str, Tensor], list[RoundReport], AdapterStrategy]:
     reports: list[RoundReport] = []
@@ -83,7 +97,7 @@ def run(
         FunctionGrid(clients, reverse),
         to_record(start() if begin is None else begin),
         rounds,
-        observer=lambda report, state: reports.append(report),
+        watchers=[Reports(reports), *watchers],
     )
     return to_tensors(result.arrays), reports, strategy
 
@@ -154,10 +168,9 @@ def test_a_change_that_float64_cannot_measure_counts_as_zero() -> None:
 def test_an_empty_cohort_still_takes_the_noise_and_makes_a_round() -> None:
     clients = {node: moving(node, 1.0) for node in (1, 2, 3)}
     noisy = ClientPrivacy(1.0)
-    final, reports, strategy = run(clients, noisy, fraction_train=0.01, min_clients=3)
+    final, reports, _ = run(clients, noisy, fraction_train=0.01, min_clients=3)
     assert reports[0].updates == []
     assert reports[0].bytes_up == reports[0].bytes_down == 0
-    assert strategy.private_mean is not None
     alone = PrivateMean(noisy, 0)
     alone.expected = 0.03
     assert_close(final, alone.merge([], start(), 1))
@@ -338,6 +351,8 @@ def test_methods_that_need_more_than_sums_are_refused_and_say_why(name: str) -> 
         return
     why = "send nothing" if name == "local" else "each client's factors"
     with pytest.raises(ConfigError, match=f"strategy '{name}' is not for privacy.level = 'client'.*{why}") as error:
+        require_sums(STRATEGIES[name], STRATEGIES[name].Options(), able=STRATEGIES.values())
+    with pytest.raises(ConfigError, match=why):
         STRATEGIES[name](client_privacy=SILENT)
     assert all(able in str(error.value) for able in ABLE)
     assert "\n" not in str(error.value)
@@ -358,9 +373,9 @@ def test_a_method_sees_one_client() -> None:
     seen: list[ClientUpdate] = []
 
     class Seeing(FedIt):
-        def aggregate(self, updates, current):  # type: ignore[no-untyped-def]
+        def aggregate(self, updates, current, server_round=1):  # type: ignore[no-untyped-def]
             seen.extend(updates)
-            return super().aggregate(seen[-1:], current)
+            return super().aggregate(seen[-1:], current, server_round)
 
     final, _, _ = run(
         {node: moving(node, 1.0, 9) for node in (1, 2, 3)}, ClientPrivacy(1.0), method=Seeing, scaling=2.0
@@ -376,7 +391,7 @@ def test_a_server_optimizer_steps_on_the_private_mean() -> None:
     mean, _, _ = run(clients, ClientPrivacy(1.0))
     final, _, strategy = run(clients, ClientPrivacy(1.0), server_optimizer="adam")
     assert_close(final, ServerOptimizer("adam").step(start(), mean))
-    assert {CLIP} < strategy.memory().keys()
+    assert {CLIP} < strategy.loop.memory().keys()  # type: ignore[union-attr]
 
 
 def test_a_seeded_run_gives_the_same_bytes_in_whatever_order_answers_come() -> None:
@@ -386,41 +401,40 @@ def test_a_seeded_run_gives_the_same_bytes_in_whatever_order_answers_come() -> N
     one, _, strategy = run(clients, noisy, **options)
     two, _, other = run(clients, noisy, reverse=True, **options)
     assert fingerprint(one) == fingerprint(two)
-    assert fingerprint(strategy.memory()) == fingerprint(other.memory())
+    assert fingerprint(strategy.loop.memory()) == fingerprint(other.loop.memory())  # type: ignore[union-attr]
     assert fingerprint(one) != fingerprint(run(clients, noisy, seed=1, **options)[0])
 
 
 def test_what_single_clients_report_is_told_to_nobody() -> None:
     heard: list[object] = []
 
-    class Heard(FedIt):
-        def __init__(self, **options: Any) -> None:
-            super().__init__(**options)
-            self.on_update = lambda *update: heard.append(update)
+    class Hearing(Watcher):
+        def update_arrived(self, server_round: int, update: ClientUpdate) -> None:
+            heard.append(update)
 
     clients = {node: moving(node, 1.0) for node in (1, 2, 3)}
-    _, (report,), _ = run(clients, ClientPrivacy(1.0), method=Heard)
+    _, (report,), _ = run(clients, ClientPrivacy(1.0), watchers=[Hearing()])
     assert heard == []
     assert report.train_loss is None
     assert report.aggregation_error is None
     assert all(update.metrics == TrainMetrics() for update in report.updates)
     assert report.bytes_up == report.bytes_down > 0
-    run(clients, None, method=Heard)
+    run(clients, None, watchers=[Hearing()])
     assert len(heard) == 3
 
 
 def test_a_round_is_announced_before_anybody_is_asked() -> None:
     grid, rounds = FunctionGrid({1: moving(1, 1.0)}), []
 
-    def charge(server_round: int) -> None:
-        rounds.append((server_round, len(grid.log)))
-        if server_round == 3:
-            raise KeyboardInterrupt
+    class Charging(Watcher):
+        def round_begins(self, server_round: int) -> None:
+            rounds.append((server_round, len(grid.log)))
+            if server_round == 3:
+                raise KeyboardInterrupt
 
     strategy = FedIt(client_privacy=SILENT, client_ids=ids(1))
-    strategy.on_round = charge
     with pytest.raises(KeyboardInterrupt):
-        strategy.start(grid, to_record(start()), 5)
+        strategy.start(grid, to_record(start()), 5, watchers=[Charging()])
     assert rounds == [(1, 0), (2, 1), (3, 2)]
     assert len(grid.log) == 2
 

@@ -278,7 +278,11 @@ def test_layers_and_shapes_that_differ_are_listed(adapters: dict[str, Path], tin
         ("fedit", {}, r"equal ranks in each layer: '.*small' has 4, '.*stabilised' has 8\. These take any: lora-lego"),
         ("lora-fair", {}, "These take any"),
         ("fedex-lora", {}, "These take any"),
-        ("hetlora", {"rank": 6}, "keeps the adapters' rank, 8. These can write any: lora-lego, flexlora"),
+        (
+            "hetlora",
+            {"rank": 6},
+            "keeps the adapters' rank, 8. These can write any: lora-lego, flora, fedex-lora, flexlora",
+        ),
         ("florist", {"rank": 6}, "threshold=T"),
         ("flexlora", {"rank": 17}, "16 is the most"),
         ("flexlora", {"rank": 0}, "at least 1"),

@@ -17,7 +17,7 @@ from fedpeft.strategies.rolora import RoLora
 from fedpeft.strategies.rounds.exchange import Deliveries, sent_down
 from fedpeft.strategies.rounds.report import RoundReport
 from fedpeft.wire import ShortAnswer, TrainOrder, to_record, to_tensors
-from tests.strategies.test_base import HEAD, A, B, Client, FunctionGrid, initial, reply_with
+from tests.strategies.test_base import HEAD, A, B, Client, FunctionGrid, Reports, initial, reply_with
 
 R = "layer.lora_R.weight"
 ROUNDS = 4
@@ -68,9 +68,7 @@ def run(
 ) -> tuple[dict[str, Tensor], list[RoundReport]]:
     strategy = method(client_ids={node: str(node) for node in clients}, scaling=2.0)
     reports: list[RoundReport] = []
-    result = strategy.start(
-        FunctionGrid(clients), to_record(begin()), ROUNDS, observer=lambda report, state: reports.append(report)
-    )
+    result = strategy.start(FunctionGrid(clients), to_record(begin()), ROUNDS, watchers=[Reports(reports)])
     return to_tensors(result.arrays), reports
 
 
@@ -166,7 +164,7 @@ def test_a_moving_base_costs_what_its_paper_counts(name: str) -> None:
         FunctionGrid(dict.fromkeys(range(clients), client)),
         to_record(start),
         3,
-        observer=lambda report, state: reports.append(report),
+        watchers=[Reports(reports)],
     )
     factors = r * (d_in + d_out)
     down = {"flora": clients * factors, "fedex-lora": clients * factors, "frlora": 2 * factors}[name]

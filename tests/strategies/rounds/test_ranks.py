@@ -48,8 +48,9 @@ def test_clients_train_their_own_ranks_in_every_round(method: type[AdapterStrate
         assert all(got <= rank for _, got in seen[node])  # florist may keep fewer than the client could take
         if method.name != "florist":
             assert [got for _, got in seen[node]] == [rank] * 3
-    assert strategy.report is not None
-    assert not strategy.report.faults
+    assert strategy.loop is not None
+    assert strategy.loop.report is not None
+    assert not strategy.loop.report.faults
 
 
 def test_a_client_of_a_smaller_rank_gets_the_best_approximation_of_that_rank() -> None:

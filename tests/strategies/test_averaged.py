@@ -13,7 +13,7 @@ from fedpeft.adapters.state import A_SUFFIX, AdapterState, role_of
 from fedpeft.errors import ConfigError
 from fedpeft.strategies import FedIt, FedSaLora, RoLora
 from fedpeft.strategies.algebra.means import weighted_mean
-from fedpeft.strategies.averaging.averaging import AveragingStrategy
+from fedpeft.strategies.averaged import AveragingStrategy
 from tests.strategies.oracles import Cohort, assert_close, cohorts, make, make_cohort, per_layer, share_a
 from tests.strategies.test_base import FunctionGrid, adding, initial, to_record
 
@@ -27,9 +27,7 @@ ROBUST = [
 
 
 def merge(method: type[AveragingStrategy], cohort: Cohort, server_round: int = 1, **options: object) -> AdapterState:
-    strategy = make(method, **options)
-    strategy.server_round = server_round
-    return strategy.aggregate(iter(cohort.updates), cohort.current)
+    return make(method, **options).aggregate(iter(cohort.updates), cohort.current, server_round)
 
 
 def five(seed: int = 0) -> Cohort:
@@ -108,15 +106,12 @@ def test_what_a_round_does_not_train_stays_bit_by_bit(options: dict[str, object]
 def test_momentum_goes_on_from_round_to_round_and_apart_for_each_factor() -> None:
     cohort = share_a(five())
     strategy = make(RoLora, server_optimizer="avgm", server_beta1=0.5)
-    strategy.server_round = 1
-    first = strategy.aggregate(iter(cohort.updates), cohort.current)
+    first = strategy.aggregate(iter(cohort.updates), cohort.current, 1)
     names = [n for n in first.to_tensors() if role_of(n) != "A"]
     assert {n.removeprefix("server_optimizer.momentum.") for n in strategy.memory()} == set(names)
-    strategy.server_round = 2
-    strategy.aggregate(iter(cohort.updates), cohort.current)
+    strategy.aggregate(iter(cohort.updates), cohort.current, 2)
     assert sum(n.endswith(A_SUFFIX) for n in strategy.memory()) == 2
-    strategy.server_round = 3
-    third = strategy.aggregate(iter(cohort.updates), cohort.current)
+    third = strategy.aggregate(iter(cohort.updates), cohort.current, 3)
     mean = weighted_mean(cohort.updates, cohort.current, trains_a=False)
     for layer, f in third.factors.items():
         start = cohort.current.factors[layer].B

@@ -1,8 +1,8 @@
 """Methods whose server averages: a robust mean in the mean's place, and a server optimizer after it, for each of them.
 
 With m the mean of what the clients trained and x_t what they started from, the plain method sends m. `robust` replaces
-the weighted mean by one that a few lying clients cannot move far (see `.robust`); `server_optimizer`
-takes m - x_t for a gradient and steps from x_t (see `.server_optimizers`). Both act on the entries of
+the weighted mean by one that a few lying clients cannot move far (see `.averaging.robust`); `server_optimizer`
+takes m - x_t for a gradient and steps from x_t (see `.averaging.server_optimizers`). Both act on the entries of
 A and of B (or R, where it is trained instead), each on the scale of the adapter that is sent, and on all else that is
 trained; neither sees a product.
 """
@@ -89,9 +89,10 @@ class AveragingStrategy(AdapterStrategy):
         # one for each role: a round may train one factor only
         self._optimizers = {role: new for role in Role if (new := self.options.new_optimizer()) is not None}
 
-    def check_cohort(self, clients: int) -> None:
+    @classmethod
+    def check_cohort(cls, options: AveragingOptions, clients: int) -> None:
         """Raise ConfigError if the robust mean cannot do its work on so many clients."""
-        robust = self._robustness
+        robust = options.robustness()
         if robust is None:
             return
         if robust.kind == "trimmed-mean" and trimmed_clients(robust.trim, clients) == 0:
@@ -105,12 +106,23 @@ class AveragingStrategy(AdapterStrategy):
                 f"and {clients} clients are drawn; lower it, or draw more clients"
             )
 
+    @classmethod
+    def needs_singles(cls, options: AveragingOptions) -> str:
+        """Return the robust mean."""
+        return "" if options.robust is None else f"robust = '{options.robust}'"
+
+    @classmethod
+    def needs_start(cls, options: AveragingOptions) -> str:
+        """Return the server optimizer, or clipping of changes, which both go by what clients started from."""
+        if options.server_optimizer is not None:
+            return f"server_optimizer = '{options.server_optimizer}'"
+        return cls.needs_singles(options) if options.robust == "norm-clip" else ""
+
     def memory(self) -> dict[str, Tensor]:
         """Return the state of the server optimizer."""
-        memory = super().memory()
-        for optimizer in self._optimizers.values():
-            memory |= optimizer.state_dict()
-        return memory
+        return {
+            name: tensor for optimizer in self._optimizers.values() for name, tensor in optimizer.state_dict().items()
+        }
 
     def average(
         self, updates: Iterable[ClientUpdate], current: AdapterState, trains_a: bool = True, trains_b: bool = True
@@ -122,7 +134,7 @@ class AveragingStrategy(AdapterStrategy):
             state = weighted_mean(updates, current, trains_a, trains_b).to_tensors()
             fixed = {role for role, trained in ((Role.A, trains_a), (Role.B, trains_b)) if not trained}
             sent = {name for name in state if role_of(name) not in fixed | {Role.BASE}}
-            mean: Mapping[str, Tensor] = {name: state[name] for name in sent if name not in self.frozen_names}
+            mean: Mapping[str, Tensor] = {name: state[name] for name in sent if name not in self.terms.frozen}
         else:
             cohort = list(updates)
             clients = [{**trained_tensors(update, current, trains_a, trains_b), **update.dense} for update in cohort]
@@ -139,6 +151,6 @@ class AveragingStrategy(AdapterStrategy):
             if names:
                 after |= optimizer.step({name: before[name] for name in names}, {name: mean[name] for name in names})
         tensors = {name: after[name].to(tensor) if name in after else tensor for name, tensor in before.items()}
-        scalings = {f.scaling for f in current.factors.values()} or {self.scaling}
+        scalings = {f.scaling for f in current.factors.values()} or {self.terms.scaling}
         assert len(scalings) == 1, "a mean of factors has one scaling"
         return AdapterState.from_tensors(tensors, scalings.pop())

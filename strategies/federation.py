@@ -1,0 +1,158 @@
+"""One federated run from the server's side: the loop of a method's rounds, with evaluation and records around it.
+
+Simulation and deployment both come through `federate`; they differ in the grid alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from flwr.serverapp import Grid
+
+from fedpeft.adapters.adapted import AdaptedModel
+from fedpeft.adapters.state import AdapterState, num_bytes, role_of
+from fedpeft.config import RunConfig
+from fedpeft.errors import BudgetSpentError, TooFewClientsError
+from fedpeft.privacy.books import Books
+from fedpeft.resident import Resident, resident
+from fedpeft.runs import Listener, RunDirectory
+from fedpeft.strategies.averaging.private_mean import client_privacy
+from fedpeft.strategies.base import AdapterStrategy
+from fedpeft.strategies.registry import find
+from fedpeft.strategies.rounds.loop import Loop
+from fedpeft.strategies.rounds.records import (
+    Adapters,
+    Checkpoints,
+    Explain,
+    Journal,
+    Outcome,
+    Personal,
+    PlantedRows,
+    Records,
+    Spending,
+)
+from fedpeft.strategies.rounds.scoring import Scoring
+from fedpeft.strategies.rounds.terms import RunTerms
+from fedpeft.wire import to_record
+
+
+@dataclass(frozen=True)
+class Insight:
+    """What a simulation knows of its clients, and a deployment does not.
+
+    Parameters
+    ----------
+    client_ids : mapping of int to str
+        Client id of each node.
+    personal : callable, optional
+        Gives the clients' personal tensors.
+    explain : callable, optional
+        Says more of why a client raised than goes on record.
+    """
+
+    client_ids: Mapping[int, str] = field(default_factory=dict)
+    personal: Personal | None = None
+    explain: Explain | None = None
+
+
+def build_strategy(config: RunConfig, home: Resident, client_ids: Mapping[int, str] | None = None) -> AdapterStrategy:
+    """Make the configured method for this adapter."""
+    adapter, method = config.adapter, find(config.strategy.name)
+    if method.capabilities.changes_base:
+        home.adapted.check_movable(f"strategy.name = '{method.name}'")
+    terms = RunTerms(
+        fraction_train=config.federation.fraction,
+        min_clients=config.federation.min_clients,
+        seed=config.run.seed,
+        scaling=adapter.scaling,
+        frozen=home.adapted.frozen,
+        client_ids=client_ids or {},
+        measure_error=config.run.aggregation_error and adapter.facts.has_factors,
+        ranks=client_ranks(config),
+        scaling_of=adapter.scaling_of,
+        offset=home.adapted.offset,
+        client_privacy=client_privacy(config),
+        stop_when_spent=config.privacy.on_exhausted == "stop",
+    )
+    return method(terms=terms, **config.strategy.options)
+
+
+def client_ranks(config: RunConfig) -> tuple[int, ...]:
+    """Return the ranks that are dealt to clients; empty where all take what the method sends, whatever its rank."""
+    facts = find(config.strategy.name).capabilities
+    if not facts.mixed_ranks:
+        return ()
+    return config.adapter.ranks or (() if facts.changes_rank else (config.adapter.rank,))
+
+
+def exported_bytes(method: type[AdapterStrategy], adapted: AdaptedModel) -> int:
+    """Return the size of the largest adapter that a run may write, the changes of the base included."""
+    size = num_bytes(adapted.initial.values())
+    if method.capabilities.changes_base:
+        factors = AdapterState.from_tensors(adapted.initial, adapted.scaling).factors
+        shapes = [(f.A.shape[1], f.B.shape[0]) for f in factors.values()]
+        size += sum(4 * min(d_in, d_out) * (d_in + d_out) for d_in, d_out in shapes)
+    return size
+
+
+def personal_names(method: AdapterStrategy | type[AdapterStrategy], adapted: AdaptedModel) -> list[str]:
+    """Return the names of the tensors that stay with each client: the method's, and a local head."""
+    roles = method.capabilities.personal
+    return [name for name in adapted.trained if role_of(name) in roles or name in adapted.personal]
+
+
+def federate(
+    config: RunConfig,
+    grid: Grid,
+    directory: RunDirectory,
+    *,
+    listener: Listener,
+    insight: Insight | None = None,
+    timeout: float | None = None,
+    books: Books | None = None,
+) -> Outcome:
+    """Run all rounds on a grid, and leave a complete run directory whatever happens.
+
+    Parameters
+    ----------
+    config : RunConfig
+        Resolved, see `fedpeft.strategies.with_typed_options`.
+    grid : flwr.serverapp.Grid
+        Where the clients are.
+    directory : RunDirectory
+        Receives events, checkpoints and the adapter.
+    listener : callable
+        Called with each event after it is recorded.
+    insight : Insight, optional
+        What is known of the clients, in a simulation.
+    timeout : float, optional
+        Seconds to wait for a round's replies; None waits for all.
+    books : Books, optional
+        Of what is spent, where the run is private.
+    """
+    insight = insight or Insight()
+    home = resident(config)
+    adapted, method = home.adapted, build_strategy(config, home, insight.client_ids)
+    # a personal factor is part of the server's adapter too, as drawn, since there is no layer without it
+    initial = {name: tensor for name, tensor in adapted.initial.items() if name not in adapted.personal}
+    personal, privacy = personal_names(method, adapted), method.terms.client_privacy
+    loop, journal = Loop(method, grid, to_record(initial), timeout), Journal(directory, listener)
+    withholds = privacy is not None and not config.privacy.release_metrics
+    records = Records(journal, method, books, insight.explain, withholds)
+    state = AdapterState.from_tensors(initial, adapted.scaling)
+    loop.watchers.append(Adapters(directory, home, state, insight.personal))
+    if books is not None:  # before the records, which say what is spent so far
+        charge = None if privacy is None else privacy.charge(config.federation.fraction)
+        kept = sorted({str(role_of(name)) for name in personal})
+        loop.watchers.append(Spending(journal, books, home, charge, lambda: (list(loop.client_ids.values()), kept)))
+    if config.privacy.canaries:
+        loop.watchers.append(PlantedRows(journal, home, initial))
+    facts = {"scaling": adapted.scaling, "strategy": method.name}
+    every, last = config.run.checkpoint_every, config.federation.rounds
+    loop.watchers += [records, Checkpoints(directory, every, last, loop.memory, facts)]
+    method.summary()
+    with contextlib.suppress(KeyboardInterrupt, TooFewClientsError, BudgetSpentError):  # the outcome says so
+        loop.run(last, evaluate=Scoring(config, home, personal, insight.personal))
+    return records.outcome

@@ -1,0 +1,104 @@
+"""A configuration checked against its method, with everything spelled out that follows from it."""
+
+from __future__ import annotations
+
+from pydantic import ValidationError
+
+from fedpeft import tasks
+from fedpeft.config import AdapterConfig, RunConfig, StrategyConfig, describe
+from fedpeft.config.privacy import Rng
+from fedpeft.errors import ConfigError
+from fedpeft.privacy.checks import check_privacy, with_rng
+from fedpeft.strategies.averaging.private_mean import require_sums
+from fedpeft.strategies.base import AdapterStrategy
+from fedpeft.strategies.registry import available, find
+
+
+def with_typed_options(config: RunConfig, *, rng: Rng = "seeded") -> RunConfig:
+    """Check task, strategy and privacy, and return the configuration with every option spelled out.
+
+    Parameters
+    ----------
+    config : RunConfig
+        As asked for.
+    rng : {"seeded", "secure"}
+        What ``privacy.rng`` is where nobody says: a simulation's, unless given.
+    """
+    tasks.of(config)
+    method = find(config.strategy.name)
+    parsed = method.parse_options(config.strategy.options)
+    if "kind" in config.adapter.model_fields_set:  # before what goes with the kind
+        _check_kind(config, method)
+    config = _with_own_adapter(config, method)
+    _check_kind(config, method)
+    _check_ranks(config, method)
+    method.check(parsed, config.adapter)
+    if config.privacy.level == "client":
+        require_sums(method, parsed, config.adapter.ranks or (), able=available().values())
+    check_privacy(config)
+    config = with_rng(config, rng)
+    options = parsed.model_dump(mode="json", exclude_none=True)
+    return config.model_copy(update={"strategy": StrategyConfig(name=config.strategy.name, **options)})
+
+
+def _check_kind(config: RunConfig, method: type[AdapterStrategy]) -> None:
+    kind, kinds = config.adapter.kind, method.capabilities.kinds
+    if not method.capabilities.takes(config.adapter.facts):
+        able = ", ".join(name for name, other in available().items() if _takes(other, config.adapter))
+        raise ConfigError(
+            f"strategy '{method.name}' cannot merge adapters of adapter.kind = '{kind}'. "
+            f"Allowed: {', '.join(sorted(kinds))}; or use a strategy for '{kind}': {able}."
+        )
+
+
+def _with_own_adapter(config: RunConfig, method: type[AdapterStrategy]) -> RunConfig:
+    """Choose what a method is defined with, where nobody has asked for something else."""
+    adapter, facts = config.adapter, method.capabilities
+    implied: dict[str, str] = {} if adapter.head is not None else {"head": facts.head}
+    kind = facts.kind or (min(facts.kinds) if len(facts.kinds) == 1 else "")
+    if kind and "kind" not in adapter.model_fields_set:
+        implied["kind"] = kind
+    if facts.init and adapter.init != facts.init:
+        if adapter.init != "default":
+            raise ConfigError(
+                f"adapter.init = '{adapter.init}': strategy '{method.name}' needs '{facts.init}'; leave it unset"
+            )
+        implied["init"] = facts.init
+    if not implied:
+        return config
+    try:  # anew, since what was chosen before may not go with it
+        adapter = AdapterConfig.model_validate({**adapter.model_dump(exclude_unset=True), **implied})
+    except ValidationError as error:
+        raise ConfigError(f"strategy '{method.name}': {describe(error, 'adapter')}") from None
+    return config.model_copy(update={"adapter": adapter})
+
+
+def _takes(method: type[AdapterStrategy], adapter: AdapterConfig) -> bool:
+    if not method.capabilities.takes(adapter.facts):
+        return False
+    try:
+        method.check(method.Options(), adapter)
+    except ConfigError:
+        return False
+    return True
+
+
+def _check_ranks(config: RunConfig, method: type[AdapterStrategy]) -> None:
+    adapter = config.adapter
+    if adapter.ranks is None or len(set(adapter.ranks)) == 1:
+        return
+    if not method.capabilities.mixed_ranks:
+        able = ", ".join(name for name, other in available().items() if other.capabilities.mixed_ranks)
+        raise ConfigError(
+            f"adapter.ranks = {','.join(map(str, adapter.ranks))}: strategy '{method.name}' merges adapters of one "
+            f"rank only. Mixed ranks: {able}."
+        )
+    if not adapter.facts.mixed_ranks:
+        raise ConfigError(
+            f"adapter.ranks and adapter.kind = '{adapter.kind}' exclude each other: a frozen A has one rank"
+        )
+    if adapter.start.of_base:
+        raise ConfigError(
+            f"adapter.ranks and adapter.init = '{adapter.init}' exclude each other: it takes as many ranks out of the "
+            "base as the adapter has, the same for all clients"
+        )
