@@ -5,10 +5,9 @@ A message brings the adapter and a few numbers; base model, tokenizer and rows a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 
-import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable
@@ -20,7 +19,6 @@ from fedpeft.adapters.pruning import Tail
 from fedpeft.adapters.state import fingerprint, role_of
 from fedpeft.clients.privacy import (
     SITE_EPSILON,
-    Permission,
     SitePolicyError,
     check_site,
     note_open_training,
@@ -31,8 +29,9 @@ from fedpeft.config import RunConfig, Scalar
 from fedpeft.deployment import run_config
 from fedpeft.errors import DeploymentError
 from fedpeft.models import num_threads
+from fedpeft.privacy.levels import level_of
 from fedpeft.resident import Resident, resident
-from fedpeft.training.local import Gradients, LocalResult, num_steps, train_locally
+from fedpeft.training.local import LocalResult, num_steps, train_locally
 from fedpeft.wire import (
     ARRAYS,
     BUDGET_SPENT,
@@ -114,10 +113,10 @@ def train(message: Message, context: Context) -> Message:
         return Message(RecordDict({CONFIG: ConfigRecord({NEEDS_ARRAYS: True})}), reply_to=message)
     run = _run_config(context)
     rows = client_rows(home, context.node_config)
-    permission = None
-    if run.privacy.level == "record":
+    permission, level = None, level_of(run.privacy)
+    if level.clients_add_noise:
         with num_threads(run.simulation.threads_per_worker):
-            _ = home.row_engine  # a model that mixes rows is refused before anything is charged
+            level.check_model(home)  # a model that mixes rows is refused before anything is charged
         permission = permit(message, context, home, rows, run)
         if permission is None:
             return Message(RecordDict({CONFIG: ConfigRecord({BUDGET_SPENT: True})}), reply_to=message)
@@ -142,7 +141,9 @@ def train(message: Message, context: Context) -> Message:
             num_rounds=int(settings[NUM_ROUNDS]),  # type: ignore[arg-type]
             penalty=tail.loss if tail else None,
             num_examples=rows.num_examples,
-            private=None if permission is None else _private(home, rows, run, permission),
+            private=None
+            if permission is None
+            else level.gradients(home, rows.split, rows.indices, permission.mechanism, permission.randomness),
             dropout_seed=None if permission is None else permission.randomness.seed(),
         )
     if personal:
@@ -154,39 +155,18 @@ def train(message: Message, context: Context) -> Message:
     return Message(RecordDict({ARRAYS: to_record(sent_up), METRICS: metrics}), reply_to=message)
 
 
-def _private(
-    home: Resident, rows: ClientRows, run: RunConfig, permission: Permission
-) -> Callable[[torch.optim.Optimizer], Gradients]:
-    """Return how to make private gradients, on hooks that the resident model keeps."""
-    from fedpeft.privacy.dp_sgd import PrivateGradients  # which loads Opacus
-
-    privacy = run.privacy
-    return lambda optimizer: PrivateGradients(
-        home.row_engine,
-        rows.split,
-        rows.indices,
-        permission.mechanism,
-        permission.randomness,
-        optimizer,
-        physical=home.physical_rows,
-        precision=run.train.precision,
-        shuffled=run.train.batch_size if privacy.sampling == "shuffle" else None,
-    )
-
-
 def _told(run: RunConfig, rows: ClientRows, result: LocalResult, spent: Mapping[str, float]) -> MetricRecord:
     """Return what a client says beside its tensors: under privacy neither its loss, nor how long it took.
 
-    Client-level privacy, and record-level privacy without public counts, weigh all clients alike.
+    Where row counts are not public, all clients weigh alike.
     """
-    privacy = run.privacy
-    weighs_rows = privacy.level == "none" or (privacy.level == "record" and privacy.public_counts)
+    level = level_of(run.privacy)
     metrics: dict[str, int | float | list[int] | list[float]] = {
-        NUM_EXAMPLES: rows.num_examples if weighs_rows else 1,
+        NUM_EXAMPLES: rows.num_examples if level.weighs_rows(run.privacy) else 1,
         STEPS: result.steps,
         **spent,
     }
-    if privacy.level == "none" or privacy.release_metrics:
+    if level.tells_metrics(run.privacy):
         metrics |= {TRAIN_LOSS: result.loss, SECONDS: result.seconds}
     return MetricRecord(metrics)
 

@@ -23,9 +23,10 @@ from fedpeft.adapters.state import A_SUFFIX, AdapterState, ClientUpdate, LoraFac
 from fedpeft.config import AdapterConfig, cohort_size, describe
 from fedpeft.config.section import Section
 from fedpeft.errors import ConfigError, TooFewClientsError, nearest
+from fedpeft.privacy.client_mechanism import ClientPrivacy
 from fedpeft.seeds import generator
 from fedpeft.strategies.algebra.factors import round_errors
-from fedpeft.strategies.averaging.private_mean import ClientPrivacy, PrivateMean, require_sums
+from fedpeft.strategies.averaging.private_mean import PrivateMean, require_sums
 from fedpeft.strategies.capabilities import Capabilities
 from fedpeft.strategies.rounds.answers import Answers, known_clients
 from fedpeft.strategies.rounds.exchange import Exchange

@@ -23,12 +23,13 @@ from fedpeft.errors import BudgetSpentError, FedpeftError, TooFewClientsError
 from fedpeft.jsons import to_json
 from fedpeft.privacy.books import Books
 from fedpeft.privacy.canaries import write_scores
+from fedpeft.privacy.levels import level_of
+from fedpeft.privacy.overlap import in_the_clear
 from fedpeft.privacy.statement import PRIVACY
 from fedpeft.resident import Resident, resident
 from fedpeft.runs import ADAPTER, Event, Listener, RunDirectory, folder_name
 from fedpeft.strategies import find
 from fedpeft.strategies.algebra.base_changes import exact_sum
-from fedpeft.strategies.averaging.private_mean import client_privacy
 from fedpeft.strategies.base import AdapterStrategy
 from fedpeft.strategies.rounds.report import Fault, RoundReport
 from fedpeft.training.evaluation import Scores, client_metrics, mean_metrics, score, spread
@@ -80,7 +81,7 @@ def build_strategy(config: RunConfig, home: Resident, client_ids: Mapping[int, s
         ranks=client_ranks(config),
         scaling_of=adapter.scaling_of,
         offset=home.adapted.offset,
-        client_privacy=client_privacy(config),
+        client_privacy=level_of(config.privacy).server_mechanism(config),
         stop_when_spent=config.privacy.on_exhausted == "stop",
         **config.strategy.options,
     )
@@ -349,13 +350,7 @@ class _Run:
         try:
             kept = sorted({str(role_of(name)) for name in self.personal_names})
             clients = (self.strategy.client_ids or {}).values()
-            facts = books.close(
-                clients,
-                kept,
-                held_out=self.home.holds_out_test_rows,
-                scored=self.home.scored_training_rows,
-                begun=self.home.initial_training_rows,
-            )
+            facts = books.close(clients, kept, in_the_clear(self.home))
         except OSError as error:
             problem = f"no {PRIVACY}: {error.strerror or error}"
             self.listener({"event": "warning", "round": self.outcome.rounds, "message": problem})

@@ -12,7 +12,7 @@ from fedpeft.adapters.kinds import ALL_KINDS, R_KINDS
 from fedpeft.config import RunConfig
 from fedpeft.config.privacy import PrivacyConfig
 from fedpeft.errors import ConfigError
-from fedpeft.privacy.checks import RECORD_KINDS
+from fedpeft.privacy.levels.record import RECORD_KINDS
 from fedpeft.strategies import with_typed_options
 
 Make = Callable[..., RunConfig]
