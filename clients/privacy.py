@@ -31,7 +31,7 @@ from fedpeft.privacy.budget import Budget, Limit, charged
 from fedpeft.privacy.checks import check_privacy
 from fedpeft.privacy.ledger import Entry, Ledger
 from fedpeft.privacy.levels import LEVELS, level_of
-from fedpeft.privacy.mechanism import RecordMechanism, record_mechanism
+from fedpeft.privacy.mechanism import RecordMechanism
 from fedpeft.privacy.randomness import Randomness, secure, seeded
 from fedpeft.privacy.statement import void
 from fedpeft.resident import Resident
@@ -89,7 +89,7 @@ def permit(
     check_privacy(config)
     if decided is not None and not decided.allowed:
         return None
-    mechanism = record_mechanism(
+    mechanism = level_of(privacy).client_mechanism(
         config, rows.num_examples, noise_multiplier=None if decided is None else decided.noise_multiplier
     )
     server_round = int(message.content.config_records[CONFIG][ROUND])  # type: ignore[arg-type]

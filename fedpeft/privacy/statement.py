@@ -73,13 +73,7 @@ def state(
     by_client = {client: spent(each, privacy.delta, privacy.accountant) for client, each in charges.items()}
     trained = [by_client[client] for client, each in charges.items() if each]
     epsilons = [each.epsilon for each in trained]
-    voided = void(privacy)
-    if silent:
-        voided.append(
-            f"{', '.join(silent)} was asked to train and never answered: what that cost is in its own ledger alone"
-        )
-    if not voided and math.inf in epsilons:
-        voided.append("privacy.noise_multiplier is too small for any finite epsilon")
+    voided = _voided(privacy, silent, epsilons)
     reasons = [*voided, *_replayable(privacy, words.drawn, voided), *_uncovered(config, clear), *level.uncovered(kept)]
     protected, population = level.protected(config, len(by_client), examples, largest)
     facts: Facts = {
@@ -102,6 +96,18 @@ def state(
         "clients": _clients(privacy, charges, by_client, examples, voided=bool(voided)),
     }
     return facts | {"statement": paragraph(facts)}
+
+
+def _voided(privacy: PrivacyConfig, silent: Sequence[str], epsilons: Sequence[float]) -> list[str]:
+    """Return why no epsilon can be stated of a run, given what came of it."""
+    reasons = void(privacy)
+    if silent:
+        reasons.append(
+            f"{', '.join(silent)} was asked to train and never answered: what that cost is in its own ledger alone"
+        )
+    if not reasons and math.inf in epsilons:
+        reasons.append("privacy.noise_multiplier is too small for any finite epsilon")
+    return reasons
 
 
 def _replayable(privacy: PrivacyConfig, drawn: str, voided: Sequence[str]) -> list[str]:

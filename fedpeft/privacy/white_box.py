@@ -41,7 +41,7 @@ from fedpeft.privacy.audit import CONFIDENCE, Facts
 from fedpeft.privacy.dp_sgd import PrivateGradients
 from fedpeft.privacy.independence import probing, row_engine
 from fedpeft.privacy.levels import level_of
-from fedpeft.privacy.mechanism import RecordMechanism, record_mechanism
+from fedpeft.privacy.mechanism import RecordMechanism
 from fedpeft.privacy.randomness import Randomness, secure, seeded
 from fedpeft.privacy.statement import read_statement
 from fedpeft.resident import Resident, resident
@@ -191,7 +191,7 @@ def audit_steps(home: Resident, config: RunConfig, pairs: int = PAIRS, draws: in
     held = home.partition
     index = max(range(len(held.client_ids)), key=lambda client: len(held.indices[client]))
     client, rows = held.client_ids[index], held.indices[index]
-    mechanism = record_mechanism(config, len(rows))
+    mechanism = level_of(config.privacy).client_mechanism(config, len(rows))
     if mechanism.noise_multiplier == 0:
         raise PrivacyError(
             "privacy.noise_multiplier = 0 adds no noise, and nothing is claimed that could be broken; audit a run with "

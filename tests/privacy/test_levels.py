@@ -63,8 +63,10 @@ def test_noise_is_added_once_and_by_whoever_says_so(name: str, text_config: Make
     assert level.clients_add_noise + level.server_adds_noise == bool(level.unit)
     assert (level.server_mechanism(config) is not None) == level.server_adds_noise
     if not level.clients_add_noise:
-        with pytest.raises(PrivacyError, match="no gradients"):
+        with pytest.raises(PrivacyError, match="no noise at clients"):
             level.gradients(*[None] * 5)  # type: ignore[arg-type]
+        with pytest.raises(PrivacyError, match="no noise at clients"):
+            level.client_mechanism(config, 10)
 
 
 def test_a_round_costs_what_the_level_says(text_config: Make) -> None:

@@ -139,6 +139,27 @@ class Level(ABC):
 
     # --- who makes the noise -------------------------------------------------------------------------------------
 
+    def client_mechanism(
+        self, config: RunConfig, num_examples: int, noise_multiplier: float | None = None
+    ) -> RecordMechanism:
+        """Return what a client with so many rows does to its gradients, where clients add noise.
+
+        Parameters
+        ----------
+        config : RunConfig
+            The run's.
+        num_examples : int
+            The client's rows.
+        noise_multiplier : float, optional
+            What calibration gave, where somebody has done it before.
+
+        Raises
+        ------
+        PrivacyError
+            Clients add none, or no noise meets the budget.
+        """
+        raise PrivacyError(f"privacy.level = '{self.name}' adds no noise at clients.")
+
     def gradients(
         self,
         home: Resident,
@@ -147,14 +168,8 @@ class Level(ABC):
         mechanism: RecordMechanism,
         randomness: Randomness,
     ) -> Callable[[torch.optim.Optimizer], Gradients]:
-        """Return how a client makes private gradients of its rows, where clients add noise.
-
-        Raises
-        ------
-        PrivacyError
-            They do not.
-        """
-        raise PrivacyError(f"privacy.level = '{self.name}' adds no noise at clients, and has no gradients for them.")
+        """Return how a client makes private gradients of its rows; see `client_mechanism`."""
+        raise PrivacyError(f"privacy.level = '{self.name}' adds no noise at clients.")
 
     def server_mechanism(self, config: RunConfig) -> ClientPrivacy | None:
         """Return what the server does to the clients' updates; None where it is sent what is private already."""

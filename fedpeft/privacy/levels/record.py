@@ -44,10 +44,8 @@ class RecordLevel(Level):
     assumed = "the model keeps a batch's rows apart as it did for rows that were made up, "
 
     def charge(self, config: RunConfig, num_examples: int) -> Charge:
-        """Return the steps of a round; see `fedpeft.privacy.mechanism`."""
-        from fedpeft.privacy.mechanism import record_mechanism
-
-        return record_mechanism(config, num_examples).charge
+        """Return the steps of a round."""
+        return self.client_mechanism(config, num_examples).charge
 
     def check(self, config: RunConfig) -> None:
         """Refuse kinds without gradients of single rows, clipping of whole gradients, and steps that tell counts."""
@@ -88,6 +86,14 @@ class RecordLevel(Level):
     def lists_clients(self, privacy: PrivacyConfig) -> bool:
         """Where counts are private, what a client spent is in its own ledger only."""
         return privacy.public_counts
+
+    def client_mechanism(
+        self, config: RunConfig, num_examples: int, noise_multiplier: float | None = None
+    ) -> RecordMechanism:
+        """Return the mechanism of DP-SGD; see `fedpeft.privacy.mechanism`."""
+        from fedpeft.privacy.mechanism import record_mechanism
+
+        return record_mechanism(config, num_examples, noise_multiplier)
 
     def gradients(
         self,
