@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from fedpeft.privacy.levels import find_level, level_of
+from fedpeft.privacy.levels import find_level
 from fedpeft.report.formats import NONE, finite, one_line
 from fedpeft.report.layout import cell, new_table, pairs
 from fedpeft.rounding import as_given, number
@@ -85,7 +85,7 @@ def planned_rows(facts: Facts, config: RunConfig) -> list[tuple[str, str]]:
         "as given" if facts["calibrated_to"] is None else f"calibrated to epsilon {as_given(facts['calibrated_to'])}"
     )
     promise = "yes, if randomness stays secret" if facts["guarantee"] else f"none: {'; '.join(facts['reasons'])}"
-    words = level_of(config.privacy).words(config)
+    words = find_level(facts["level"]).words(config)
     sums = words.sums.format(steps=spread(facts["steps"], "d"), chance=spread(facts["sample_rate"]))
     return [
         ("privacy", f"{facts['level']} level"),

@@ -19,6 +19,7 @@ from fedpeft.deployment import init_app, split_run_config, write_app
 from fedpeft.errors import ConfigError, DeploymentError
 from fedpeft.privacy.audit import audit_run
 from fedpeft.privacy.canaries import Canaries, canaries_of
+from fedpeft.privacy.rows import check_rows
 from fedpeft.resident import Resident, _held
 from fedpeft.runs import Event, read_events
 from fedpeft.simulations.simulate import simulate
@@ -194,7 +195,7 @@ def test_rows_that_cannot_be_made_wrong_are_refused(pairs_config: Make, tmp_path
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     home = Resident(pairs_config(data__source=str(tmp_path / "pairs.jsonl")))
     with pytest.raises(ConfigError, match="one completion"):
-        home.check()
+        check_rows(home)
 
 
 def test_deployments_refuse_canaries(text_config: Make, text_csv: Path, tmp_path: Path) -> None:
