@@ -27,6 +27,7 @@ from rich.table import Table
 from fedpeft.chatter import silence
 from fedpeft.config import configure
 from fedpeft.privacy.dp_sgd import PrivateGradients
+from fedpeft.privacy.independence import row_engine
 from fedpeft.privacy.mechanism import RecordMechanism
 from fedpeft.privacy.randomness import Randomness, secure, seeded
 from fedpeft.resident import Resident
@@ -58,7 +59,9 @@ def steps(home: Resident, batch: np.ndarray[Any, Any], source: Randomness | None
         plain = PlainGradients(adapted, split, batch, train, 1, rng)
     else:
         mechanism = RecordMechanism(1.0, 0.1, 1, float(len(batch)), 1.0)
-        private = PrivateGradients(home.row_engine, split, batch, mechanism, source, optimizer, physical=2 * len(batch))
+        private = PrivateGradients(
+            row_engine(home), split, batch, mechanism, source, optimizer, physical=2 * len(batch)
+        )
 
     def step() -> None:
         adapted.model.train()

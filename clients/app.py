@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Self
 
-import torch
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable
@@ -33,8 +32,9 @@ from fedpeft.config import RunConfig, Scalar
 from fedpeft.deployment import run_config
 from fedpeft.errors import DeploymentError, MessageError
 from fedpeft.models import num_threads
+from fedpeft.privacy.levels import level_of
 from fedpeft.resident import Resident, resident
-from fedpeft.training.local import Gradients, LocalResult, num_steps, train_locally
+from fedpeft.training.local import LocalResult, num_steps, train_locally
 from fedpeft.wire import Identity, ShortAnswer, TrainAnswer, TrainOrder, to_record, to_tensors
 
 TRUST_REMOTE_CODE = "trust-remote-code"  # key of the node's own config: a server cannot decide this for a site
@@ -86,10 +86,10 @@ def train(message: Message, context: Context) -> Message:
     if start.held_hash(adapted) != order.held_hash:
         return Message(ShortAnswer.NEEDS_ARRAYS.to_record(), reply_to=message)
     rows = client_rows(home, context.node_config)
-    permission = None
-    if run.privacy.level == "record":
+    permission, level = None, level_of(run.privacy)
+    if level.clients_add_noise:
         with num_threads(run.simulation.threads_per_worker):
-            _ = home.row_engine  # a model that mixes rows is refused before anything is charged
+            level.check_model(home)  # a model that mixes rows is refused before anything is charged
         permission = permit(order, context, home, rows, run)
         if permission is None:
             return Message(ShortAnswer.BUDGET_SPENT.to_record(), reply_to=message)
@@ -157,6 +157,10 @@ def _train(
     permission: Permission | None,
 ) -> LocalResult:
     """Train the loaded adapter on the client's rows, by the mechanism of its permission if it needs one."""
+    private = None
+    if permission is not None:
+        level, mechanism = level_of(run.privacy), permission.mechanism
+        private = level.gradients(home, rows.split, rows.indices, mechanism, permission.randomness)
     with num_threads(run.simulation.threads_per_worker):
         return train_locally(
             home.adapted,
@@ -170,29 +174,9 @@ def _train(
             num_rounds=order.num_rounds,
             penalty=penalty,
             num_examples=rows.num_examples,
-            private=None if permission is None else _private(home, rows, run, permission),
+            private=private,
             dropout_seed=None if permission is None else permission.randomness.seed(),
         )
-
-
-def _private(
-    home: Resident, rows: ClientRows, run: RunConfig, permission: Permission
-) -> Callable[[torch.optim.Optimizer], Gradients]:
-    """Return how to make private gradients, on hooks that the resident model keeps."""
-    from fedpeft.privacy.dp_sgd import PrivateGradients  # which loads Opacus
-
-    privacy = run.privacy
-    return lambda optimizer: PrivateGradients(
-        home.row_engine,
-        rows.split,
-        rows.indices,
-        permission.mechanism,
-        permission.randomness,
-        optimizer,
-        physical=home.physical_rows,
-        precision=run.train.precision,
-        shuffled=run.train.batch_size if privacy.sampling == "shuffle" else None,
-    )
 
 
 def _answer(
@@ -200,14 +184,13 @@ def _answer(
 ) -> TrainAnswer:
     """Return what a client sends back: under privacy neither its loss, nor how long it took.
 
-    Client-level privacy, and record-level privacy without public counts, weigh all clients alike.
+    Where row counts are not public, all clients weigh alike.
     """
-    privacy = run.privacy
-    weighs_rows = privacy.level == "none" or (privacy.level == "record" and privacy.public_counts)
+    level = level_of(run.privacy)
     metrics = TrainMetrics(result.steps, spent=claim)
-    if privacy.level == "none" or privacy.release_metrics:
+    if level.tells_metrics(run.privacy):
         metrics = TrainMetrics(result.steps, result.loss, result.seconds, claim)
-    return TrainAnswer(to_record(update), rows.num_examples if weighs_rows else 1, metrics)
+    return TrainAnswer(to_record(update), rows.num_examples if level.weighs_rows(run.privacy) else 1, metrics)
 
 
 @lru_cache(maxsize=4)

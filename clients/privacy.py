@@ -31,7 +31,8 @@ from fedpeft.errors import DeploymentError, nearest
 from fedpeft.privacy.budget import Budget, Limit, charged
 from fedpeft.privacy.checks import check_privacy
 from fedpeft.privacy.ledger import Entry, Ledger
-from fedpeft.privacy.mechanism import RecordMechanism, record_mechanism
+from fedpeft.privacy.levels import LEVELS, level_of
+from fedpeft.privacy.mechanism import RecordMechanism
 from fedpeft.privacy.randomness import Randomness, secure, seeded
 from fedpeft.privacy.statement import void
 from fedpeft.resident import Resident
@@ -89,7 +90,7 @@ def permit(
     check_privacy(config)
     if decided is not None and not decided.allowed:
         return None
-    mechanism = record_mechanism(
+    mechanism = level_of(privacy).client_mechanism(
         config, rows.num_examples, noise_multiplier=None if decided is None else decided.noise_multiplier
     )
     is_seeded = privacy.rng == "seeded"
@@ -151,7 +152,7 @@ def check_site(config: RunConfig, node: Mapping[str, Scalar]) -> None:
     _site_budget(node)
     privacy = config.privacy
     given = {
-        "privacy.level": (privacy.level, "record"),
+        "privacy.level": (privacy.level, next(name for name, level in LEVELS.items() if level.clients_add_noise)),
         "privacy.rng": (privacy.rng or "secure", "secure"),
         "privacy.sampling": (privacy.sampling, "poisson"),
         "privacy.release_metrics": (privacy.release_metrics, False),
@@ -184,7 +185,7 @@ def _check_deployed(config: RunConfig, node: Mapping[str, Scalar]) -> None:
     """Refuse what only a simulation's driver could answer for."""
     if is_simulated():
         return
-    if config.privacy.level == "record":
+    if level_of(config.privacy).clients_add_noise:
         _named_ledger(node)
         public = config.adapter.init_data
         if public is not None and DATA in node and _is_same_place(public, str(node[DATA])):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,8 @@ from fedpeft import tasks
 from fedpeft.config import Scalar
 from fedpeft.data.splits import EncodedSplit
 from fedpeft.errors import DeploymentError
+from fedpeft.privacy.canaries import canaries_of
+from fedpeft.privacy.levels import find_level
 from fedpeft.resident import Resident
 from fedpeft.tasks.encoding import encode_rows, encode_what_can_be
 
@@ -69,12 +70,12 @@ def client_rows(home: Resident, node_config: Mapping[str, Scalar]) -> ClientRows
         site's own rows.
     """
     if DATA in node_config:
-        if home.config.privacy.canaries:
+        if home.key.canaries:
             raise DeploymentError(
-                f"privacy.canaries = {home.config.privacy.canaries} would plant false rows among a site's own; "
+                f"privacy.canaries = {home.key.canaries} would plant false rows among a site's own; "
                 "canaries are for simulations."
             )
-        split, left_out = _own_rows(home, Path(str(node_config[DATA])).expanduser())
+        split, left_out = home.once(_own_rows, Path(str(node_config[DATA])).expanduser())
         return ClientRows(site_name(node_config) or "", split, np.arange(len(split), dtype=np.int64), left_out)
     if PARTITION_ID not in node_config or NUM_PARTITIONS not in node_config:
         raise DeploymentError(
@@ -91,10 +92,11 @@ def client_rows(home: Resident, node_config: Mapping[str, Scalar]) -> ClientRows
     if not 0 <= index < count:
         raise DeploymentError(f"partition-id = {index} is not in 0 .. {count - 1}")
     client, own = partition.client_ids[index], partition.indices[index]
-    if home.canaries is None:
+    canaries = canaries_of(home)
+    if canaries is None:
         return ClientRows(client, home.data.train, own)
-    planted, left_out = home.canaries.of(index)
-    return ClientRows(client, home.canaries.split, np.concatenate([own, planted]), left_out)
+    planted, left_out = canaries.of(index)
+    return ClientRows(client, canaries.split, np.concatenate([own, planted]), left_out)
 
 
 def site_name(node_config: Mapping[str, Scalar]) -> str | None:
@@ -104,11 +106,10 @@ def site_name(node_config: Mapping[str, Scalar]) -> str | None:
     return str(node_config.get(NODE_CLIENT_ID, Path(str(node_config[DATA])).expanduser().stem))
 
 
-@lru_cache(maxsize=1)
 def _own_rows(home: Resident, path: Path) -> tuple[EncodedSplit, int]:
     """Encode a site's rows; also return how many cannot be.
 
-    Without record-level privacy there must be none. With it, a failure would be an answer about a row, without noise.
+    There must be none, unless clients add noise: a failure then is an answer about a row that has none.
     """
     labels = home.config.data.label_names
     if labels is None and tasks.of(home.config).has_labels:
@@ -116,10 +117,10 @@ def _own_rows(home: Resident, path: Path) -> tuple[EncodedSplit, int]:
             "a site with rows of its own needs data.labels, the comma-separated names of all labels: "
             "its own rows may not hold every one."
         )
-    if home.config.privacy.level != "record":
-        split, problems = encode_rows(home.config, home.folder, path, labels or ()), dict[int, str]()
-    else:
+    if find_level(home.key.level).clients_add_noise:
         split, problems = encode_what_can_be(home.config, home.folder, path, labels or ())
+    else:
+        split, problems = encode_rows(home.config, home.folder, path, labels or ()), dict[int, str]()
     for note in split.notes:
         log.warning("%s", note)
     for row, what in problems.items():

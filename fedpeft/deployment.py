@@ -85,9 +85,9 @@ def init_app(directory: Path, config: RunConfig, out: Path | None) -> str:
 def _of_privacy(config: RunConfig) -> str:
     """Say what a private app promises and what a site may hold it to; warn of what voids it."""
     privacy = config.privacy
-    if privacy.level == "none":
+    if not privacy.is_private:
         return ""
-    from fedpeft.privacy.ledger import LEDGER
+    from fedpeft.privacy.levels import level_of
     from fedpeft.privacy.statement import void
     from fedpeft.rounding import as_given
 
@@ -98,13 +98,7 @@ def _of_privacy(config: RunConfig) -> str:
     )
     rounds = f"{config.federation.rounds} round" + "s" * (config.federation.rounds > 1)
     lines = [f"privacy: {privacy.level} level, {asked} over {rounds}, randomness {privacy.rng}"]
-    if privacy.level == "record":
-        epsilon = "EPSILON" if privacy.epsilon is None else as_given(privacy.epsilon)
-        lines.append(
-            "each site keeps its own ledger, one for all runs on its rows, and trains with one only. Make it there: "
-            f"fedpeft privacy ledger --create /path/{LEDGER}; then --node-config '... "
-            f'privacy-ledger="/path/{LEDGER}"\'. It may hold runs to a budget of its own: privacy-epsilon={epsilon}'
-        )
+    lines += level_of(privacy).deployed(privacy)
     reasons = void(privacy)
     if privacy.rng == "seeded":
         reasons.append("privacy.rng = 'seeded': noise can be replayed; drop it (a deployment's default is secure)")

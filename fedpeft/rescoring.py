@@ -72,7 +72,7 @@ def rescore(run: Path, overrides: Layer) -> Event:
         every.append(score(model, split, config))
         model.unload()
     result: Event = {"run": str(run), "examples": len(split), **mean_metrics([scores.metrics() for scores in every])}
-    if config.privacy.level != "none":
+    if config.privacy.is_private:
         result["training_rows"] = _protected_rows(home, split, own="test" not in chosen)
     if split.domains is not None:
         groups = [scores.by_group(split.domains) for scores in every]

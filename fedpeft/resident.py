@@ -5,26 +5,94 @@ Everything is made when it is first asked for and then kept, so that no message 
 
 from __future__ import annotations
 
-from functools import cached_property, lru_cache
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, TypeVar
 
 from fedpeft import tasks
 from fedpeft.adapters.adapted import AdaptedModel
 from fedpeft.agreement import agree
-from fedpeft.config import FederationConfig, RunConfig, RunSection, SimulationConfig, StrategyConfig
-from fedpeft.config.privacy import PrivacyConfig
+from fedpeft.config import (
+    AdapterConfig,
+    DataConfig,
+    FederationConfig,
+    ModelConfig,
+    PartitionConfig,
+    RunConfig,
+    RunSection,
+    TrainConfig,
+)
+from fedpeft.config.privacy import Level
 from fedpeft.data.partition import Partition, partition
 from fedpeft.data.sources import places
 from fedpeft.data.splits import EncodedData, EncodedSplit
 from fedpeft.models import load_base, locate
 from fedpeft.presets import PREFIX, is_preset, materialize
-from fedpeft.privacy.canaries import Canaries, plant
-from fedpeft.privacy.overlap import shared_rows
 from fedpeft.tasks.encoding import encode, encode_rows
 
-if TYPE_CHECKING:
-    from fedpeft.privacy.dp_sgd import RowEngine
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ResidentKey:
+    """All that model and rows of a process depend on: runs that agree in it share them.
+
+    Parameters
+    ----------
+    model, data, partition, adapter, train
+        Sections of the configuration.
+    clients : int, optional
+        How many clients divide the rows.
+    seed : int
+        The run's.
+    level : str
+        Of privacy: private runs leave hooks on their model, which a plain run need not carry.
+    canaries : int
+        Rows that are planted among them.
+    physical_batch_size : int, optional
+        Rows that a private step works on at a time.
+    """
+
+    model: ModelConfig
+    data: DataConfig
+    partition: PartitionConfig
+    adapter: AdapterConfig
+    train: TrainConfig
+    clients: int | None
+    seed: int
+    level: Level
+    canaries: int
+    physical_batch_size: int | None
+
+    @classmethod
+    def of(cls, config: RunConfig) -> ResidentKey:
+        """Return a run's."""
+        return cls(
+            config.model,
+            config.data,
+            config.partition,
+            config.adapter,
+            config.train,
+            config.federation.clients,
+            config.run.seed,
+            config.privacy.level,
+            config.privacy.canaries,
+            config.privacy.physical_batch_size,
+        )
+
+    def config(self) -> RunConfig:
+        """Return a configuration of model and rows alone, whose other sections say nothing of any run."""
+        return RunConfig(
+            model=self.model,
+            data=self.data,
+            partition=self.partition,
+            adapter=self.adapter,
+            train=self.train,
+            federation=FederationConfig(clients=self.clients),
+            run=RunSection(seed=self.seed),
+        )
 
 
 class Resident:
@@ -34,10 +102,19 @@ class Resident:
     ----------
     config : RunConfig
         Names them.
+
+    Attributes
+    ----------
+    key : ResidentKey
+        What they depend on.
+    config : RunConfig
+        Made of `key` alone, presets' folders in place of their names. Of privacy it says nothing: see `key`.
     """
 
     def __init__(self, config: RunConfig) -> None:
-        self.config = with_preset_paths(config)
+        self.key = ResidentKey.of(config)
+        self.config = with_preset_paths(self.key.config())
+        self._kept: dict[tuple[Callable[..., Any], tuple[Hashable, ...]], Any] = {}
 
     @cached_property
     def folder(self) -> Path:
@@ -64,21 +141,6 @@ class Resident:
         return data.source is not None and places(data)[1] is None
 
     @cached_property
-    def scored_training_rows(self) -> int:
-        """How many of the given test rows are training rows too, as far as training rows are here."""
-        if self.config.data.source is None or self.holds_out_test_rows:
-            return 0
-        return shared_rows(self.data.train, self.test)
-
-    @cached_property
-    def initial_training_rows(self) -> int:
-        """How many of the rows that an adapter's start looks at are training rows too, as far as these are here."""
-        given = self.config.adapter.init_data
-        if self.config.data.source is None or given is None:
-            return 0
-        return shared_rows(self.data.train, encode_rows(self.config, self.folder, given, self.labels))
-
-    @cached_property
     def labels(self) -> tuple[str, ...]:
         """Label names in the order of their ids; empty where rows have none."""
         if not tasks.of(self.config).has_labels:
@@ -90,23 +152,31 @@ class Resident:
         """Who holds which training rows."""
         return partition(self.config, self.data.train)
 
-    @cached_property
-    def canaries(self) -> Canaries | None:
-        """Planted rows, which are no part of `data` and `partition`; None where none are configured."""
-        if not self.config.privacy.canaries:
-            return None
-        return plant(self.config, self.data.train, self.partition, len(self.labels))
-
     @property
     def physical_rows(self) -> int:
         """How many rows a private step works on at a time, at most."""
-        return self.config.privacy.physical_batch_size or 2 * self.config.train.batch_size
+        return self.key.physical_batch_size or 2 * self.config.train.batch_size
+
+    def once(self, make: Callable[..., T], *args: Hashable) -> T:
+        """Return what something above makes of this model and these rows, made when it is first asked for.
+
+        It is kept as long as they are, and not beyond; what `make` raises is raised again for whoever asks again.
+
+        Parameters
+        ----------
+        make : callable
+            A function of a module, called with this object and `args`.
+        *args : hashable
+            Of each, another result is kept.
+        """
+        if (make, args) not in self._kept:
+            self._kept[make, args] = make(self, *args)
+        kept: T = self._kept[make, args]
+        return kept
 
     def check(self) -> None:
         """Find model and rows and divide them, which raises what is wrong with them."""
-        _ = self.folder, self.partition, self.canaries
-        if self.config.privacy.level != "none":
-            _ = self.initial_training_rows  # the statement needs it in the end, when the file may be gone
+        _ = self.folder, self.partition
 
     @cached_property
     def adapted(self) -> AdaptedModel:
@@ -120,26 +190,6 @@ class Resident:
         data = self.config.data
         return data.source is not None or data.test is not None
 
-    @cached_property
-    def row_engine(self) -> RowEngine:
-        """What gives the model's gradients row by row, for private training; made once rows are shown independent.
-
-        Raises
-        ------
-        PrivacyError
-            The model mixes rows, or gives no gradient of each.
-        """
-        from fedpeft.privacy.dp_sgd import RowEngine  # which loads Opacus
-        from fedpeft.privacy.independence import prove_independence
-
-        engine = RowEngine(self.adapted)
-        try:
-            prove_independence(self, engine)
-        except BaseException:
-            engine.close()  # who asks again is told again
-            raise
-        return engine
-
 
 def with_preset_paths(config: RunConfig) -> RunConfig:
     """Replace ``preset:NAME`` as a source of rows by the folder that the preset was written to."""
@@ -148,25 +198,13 @@ def with_preset_paths(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"data": config.data.model_copy(update=folders)})
 
 
+_held: dict[ResidentKey, Resident] = {}
+
+
 def resident(config: RunConfig) -> Resident:
     """Return this process's resident model and rows, the same object for every run that they serve."""
-    relevant = config.model_copy(
-        update={
-            "strategy": StrategyConfig(),
-            "federation": FederationConfig(clients=config.federation.clients),
-            "simulation": SimulationConfig(),
-            "run": RunSection(seed=config.run.seed),
-            # private runs leave hooks on their model, which a plain run need not carry
-            "privacy": PrivacyConfig.model_construct(
-                level=config.privacy.level,
-                canaries=config.privacy.canaries,
-                physical_batch_size=config.privacy.physical_batch_size,
-            ),
-        }
-    )
-    return _resident(relevant)
-
-
-@lru_cache(maxsize=1)  # one: a second base might not fit in memory
-def _resident(config: RunConfig) -> Resident:
-    return Resident(config)
+    key = ResidentKey.of(config)
+    if key not in _held:
+        _held.clear()  # a second base might not fit in memory
+        _held[key] = Resident(config)
+    return _held[key]

@@ -45,7 +45,7 @@ def main(grid: Grid, context: Context) -> None:
     for note in home.adapted.notes:
         _log_event({"event": "note", "message": note})
     _wait_for_nodes(grid, expected, config.federation.round_timeout)
-    books = Books(config, directory, {}, told=True) if config.privacy.level != "none" else None
+    books = Books(config, directory, {}, told=True) if config.privacy.is_private else None
     timeout = config.federation.round_timeout
     outcome = federate(config, grid, directory, listener=_log_event, timeout=timeout, books=books)
     if outcome.error is not None:

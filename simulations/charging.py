@@ -17,7 +17,7 @@ from fedpeft.clients.verdicts import Verdict
 from fedpeft.config import RunConfig
 from fedpeft.privacy.budget import Budget, Limit, charged
 from fedpeft.privacy.ledger import Entry, Ledger
-from fedpeft.privacy.mechanism import record_mechanism
+from fedpeft.privacy.levels import level_of
 from fedpeft.resident import Resident
 from fedpeft.simulations.grids.base import SimulationGrid
 from fedpeft.wire import TrainOrder
@@ -63,7 +63,7 @@ class Charging:
         order = TrainOrder.from_record(message.content)
         context, privacy = self._grid.contexts[node], self._config.privacy
         rows = client_rows(self._home, context.node_config)
-        mechanism = record_mechanism(self._config, rows.num_examples)
+        mechanism = level_of(privacy).client_mechanism(self._config, rows.num_examples)
         if node not in self._data:
             self._data[node] = data_fingerprint(self._home, rows, context.node_config)
         entry = Entry(

@@ -173,7 +173,7 @@ def plan_jobs(rows: Sequence[Row], config: RunConfig, seeds: int, out: Path) -> 
 
 def _scoring_clients(config: RunConfig) -> RunConfig:
     """Also score each client's own rows, unless the user has decided it: never of private runs, where it is a leak."""
-    if "evaluate_clients" in config.run.model_fields_set or config.privacy.level != "none":
+    if "evaluate_clients" in config.run.model_fields_set or config.privacy.is_private:
         return config
     named = config.partition.by is not None and Resident(config).holds_out_test_rows  # so that test rows are named too
     can = tasks.of(config).has_labels or config.data.domain is not None or named

@@ -13,7 +13,8 @@ from fedpeft.clients.rows import client_rows
 from fedpeft.config import RunConfig, cohort_size
 from fedpeft.presets import provenance
 from fedpeft.privacy.books import Books
-from fedpeft.privacy.mechanism import require_a_round
+from fedpeft.privacy.levels import level_of
+from fedpeft.privacy.rows import check_rows
 from fedpeft.report.formats import one_line
 from fedpeft.resident import Resident, resident
 from fedpeft.runs import Listener, RunDirectory, folder_name
@@ -47,8 +48,9 @@ def drive(config: RunConfig, out: Path, listener: Listener, grid: InlineGrid | R
         Where the clients are to train.
     """
     home = resident(config)
-    home.check()
-    if config.privacy.level == "none":  # else what is told of rows would need noise
+    check_rows(home)
+    privacy, level = config.privacy, level_of(config.privacy)
+    if not privacy.is_private:  # else what is told of rows would need noise
         for note in home.data.notes:
             listener({"event": "warning", "round": 0, "message": note})
     contexts, client_ids = client_contexts(config, home)
@@ -58,16 +60,15 @@ def drive(config: RunConfig, out: Path, listener: Listener, grid: InlineGrid | R
     method = build_strategy(config, home)
     method.check_cohort(method.options, cohort)
     rows = {client_ids[node]: client_rows(home, held.node_config).num_examples for node, held in contexts.items()}
-    if config.privacy.level == "record":
-        require_a_round(config, rows.values())
-        _ = home.row_engine  # shows that rows are independent, which every worker does for itself as well
+    level.check_counts(config, rows.values())
+    level.check_model(home)  # which every worker does for itself as well
     adapter_bytes = exported_bytes(find(config.strategy.name), home.adapted)
     directory = RunDirectory(out, config, adapter_bytes, {"presets": provenance(config)})
     for note in home.adapted.notes:
         listener({"event": "note", "message": note})
     grid.contexts = contexts
-    tells = config.privacy.level == "none" or config.privacy.release_metrics
-    of_clients = config.privacy.level == "client" and not tells  # then who took part is on no record
+    tells = level.tells_metrics(privacy)
+    of_clients = level.hides_cohort and not tells  # then who took part is on no record
     if isinstance(grid, RayGrid):
         grid.on_worker_death = lambda node, deaths: listener(
             {
@@ -92,18 +93,16 @@ def drive(config: RunConfig, out: Path, listener: Listener, grid: InlineGrid | R
     def explain(client: str) -> str:
         """Say why a client raised, to who watches: of private rows, only what cannot quote or count them."""
         cause = grid.causes.get(nodes[client])
-        told = tells or (cause is not None and cause.quotes_no_row and config.privacy.public_counts)
+        told = tells or (cause is not None and cause.quotes_no_row and privacy.public_counts)
         if cause is None or not told:
             return ""
         return one_line(cause.text) + (f" (traceback: {kept[client]})" if client in kept else "")
 
     books, grid.on_dispatch = None, None
-    if config.privacy.level == "client":  # of whole clients, their rows are of no interest
-        books = Books(config, directory, {})
-    elif config.privacy.level == "record":
-        books = Books(
-            config, directory, rows if config.privacy.public_counts else {}, largest=max(rows.values(), default=None)
-        )
+    if privacy.is_private:
+        counts = rows if level.weighs_rows(privacy) else {}
+        books = Books(config, directory, counts, largest=max(rows.values(), default=None))
+    if books is not None and level.clients_add_noise:
         grid.on_dispatch = Charging(config, home, grid, client_ids, books.ledger, books.run)
 
     def personal() -> Mapping[str, Mapping[str, Tensor]]:

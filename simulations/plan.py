@@ -11,13 +11,14 @@ from fedpeft.adapters.state import AdapterState, Role, role_of
 from fedpeft.config import RunConfig, cohort_size
 from fedpeft.config.privacy import PrivacyConfig
 from fedpeft.privacy.accounting import Charge, spent
-from fedpeft.privacy.mechanism import record_mechanism
+from fedpeft.privacy.levels import level_of
+from fedpeft.privacy.overlap import in_the_clear
+from fedpeft.privacy.rows import public_counts
 from fedpeft.privacy.statement import state
 from fedpeft.report.planned import DryRun
 from fedpeft.resident import Resident, resident
 from fedpeft.rounding import as_given
 from fedpeft.strategies import find, with_typed_options
-from fedpeft.strategies.averaging.private_mean import client_privacy
 from fedpeft.strategies.base import AdapterStrategy
 from fedpeft.strategies.federation import build_strategy, client_ranks, personal_names
 from fedpeft.strategies.rounds.exchange import sent_down
@@ -47,8 +48,7 @@ def plan(config: RunConfig) -> DryRun:
     cohort = cohort_size(len(held.client_ids), config.federation.fraction, config.federation.min_clients)
     ready = build_strategy(config, home)
     ready.check_cohort(ready.options, cohort)
-    if config.privacy.level == "record":
-        _ = home.row_engine  # what a run would refuse
+    level_of(config.privacy).check_model(home)  # what a run would refuse
     if not any(role_of(name) is Role.A for name in adapted.frozen):  # else factors of a mean are exact
         down += (len(rounds) - 1) * _step(method, adapted, ranks[:cohort])
     head = [name for name in adapted.initial if role_of(name) is Role.HEAD]
@@ -98,14 +98,10 @@ def plan_privacy(config: RunConfig, home: Resident) -> dict[str, Any] | None:
         No noise meets the budget.
     """
     privacy, rounds = config.privacy, config.federation.rounds
-    if privacy.level == "none":
+    if not privacy.is_private:
         return None
-    counts = _row_counts(home)
-    private = client_privacy(config)
-    if private is not None:
-        one_round = dict.fromkeys(counts, private.charge(config.federation.fraction))
-    else:
-        one_round = {client: record_mechanism(config, rows).charge for client, rows in counts.items()}
+    counts, level = public_counts(home), level_of(privacy)
+    one_round = {client: level.charge(config, rows) for client, rows in counts.items()}
     charges = {client: replace(charge, steps=charge.steps * rounds) for client, charge in one_round.items()}
     planned = {client: [charge] for client, charge in charges.items()}
     personal = {str(role) for role in find(config.strategy.name).capabilities.personal}
@@ -114,10 +110,8 @@ def plan_privacy(config: RunConfig, home: Resident) -> dict[str, Any] | None:
         config,
         planned,
         counts if privacy.public_counts else {},
+        in_the_clear(home),
         kept=kept,
-        held_out=home.holds_out_test_rows,
-        scored=home.scored_training_rows,
-        begun=home.initial_training_rows,
         largest=max(counts.values(), default=None),
     )
     del facts["statement"]  # which speaks of what was done
@@ -141,7 +135,7 @@ def _exhaustion(privacy: PrivacyConfig, epsilon: float, one_round: Iterable[Char
     least = min(lasts)
     of = f"privacy.epsilon = {as_given(epsilon)}"
     noise = f"at noise multiplier {privacy.noise_multiplier:g}"
-    if privacy.level == "client":  # one account for all of them
+    if level_of(privacy).hides_cohort:  # one account for all of them
         if least == 0:
             return f"{of} does not last for a single round {noise}: the run ends before its first round"
         return f"{of} lasts for {least} of {rounds} rounds {noise}: the run ends then"
@@ -164,17 +158,6 @@ def _affordable(charge: Charge, epsilon: float, privacy: PrivacyConfig, rounds: 
         cost = spent([replace(charge, steps=charge.steps * tried)], privacy.delta, privacy.accountant).epsilon
         enough, too_many = (tried, too_many) if cost <= epsilon else (enough, tried)
     return enough
-
-
-def _row_counts(home: Resident) -> dict[str, int]:
-    """Return each client's public number of rows: canaries count, those that a coin left out as well."""
-    held = home.partition
-    counts = {client: len(rows) for client, rows in zip(held.client_ids, held.indices, strict=True)}
-    if home.canaries is not None:
-        for index, client in enumerate(held.client_ids):
-            planted, left_out = home.canaries.of(index)
-            counts[client] += len(planted) + left_out
-    return counts
 
 
 def _dealt(config: RunConfig, clients: Sequence[str]) -> list[int]:

@@ -96,6 +96,7 @@ def _run(config: RunConfig, out: Path, listener: Listener, grid: RayGrid | None)
     if grid is not None and presets_of(config):
         grid.start()
     from fedpeft.clients.app import app
+    from fedpeft.privacy.rows import check_rows
     from fedpeft.resident import resident
     from fedpeft.simulations.driver import drive
     from fedpeft.simulations.grids.inline import InlineGrid
@@ -103,7 +104,7 @@ def _run(config: RunConfig, out: Path, listener: Listener, grid: RayGrid | None)
     if grid is None:
         return drive(config, out, listener, InlineGrid(app, threads=config.simulation.threads_per_worker))
     if not presets_of(config):
-        resident(config).check()
+        check_rows(resident(config))
         grid.start()  # its workers start while this process loads the model
     return drive(config, out, listener, grid)
 

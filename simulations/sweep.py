@@ -196,7 +196,7 @@ def plan_sweep(points: Sequence[Point], config: RunConfig, seeds: int, out: Path
         own = job.config
         # noise is a matter of rows and steps alone, and not of the model
         mechanism = (own.privacy, own.train, own.federation, own.partition)
-        if own.privacy.level != "none" and job.seed == jobs[0].seed and mechanism not in checked:
+        if own.privacy.is_private and job.seed == jobs[0].seed and mechanism not in checked:
             checked.add(mechanism)
             plan_privacy(own, resident(own))
     return jobs

@@ -16,9 +16,9 @@ from fedpeft.adapters.state import AdapterState, num_bytes, role_of
 from fedpeft.config import RunConfig
 from fedpeft.errors import BudgetSpentError, TooFewClientsError
 from fedpeft.privacy.books import Books
+from fedpeft.privacy.levels import level_of
 from fedpeft.resident import Resident, resident
 from fedpeft.runs import Listener, RunDirectory
-from fedpeft.strategies.averaging.private_mean import client_privacy
 from fedpeft.strategies.base import AdapterStrategy
 from fedpeft.strategies.registry import find
 from fedpeft.strategies.rounds.loop import Loop
@@ -73,7 +73,7 @@ def build_strategy(config: RunConfig, home: Resident, client_ids: Mapping[int, s
         ranks=client_ranks(config),
         scaling_of=adapter.scaling_of,
         offset=home.adapted.offset,
-        client_privacy=client_privacy(config),
+        client_privacy=level_of(config.privacy).server_mechanism(config),
         stop_when_spent=config.privacy.on_exhausted == "stop",
     )
     return method(terms=terms, **config.strategy.options)

@@ -9,6 +9,7 @@ from fedpeft.config import AdapterConfig, RunConfig, StrategyConfig, describe
 from fedpeft.config.privacy import Rng
 from fedpeft.errors import ConfigError
 from fedpeft.privacy.checks import check_privacy, with_rng
+from fedpeft.privacy.levels import level_of
 from fedpeft.strategies.averaging.private_mean import require_sums
 from fedpeft.strategies.base import AdapterStrategy
 from fedpeft.strategies.registry import available, find
@@ -33,7 +34,7 @@ def with_typed_options(config: RunConfig, *, rng: Rng = "seeded") -> RunConfig:
     _check_kind(config, method)
     _check_ranks(config, method)
     method.check(parsed, config.adapter)
-    if config.privacy.level == "client":
+    if level_of(config.privacy).server_adds_noise:
         require_sums(method, parsed, config.adapter.ranks or (), able=available().values())
     check_privacy(config)
     config = with_rng(config, rng)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -14,16 +15,40 @@ Level = Literal["none", "record", "client"]
 Rng = Literal["seeded", "secure"]
 
 ANY_LEVEL = frozenset({"level", "delta", "accountant", "canaries"})
-# which level a setting is of, where it is of one only
-RECORD = ("max_grad_norm", "sampling", "public_counts", "sample_rate", "physical_batch_size")
-CLIENT = (
-    *("max_update_norm", "cohort", "adaptive_clipping"),
-    *("clip_quantile", "clip_learning_rate", "clip_count_noise"),
-)
-LEVELS: dict[str, frozenset[Level]] = {
-    **{key: frozenset({"record"}) for key in RECORD},
-    **{key: frozenset({"client"}) for key in CLIENT},
+
+
+@dataclass(frozen=True)
+class LevelSettings:
+    """What the configuration knows of a level; `fedpeft.privacy.levels` knows the rest.
+
+    Parameters
+    ----------
+    unit : str
+        What one neighbour has more than the other, as words; empty where nothing is protected.
+    keys : frozenset of str
+        Settings of ``[privacy]`` that are of this level alone; those of no level are of all that protect something.
+    takes_canaries : bool
+        Whether planted rows can show anything of what it claims.
+    """
+
+    unit: str = ""
+    keys: frozenset[str] = frozenset()
+    takes_canaries: bool = True
+
+
+LEVELS: dict[Level, LevelSettings] = {
+    "none": LevelSettings(),
+    "record": LevelSettings(
+        "row", frozenset({"max_grad_norm", "sampling", "public_counts", "sample_rate", "physical_batch_size"})
+    ),
+    "client": LevelSettings(
+        "client",
+        frozenset({"max_update_norm", "cohort", "adaptive_clipping"})
+        | frozenset({"clip_quantile", "clip_learning_rate", "clip_count_noise"}),
+        takes_canaries=False,
+    ),
 }
+PRIVATE_LEVELS = tuple(level for level, settings in LEVELS.items() if settings.unit)
 
 
 class PrivacyConfig(Section):
@@ -102,17 +127,23 @@ class PrivacyConfig(Section):
         0, ge=0, description="planted rows for `fedpeft privacy audit`, each in the training rows with probability 1/2"
     )
 
+    @property
+    def is_private(self) -> bool:
+        """Whether anything is protected at all."""
+        return bool(LEVELS[self.level].unit)
+
     @model_validator(mode="after")
     def _level_fits(self) -> Self:
         for key in sorted(self.model_fields_set - ANY_LEVEL):
-            value, levels = getattr(self, key), LEVELS.get(key, {"record", "client"})
+            value, levels = getattr(self, key), [level for level in LEVELS if key in LEVELS[level].keys]
+            levels = levels or list(PRIVATE_LEVELS)
             if value != type(self).model_fields[key].default and self.level not in levels:
-                wanted = " or ".join(f"privacy.level={level}" for level in sorted(levels, reverse=True))
+                wanted = " or ".join(f"privacy.level={level}" for level in levels)
                 raise ValueError(
                     f"privacy.{key} = {value} does nothing with privacy.level = '{self.level}'; give {wanted}, or "
                     "drop it"
                 )
-        if self.level != "none" and self.epsilon is None and self.noise_multiplier is None:
+        if self.is_private and self.epsilon is None and self.noise_multiplier is None:
             raise ValueError(
                 f"privacy.level = '{self.level}' needs privacy.epsilon, the budget over all rounds, or "
                 "privacy.noise_multiplier"
@@ -130,7 +161,7 @@ class PrivacyConfig(Section):
 
     @model_validator(mode="after")
     def _rate_is_public(self) -> Self:
-        if self.level == "record" and self.public_counts == (self.sample_rate is not None):
+        if "sample_rate" in LEVELS[self.level].keys and self.public_counts == (self.sample_rate is not None):
             raise ValueError(
                 "privacy.public_counts = false needs privacy.sample_rate, the chance of each row to be in a batch"
                 if self.sample_rate is None
@@ -141,9 +172,10 @@ class PrivacyConfig(Section):
 
     @model_validator(mode="after")
     def _canaries_are_rows(self) -> Self:
-        if self.canaries and self.level == "client":
+        settings = LEVELS[self.level]
+        if self.canaries and not settings.takes_canaries:
             raise ValueError(
-                f"privacy.canaries = {self.canaries} are rows, and privacy.level = 'client' protects whole clients; "
-                "audit privacy.level = 'record' or 'none'"
+                f"privacy.canaries = {self.canaries} are rows, and privacy.level = '{self.level}' protects whole "
+                f"{settings.unit}s; audit privacy.level = 'record' or 'none'"
             )
         return self

@@ -38,6 +38,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fedpeft.errors import PrivacyError
+from fedpeft.privacy.levels import level_of
 from fedpeft.privacy.statement import number, read_statement
 from fedpeft.runs import CANARIES, read_config
 from fedpeft.seeds import generator
@@ -202,10 +203,11 @@ def audit_run(path: Path, guesses: int | None = None) -> Facts:
         A run without canaries, with too few, or whose scores are not written or damaged.
     """
     privacy = read_config(path).privacy
-    if privacy.level == "client":
+    level = level_of(privacy)
+    if not level.settings.takes_canaries:
         raise PrivacyError(
-            f"'{path}' protects whole clients (privacy.level = 'client'), and canaries are rows: audits are for record "
-            "level. Audit a run of privacy.level = 'record' or 'none'."
+            f"'{path}' protects whole {level.unit}s (privacy.level = '{level.name}'), and canaries are rows: audits "
+            "are for record level. Audit a run of privacy.level = 'record' or 'none'."
         )
     if not privacy.canaries:
         raise PrivacyError(

@@ -18,8 +18,9 @@ from fedpeft.errors import BudgetSpentError
 from fedpeft.privacy.accounting import Charge, merged, spent, upper_bound
 from fedpeft.privacy.budget import Budget, Limit, charged
 from fedpeft.privacy.ledger import EVERYBODY, LEDGER, Entry, Ledger
-from fedpeft.privacy.mechanism import record_mechanism
-from fedpeft.privacy.statement import PRIVACY, Facts, state, void
+from fedpeft.privacy.levels import level_of
+from fedpeft.privacy.overlap import InTheClear
+from fedpeft.privacy.statement import NOTHING, PRIVACY, Facts, state, void
 from fedpeft.rounding import as_given
 from fedpeft.runs import RunDirectory, strict_json
 
@@ -59,6 +60,7 @@ class Books:
         self.config, self.directory, self.told = config, directory, told
         self.ledger = Ledger.create(directory.path / LEDGER, "run")
         self.run = directory.path.name
+        self._level = level_of(config.privacy)
         self._examples, self._largest = dict(clients), largest
         self._known: dict[str, Charge] = {}  # one round's charge of each site, as it last told
         self._silent: set[str] = set()
@@ -93,7 +95,7 @@ class Books:
         updates : iterable of ClientUpdate
             Of those whose answers count; what they say of their privacy is looked at.
         """
-        if not self.told or self.config.privacy.level != "record" or server_round <= self._settled:
+        if not (self.told and self._level.clients_add_noise) or server_round <= self._settled:
             return
         self._settled = server_round
         answered = {update.client_id: update for update in updates}
@@ -119,7 +121,7 @@ class Books:
 
     def _assumed(self, client: str) -> Charge | None:
         if not self.config.privacy.public_counts:
-            return record_mechanism(self.config, 0).charge
+            return self._level.charge(self.config, 0)
         return self._known.get(client)
 
     def charges(self, clients: Iterable[str] = ()) -> dict[str, list[Charge]]:
@@ -162,10 +164,7 @@ class Books:
         self,
         clients: Iterable[str] = (),
         kept: Iterable[str] = (),
-        *,
-        held_out: bool = False,
-        scored: int = 0,
-        begun: int = 0,
+        clear: InTheClear = NOTHING,
     ) -> Facts:
         """Write the statement; return it.
 
@@ -175,12 +174,8 @@ class Books:
             All that the server came to know.
         kept : iterable of str
             What stays with each client, by role.
-        held_out : bool
-            Whether test rows were held out of the clients' own source.
-        scored : int
-            Test rows that are training rows too, as far as that is known.
-        begun : int
-            Rows that the adapter began at and that are training rows too, likewise.
+        clear : InTheClear
+            What of the training rows no noise covers.
 
         Raises
         ------
@@ -193,19 +188,17 @@ class Books:
             notes.append(f"whether {which} are among the sites' own rows is known to the sites alone")
         else:
             notes.append(ONE_RUN)
-        if self.told and self.config.privacy.level == "record":
+        if self.told and self._level.clients_add_noise:
             notes.append("this is one run: a site's own ledger adds up all runs on its rows")
         charges, silent = self.charges(clients), sorted(self._silent)
         facts = state(
             self.config,
             charges,
             self._examples,
+            clear,
             notes=notes,
             kept=tuple(kept),
             silent=silent,
-            held_out=held_out,
-            scored=scored,
-            begun=begun,
             largest=self._largest,
         )
         text = json.dumps(strict_json(facts), indent=2, allow_nan=False) + "\n"

@@ -72,13 +72,24 @@ class Canaries:
         return self.rows[own & self.included], int((own & ~self.included).sum())
 
 
-def plant(config: RunConfig, train: EncodedSplit, held: Partition, num_labels: int) -> Canaries:
+def canaries_of(home: Resident) -> Canaries | None:
+    """Return the planted rows, which are no part of the resident rows; None where none are configured."""
+    return home.once(_planted) if home.key.canaries else None
+
+
+def _planted(home: Resident) -> Canaries:
+    return plant(home.config, home.key.canaries, home.data.train, home.partition, len(home.labels))
+
+
+def plant(config: RunConfig, count: int, train: EncodedSplit, held: Partition, num_labels: int) -> Canaries:
     """Make a run's canaries and toss their coins; what is made depends on rows and seed alone.
 
     Parameters
     ----------
     config : RunConfig
-        Gives their number and the seed.
+        Gives the seed, and how long a row may be.
+    count : int
+        How many.
     train : EncodedSplit
         The training rows.
     held : Partition
@@ -91,7 +102,6 @@ def plant(config: RunConfig, train: EncodedSplit, held: Partition, num_labels: i
     ConfigError
         More canaries than training rows, or labels or completions that are all alike.
     """
-    count = config.privacy.canaries
     if count > len(train):
         raise ConfigError(
             f"privacy.canaries = {count}, but there are {len(train)} training rows to copy. "
@@ -195,7 +205,7 @@ def write_scores(path: Path, home: Resident, before: Mapping[str, Tensor], after
     before, after : mapping of str to Tensor
         The adapter that the run began with, and the last one.
     """
-    canaries = home.canaries
+    canaries = canaries_of(home)
     assert canaries is not None
     planted = canaries.split.take(canaries.rows)
     losses = [_losses(home, planted, tensors) for tensors in (before, after)]

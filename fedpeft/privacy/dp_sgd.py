@@ -331,8 +331,6 @@ class PrivateGradients:
         Rows that are worked on at a time; larger batches are split, which changes no sum.
     precision : str
         ``train.precision``.
-    shuffled : int, optional
-        Size of batches that are cut from shuffled rows in place of Poisson sampling: voids the guarantee.
     """
 
     def __init__(
@@ -346,10 +344,9 @@ class PrivateGradients:
         *,
         physical: int,
         precision: str = "fp32",
-        shuffled: int | None = None,
     ) -> None:
         self._engine, self._split, self._rows, self._mechanism = engine, split, rows, mechanism
-        self._randomness, self._physical, self._precision, self._shuffled = randomness, physical, precision, shuffled
+        self._randomness, self._physical, self._precision = randomness, physical, precision
         engine.reset()
         self._clipping = ClippingOptimizer(optimizer, mechanism, randomness)
 
@@ -363,9 +360,9 @@ class PrivateGradients:
                 before = None
 
     def _drawn(self) -> Iterator[Rows]:
-        if self._shuffled is not None:
+        if self._mechanism.shuffled is not None:
             rng = np.random.default_rng(self._randomness.seed())
-            yield from batches(self._rows, self._shuffled, self._mechanism.steps, rng)
+            yield from batches(self._rows, self._mechanism.shuffled, self._mechanism.steps, rng)
             return
         for _ in range(self._mechanism.steps):
             yield self._rows[self._randomness.uniform(len(self._rows)) < self._mechanism.sample_rate]

@@ -67,6 +67,27 @@ LENGTHS = (3, 5, 14, 9)  # of the probe's rows, in words; the last one replaces 
 Gradients = dict[str, Tensor]  # (b, *shape) of each trained tensor
 
 
+def row_engine(home: Resident) -> RowEngine:
+    """Return what gives the resident model's gradients row by row; made once rows are shown independent, and kept.
+
+    Raises
+    ------
+    PrivacyError
+        The model mixes rows, or gives no gradient of each.
+    """
+    return home.once(_proven)
+
+
+def _proven(home: Resident) -> RowEngine:
+    engine = RowEngine(home.adapted)
+    try:
+        prove_independence(home, engine)
+    except BaseException:
+        engine.close()  # who asks again is told again
+        raise
+    return engine
+
+
 def prove_independence(home: Resident, engine: RowEngine) -> None:
     """Show that no row's gradient depends on another row, or refuse the model.
 

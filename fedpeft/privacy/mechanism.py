@@ -41,6 +41,8 @@ class RecordMechanism:
         What the noised sum of a step is divided by: the expected number of rows, never the number drawn.
     max_grad_norm : float
         Bound on the norm of each row's gradient over all trained tensors.
+    shuffled : int, optional
+        Size of batches that are cut from shuffled rows in place of Poisson sampling: voids the guarantee.
     """
 
     noise_multiplier: float
@@ -48,6 +50,7 @@ class RecordMechanism:
     steps: int
     denominator: float
     max_grad_norm: float
+    shuffled: int | None = None
 
     @property
     def charge(self) -> Charge:
@@ -123,4 +126,5 @@ def _record_mechanism(
         assert privacy.epsilon is not None, "the configuration insists on one of them"
         total = steps * (federation.rounds + privacy.spare_rounds)
         noise = calibrate(privacy.epsilon, privacy.delta, rate, total, privacy.accountant)
-    return RecordMechanism(noise, rate, steps, denominator, privacy.max_grad_norm)
+    shuffled = train.batch_size if privacy.sampling == "shuffle" else None
+    return RecordMechanism(noise, rate, steps, denominator, privacy.max_grad_norm, shuffled)

@@ -12,6 +12,7 @@ from fedpeft.config.privacy import Accountant
 from fedpeft.errors import ConfigError, LedgerError, RunDirectoryError
 from fedpeft.privacy.accounting import spent
 from fedpeft.privacy.ledger import EVERYBODY, LEDGER, Entry, read_entries
+from fedpeft.privacy.levels import level_of
 from fedpeft.privacy.statement import Facts, read_statement, state, void
 from fedpeft.rounding import number
 from fedpeft.runs import CONFIG, read_config, strict_json
@@ -72,14 +73,14 @@ def run_spending(run: Path) -> Facts:
         raise RunDirectoryError(f"no run directory and no ledger file (*.jsonl) '{run}'. `fedpeft runs` lists runs.")
     config = read_config(run)
     privacy = config.privacy
-    if privacy.level == "none":
+    if not privacy.is_private:
         raise ConfigError(
             f"'{run}' is not private, and has no ledger: its privacy.level is 'none'. Give `fedpeft simulate` "
             "privacy.level=record, or client."
         )
     statement = read_statement(run)
     held: dict[str, list[Entry]] = {}
-    if privacy.level == "record":
+    if not level_of(privacy).hides_cohort:
         held = {client: [] for client in (statement or {}).get("clients", {})}  # also those who were never asked
     if not (run / LEDGER).exists():
         raise LedgerError(
@@ -117,7 +118,7 @@ def _so_far(config: RunConfig, held: Mapping[str, Sequence[Entry]]) -> Facts:
     """Return the statement of a run that has left none."""
     charges = {client: [entry.charge for entry in entries] for client, entries in held.items()}
     counts: dict[str, int] = {}
-    if config.privacy.level == "client":
+    if level_of(config.privacy).hides_cohort:
         # who they are makes no difference, how many there are is what delta is held against
         everybody = charges.get(EVERYBODY, [])
         charges = {str(client): everybody for client in range(config.federation.clients or 1)}

@@ -13,30 +13,15 @@ from fedpeft.config import RunConfig
 from fedpeft.config.privacy import PrivacyConfig
 from fedpeft.errors import RunDirectoryError
 from fedpeft.privacy.accounting import Charge, Spent, spent
+from fedpeft.privacy.levels import Level, find_level, level_of
+from fedpeft.privacy.overlap import InTheClear
 from fedpeft.rounding import number as number
 
 PRIVACY = "privacy.json"  # in a run directory
+NOTHING = InTheClear()
 Facts = dict[str, Any]
 
-ADJACENCY = {
-    (
-        "record",
-        "",
-    ): "add or remove one row of one client (a row of its data, not a person, who may have several); {counts}",
-    ("client", "poisson"): "add or remove one client with all its rows; the number of clients is public",
-    ("client", "fixed"): "replace one client with all its rows by another; the number of clients is public",
-}
-COUNTS = {
-    True: "row counts are public and held fixed, so that a removed row is one that contributes nothing",
-    False: "sample rate, noise and divisor are fixed publicly, so that row counts show in nothing",
-}
 PUBLIC = ("base model", "tokenizer or image processor", "label set", "test rows", "configuration")
-ADVERSARY = {
-    "record": "a server that keeps to the protocol, the other clients, and whoever sees any adapter of the run; not "
-    "whoever reads a client's own disk, or learns how long its training takes",
-    "client": "the other clients and whoever sees any adapter or record of the run; the SERVER IS TRUSTED: it sees "
-    "single updates, and who took part",
-}
 
 
 def void(privacy: PrivacyConfig) -> list[str]:
@@ -55,13 +40,11 @@ def state(
     config: RunConfig,
     charges: Mapping[str, Sequence[Charge]],
     examples: Mapping[str, int],
+    clear: InTheClear = NOTHING,
     *,
     notes: Sequence[str] = (),
     kept: Sequence[str] = (),
     silent: Sequence[str] = (),
-    held_out: bool = False,
-    scored: int = 0,
-    begun: int = 0,
     largest: int | None = None,
 ) -> Facts:
     """Return a run's statement, as privacy.json holds it.
@@ -74,74 +57,89 @@ def state(
         What was spent on each client, over ALL rounds; clients that were never asked have none.
     examples : mapping of str to int
         Public row counts, where they are public.
+    clear : InTheClear
+        What of the training rows no noise covers.
     notes : sequence of str
         What else qualifies it.
     kept : sequence of str
         What stays with each client, by role.
     silent : sequence of str
         Clients that were asked to train and never said what that cost.
-    held_out : bool
-        Whether test rows were held out of the clients' own source: they are scored in the clear.
-    scored : int
-        Test rows that are training rows too, and scored in the clear all the same.
-    begun : int
-        Rows of ``adapter.init_data`` that are training rows too.
     largest : int, optional
         Rows of the client that has most, where they are known and not public: `examples` then holds none.
     """
-    privacy = config.privacy
-    voided = void(privacy)
-    if silent:
-        voided.append(
-            f"{', '.join(silent)} was asked to train and never answered: what that cost is in its own ledger alone"
-        )
-    found = {client: spent(held, privacy.delta, privacy.accountant) for client, held in charges.items()}
-    epsilons = [found[client].epsilon for client, held in charges.items() if held]  # of those that trained
-    if not voided and math.inf in epsilons:
-        voided.append("privacy.noise_multiplier is too small for any finite epsilon")
-    reasons = list(voided)
-    if privacy.rng != "secure":
-        drawn = "batches" if privacy.level == "record" else "cohorts"
-        worth = "" if voided else "; epsilon is what the mechanism gives with secret randomness (privacy.rng=secure)"
-        reasons.append(f"privacy.rng = 'seeded': whoever knows the seed can replay {drawn} and noise{worth}")
-    if held_out:
-        reasons.append(
-            f"data.test is not given: {config.data.test_fraction:.0%} of data.source were held out as test rows, which "
-            "are scored without noise and have no protection; give data.test with rows that may be public"
-        )
-    if scored:
-        reasons.append(
-            f"{scored} test row{'s are training rows' if scored > 1 else ' is a training row'} too, which are scored "
-            "without noise and have no protection; give data.test with rows that may be public"
-        )
-    if begun:
-        which = (
-            "rows of adapter.init_data are training rows" if begun > 1 else "row of adapter.init_data is a training row"
-        )
-        reasons.append(
-            f"{begun} {which} too, which the adapter begins at without noise; give it rows that may be public"
-        )
-    reasons += _kept(privacy, kept)
+    privacy, level = config.privacy, level_of(config.privacy)
+    words = level.words(config)
+    by_client = {client: spent(each, privacy.delta, privacy.accountant) for client, each in charges.items()}
+    trained = [by_client[client] for client, each in charges.items() if each]
+    epsilons = [each.epsilon for each in trained]
+    voided = _voided(privacy, silent, epsilons)
+    reasons = [*voided, *_replayable(privacy, words.drawn, voided), *_uncovered(config, clear), *level.uncovered(kept)]
+    protected, population = level.protected(config, len(by_client), examples, largest)
     facts: Facts = {
         "level": privacy.level,
         "epsilon_max": None if voided else max(epsilons, default=0.0),
         "epsilon_median": None if voided else statistics.median(epsilons or [0.0]),
         "delta": privacy.delta,
         "accountant": privacy.accountant,
-        "computed_by": sorted({found[client].accountant for client, held in charges.items() if held}),
+        "computed_by": sorted({each.accountant for each in trained}),
         "guarantee": not reasons,
         "reasons": reasons,
-        "adjacency": _adjacency(privacy),
-        "adversary": ADVERSARY[privacy.level],
-        "mechanism": _mechanism(privacy),
-        "sampling": _sampling(config),
-        "public": [*PUBLIC, *_declared(config)],
-        "warnings": [*_warnings(config, _protected(config, len(found), examples, largest)), *notes],
+        "adjacency": words.adjacency,
+        "adversary": level.adversary,
+        "mechanism": words.mechanism,
+        "sampling": words.sampling,
+        "public": [*PUBLIC, *words.declared, *_declared(config)],
+        "warnings": [*_warnings(config, level, protected, population), *notes],
         "rounds": config.federation.rounds,
-        "trained": sum(bool(held) for held in charges.values()),
-        "clients": _clients(privacy, charges, found, examples, voided=bool(voided)),
+        "trained": len(trained),
+        "clients": _clients(privacy, charges, by_client, examples, voided=bool(voided)),
     }
     return facts | {"statement": paragraph(facts)}
+
+
+def _voided(privacy: PrivacyConfig, silent: Sequence[str], epsilons: Sequence[float]) -> list[str]:
+    """Return why no epsilon can be stated of a run, given what came of it."""
+    reasons = void(privacy)
+    if silent:
+        reasons.append(
+            f"{', '.join(silent)} was asked to train and never answered: what that cost is in its own ledger alone"
+        )
+    if not reasons and math.inf in epsilons:
+        reasons.append("privacy.noise_multiplier is too small for any finite epsilon")
+    return reasons
+
+
+def _replayable(privacy: PrivacyConfig, drawn: str, voided: Sequence[str]) -> list[str]:
+    if privacy.rng == "secure":
+        return []
+    worth = "" if voided else "; epsilon is what the mechanism gives with secret randomness (privacy.rng=secure)"
+    return [f"privacy.rng = 'seeded': whoever knows the seed can replay {drawn} and noise{worth}"]
+
+
+def _uncovered(config: RunConfig, clear: InTheClear) -> list[str]:
+    """Return what no noise covers of the rows themselves."""
+    reasons = []
+    if clear.held_out:
+        reasons.append(
+            f"data.test is not given: {config.data.test_fraction:.0%} of data.source were held out as test rows, which "
+            "are scored without noise and have no protection; give data.test with rows that may be public"
+        )
+    if clear.scored:
+        reasons.append(
+            f"{clear.scored} test row{'s are training rows' if clear.scored > 1 else ' is a training row'} too, which "
+            "are scored without noise and have no protection; give data.test with rows that may be public"
+        )
+    if clear.begun:
+        which = (
+            "rows of adapter.init_data are training rows"
+            if clear.begun > 1
+            else "row of adapter.init_data is a training row"
+        )
+        reasons.append(
+            f"{clear.begun} {which} too, which the adapter begins at without noise; give it rows that may be public"
+        )
+    return reasons
 
 
 def _clients(
@@ -153,7 +151,7 @@ def _clients(
     voided: bool,
 ) -> dict[str, Facts]:
     """Return what each client spent; where counts are private, that is in the client's own ledger only."""
-    if privacy.level == "record" and not privacy.public_counts:
+    if not level_of(privacy).lists_clients(privacy):
         return {}
     rows: dict[str, Facts] = {}
     for client, held in charges.items():
@@ -171,92 +169,25 @@ def _clients(
     return rows
 
 
-def _adjacency(privacy: PrivacyConfig) -> str:
-    kind = (privacy.level, "" if privacy.level == "record" else privacy.cohort)
-    return ADJACENCY[kind].format(counts=COUNTS[privacy.public_counts])
-
-
-def _mechanism(privacy: PrivacyConfig) -> str:
-    if privacy.level == "record":
-        return (
-            f"DP-SGD at every client: each row's gradient over all trained tensors together clipped to "
-            f"{privacy.max_grad_norm:g}, Gaussian noise on the sum, at every step, also where its batch is empty"
-        )
-    moving = ", moved along by a noised quantile whose cost is included" if privacy.adaptive_clipping else ""
-    return (
-        f"each client's whole update clipped to {privacy.max_update_norm:g}{moving}; uniform weights; Gaussian noise "
-        "on the sum, in every round, also where nobody answers; divided by the public size of a cohort"
-    )
-
-
-def _sampling(config: RunConfig) -> str:
-    privacy = config.privacy
-    if privacy.level == "record":
-        drawn = "Poisson sampling of rows" if privacy.sampling == "poisson" else "shuffled rows"
-        return f"{drawn}; every round that a client was asked in is charged in full"
-    if privacy.cohort == "poisson":
-        return f"Poisson sampling of clients with chance {config.federation.fraction:g}, kept secret"
-    return "fixed cohorts: no amplification, every client is taken to be in every round, at twice the sensitivity"
-
-
 def _declared(config: RunConfig) -> list[str]:
-    declared = []
-    if config.privacy.level == "client":
-        declared.append("number of clients")
-    elif config.privacy.public_counts:
-        declared.append("row counts of the clients")
-    if config.adapter.init_data is not None:
-        declared.append(f"adapter.init_data ({Path(config.adapter.init_data).name})")
-    return declared
+    given = config.adapter.init_data
+    return [] if given is None else [f"adapter.init_data ({Path(given).name})"]
 
 
-def _protected(config: RunConfig, clients: int, examples: Mapping[str, int], largest: int | None) -> int:
-    """Return the number that delta is held against; 0 where nothing is known of it."""
-    privacy = config.privacy
-    if privacy.level == "client":
-        return clients
-    known = [*examples.values(), *([] if largest is None else [largest])]
-    if not known and privacy.sample_rate:
-        # what is public says how many rows a client is thought to have
-        known.append(round(config.train.batch_size / privacy.sample_rate))
-    return max(known, default=0)
-
-
-def _warnings(config: RunConfig, protected: int) -> list[str]:
+def _warnings(config: RunConfig, level: Level, protected: int, population: str) -> list[str]:
     """Return what an expert would ask about."""
-    privacy = config.privacy
-    unit = "client" if privacy.level == "client" else "row"
+    privacy, unit = config.privacy, level.unit
     warnings = []
-    if protected and privacy.delta * protected >= 1 and unit == "row" and not privacy.public_counts:
+    if protected and privacy.delta * protected >= 1:
+        smaller = f"privacy.delta below 1/{protected}" if level.lists_clients(privacy) else "a smaller privacy.delta"
         warnings.append(
-            f"delta = {privacy.delta:g} is not below 1/n for the rows of the largest client, whose number is not told"
-            ": releasing one row in the clear would satisfy it; set a smaller privacy.delta"
+            f"delta = {privacy.delta:g} is not below 1/n for {population}: releasing one {unit} in the clear would "
+            f"satisfy it; set {smaller}"
         )
-    elif protected and privacy.delta * protected >= 1:
-        whose = "" if unit == "client" else " of the largest client"
-        warnings.append(
-            f"delta = {privacy.delta:g} is not below 1/n for the {protected} {unit}s{whose}: releasing one {unit} in "
-            f"the clear would satisfy it; set privacy.delta below 1/{protected}"
-        )
-    if privacy.level == "record" and config.train.precision == "bf16":
-        warnings.append(
-            "train.precision = 'bf16': a long row widens the padding of its batch, which may change how the others are "
-            "rounded"
-        )
+    warnings += level.warnings(config)
     if privacy.canaries:
         warnings.append(f"{privacy.canaries} false rows were planted for an audit: the adapter is not for use")
     return warnings
-
-
-def _kept(privacy: PrivacyConfig, kept: Sequence[str]) -> list[str]:
-    """Return what noise on a sum does not reach: DP-SGD does, since it covers all that a client trains."""
-    if privacy.level != "client" or not kept:
-        return []
-    what = " and ".join(kept)
-    return [
-        f"{what} stays with each client and is covered by no noise: neither it, nor scores of models that hold it "
-        "(clients/, test scores), may be shown to anybody else, and they are records of this run"
-    ]
 
 
 def paragraph(facts: Mapping[str, Any]) -> str:
@@ -267,7 +198,8 @@ def paragraph(facts: Mapping[str, Any]) -> str:
     facts : mapping
         See `state`.
     """
-    unit = "row" if facts["level"] == "record" else "client"
+    level = find_level(facts["level"])
+    unit = level.unit
     if facts["epsilon_max"] is None:
         return f"No guarantee, and no epsilon: {'; '.join(facts['reasons'])}."
     if not facts["trained"]:
@@ -284,18 +216,10 @@ def paragraph(facts: Mapping[str, Any]) -> str:
         f"Sampling: {facts['sampling']}.",
         f"Accountant: {_accountants(facts)}, composed over every step that was charged, repeats included.",
         f"Public: {', '.join(facts['public'])}.",
-        f"Assumed: Gaussians in floating point are as good as real ones, {_independent(facts)}and the clients run this "
-        "code.",
+        f"Assumed: Gaussians in floating point are as good as real ones, {level.assumed}and the clients run this code.",
         *(f"Warning: {warning}." for warning in facts["warnings"]),
     ]
     return " ".join(sentences)
-
-
-def _independent(facts: Mapping[str, Any]) -> str:
-    """Say what the proof of independence cannot exclude; see `fedpeft.privacy.independence`."""
-    if facts["level"] != "record":
-        return ""
-    return "the model keeps a batch's rows apart as it did for rows that were made up, "
 
 
 def _found(facts: Mapping[str, Any], wrong: float = 0.01) -> str:

@@ -28,7 +28,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -40,8 +39,9 @@ from fedpeft.errors import PrivacyError
 from fedpeft.privacy.accounting import Charge, gaussian_epsilon, spent
 from fedpeft.privacy.audit import CONFIDENCE, Facts
 from fedpeft.privacy.dp_sgd import PrivateGradients
-from fedpeft.privacy.independence import probing
-from fedpeft.privacy.mechanism import RecordMechanism, record_mechanism
+from fedpeft.privacy.independence import probing, row_engine
+from fedpeft.privacy.levels import level_of
+from fedpeft.privacy.mechanism import RecordMechanism
 from fedpeft.privacy.randomness import Randomness, secure, seeded
 from fedpeft.privacy.statement import read_statement
 from fedpeft.resident import Resident, resident
@@ -118,16 +118,16 @@ class Auditor:
         self, home: Resident, mechanism: RecordMechanism, rows: NDArray[np.int64], randomness: Randomness
     ) -> None:
         self._rows, self._mechanism = rows, mechanism
-        privacy, train = home.config.privacy, home.config.train
+        train = home.config.train
         self._parameters = home.adapted.begin_training(home.adapted.trained)
         self._gradients = PrivateGradients(
-            home.row_engine,
+            row_engine(home),
             home.data.train,
             rows,
             mechanism,
             randomness,
             torch.optim.SGD(self._parameters, lr=train.learning_rate),
-            physical=privacy.physical_batch_size or 2 * train.batch_size,
+            physical=home.physical_rows,
             precision=train.precision,
         )
 
@@ -191,7 +191,7 @@ def audit_steps(home: Resident, config: RunConfig, pairs: int = PAIRS, draws: in
     held = home.partition
     index = max(range(len(held.client_ids)), key=lambda client: len(held.indices[client]))
     client, rows = held.client_ids[index], held.indices[index]
-    mechanism = record_mechanism(config, len(rows))
+    mechanism = level_of(config.privacy).client_mechanism(config, len(rows))
     if mechanism.noise_multiplier == 0:
         raise PrivacyError(
             "privacy.noise_multiplier = 0 adds no noise, and nothing is claimed that could be broken; audit a run with "
@@ -199,7 +199,7 @@ def audit_steps(home: Resident, config: RunConfig, pairs: int = PAIRS, draws: in
         )
     seed = config.run.seed
     randomness = seeded(seed, "white-box audit") if config.privacy.rng == "seeded" else secure()
-    _ = home.row_engine  # proves what it proves before anything is moved
+    row_engine(home)  # proves what it proves before anything is moved
     with probing(home.adapted, seed):
         auditor = Auditor(home, mechanism, rows, randomness)
         rng = generator(seed, "white-box batches")
@@ -235,27 +235,32 @@ def white_box_audit(path: Path, draws: int = DRAWS) -> Facts:
     """
     config = read_config(path)
     privacy = config.privacy
-    if privacy.level != "record":
+    if not level_of(privacy).clients_add_noise:
         raise PrivacyError(
             f"'{path}' has privacy.level = '{privacy.level}', and --white-box looks at sums of rows' gradients. Audit "
             "a run of privacy.level = 'record'."
         )
     if draws < 10:
         raise PrivacyError(f"--draws {draws} is too few to show anything; give 10 or more, such as {DRAWS}.")
-    claimed = (read_statement(path) or {}).get("epsilon_max")
     shown, client, round_charge = audit_steps(resident(config), config, draws=draws)
-    claimed_mu = 1.0 / round_charge.noise_multiplier
-    broken = shown.mu > claimed_mu
+    return {
+        "run": str(path),
+        "white_box": True,
+        "client": client,
+        "claimed_epsilon": (read_statement(path) or {}).get("epsilon_max"),
+        **_compared(config, shown, round_charge),
+    }
+
+
+def _compared(config: RunConfig, shown: Shown, round_charge: Charge) -> Facts:
+    """Hold what is shown of a step against what is claimed of it, and of all rounds."""
+    privacy, claimed_mu = config.privacy, 1.0 / round_charge.noise_multiplier
 
     def planned(mu: float) -> float:
         steps = round_charge.steps * config.federation.rounds
         return spent([Charge(1.0 / mu, round_charge.sample_rate, steps)], privacy.delta, privacy.accountant).epsilon
 
-    facts: dict[str, Any] = {
-        "run": str(path),
-        "white_box": True,
-        "client": client,
-        "claimed_epsilon": claimed,
+    return {
         "delta": privacy.delta,
         "confidence": CONFIDENCE,
         "pairs": PAIRS,
@@ -271,9 +276,9 @@ def white_box_audit(path: Path, draws: int = DRAWS) -> Facts:
         "step_epsilon_lower_bound": gaussian_epsilon(shown.mu, privacy.delta) if shown.mu else 0.0,
         "planned_epsilon": planned(claimed_mu),
         "epsilon_lower_bound": planned(shown.mu) if shown.mu else 0.0,
-        "violated": broken,
+        "violated": shown.mu > claimed_mu,
+        "meaning": _meaning(shown, claimed_mu),
     }
-    return facts | {"meaning": _meaning(shown, claimed_mu)}
 
 
 def _meaning(shown: Shown, claimed_mu: float) -> str:

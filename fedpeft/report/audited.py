@@ -9,14 +9,15 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from fedpeft.privacy.audit import downwards
+from fedpeft.privacy.levels import find_level
 from fedpeft.report.layout import pairs
 from fedpeft.rounding import number
 
 
 def audit_view(facts: Mapping[str, Any]) -> RenderableType:
     """Lay out what `fedpeft.privacy.audit.audit_run` returns."""
-    claimed, level = facts["claimed_epsilon"], facts["level"]
-    why = "privacy.level = none" if level == "none" else "see privacy.json"
+    claimed, level = facts["claimed_epsilon"], find_level(facts["level"])
+    why = "see privacy.json" if level.unit else f"privacy.level = {level.name}"
     rows = [
         ("claimed epsilon", f"none ({why})" if claimed is None else f"{number(claimed)} for each row"),
         ("delta", f"{facts['delta']:g}"),

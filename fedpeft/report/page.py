@@ -19,6 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from fedpeft import tasks
 from fedpeft.config import RunConfig
+from fedpeft.privacy.levels import level_of
 from fedpeft.privacy.statement import PRIVACY
 from fedpeft.report.formats import NONE, duration, finite, number, size
 from fedpeft.report.history import ERRORS, History, domain_scores, worst
@@ -228,7 +229,7 @@ def _cards(config: RunConfig, history: History, statement: Mapping[str, Any]) ->
         if isinstance(spread, Mapping) and isinstance(spread.get(metric), Mapping):
             tenth, mean_client = spread[metric].get("worst_tenth"), spread[metric].get("mean")
             cards.append(("worst tenth of clients", number(tenth), f"mean over clients {number(mean_client)}"))
-    if config.privacy.level != "none":
+    if config.privacy.is_private:
         cards.append(_epsilon_card(config, history, statement))
     cards.append(("rounds", f"{history.done} / {config.federation.rounds}", history.state))
     if history.is_counted:
@@ -256,7 +257,7 @@ def _epsilon_card(config: RunConfig, history: History, statement: Mapping[str, A
 
 
 def _privacy(config: RunConfig, history: History, statement: Mapping[str, Any]) -> View:
-    if config.privacy.level == "none":
+    if not config.privacy.is_private:
         return View("Privacy", (), ())
     told = statement or history.privacy or {}
     text = str(told.get("statement") or f"{UNSTATED} {UNFINISHED if history.end is None else ''}".strip())
@@ -268,7 +269,7 @@ def _privacy(config: RunConfig, history: History, statement: Mapping[str, Any]) 
         noise, rate = (_short(facts.get(key)) for key in ("noise_multiplier", "sample_rate"))
         held = (_whole(facts.get(key)) for key in ("steps", "examples"))
         rows.append((str(name), epsilon(facts.get("epsilon")), noise, rate, *held))
-    if config.privacy.level == "client" and len(rows) > 1 and len({row[1:] for row in rows}) == 1:
+    if level_of(config.privacy).hides_cohort and len(rows) > 1 and len({row[1:] for row in rows}) == 1:
         rows = [(f"all {len(rows)} clients", *rows[0][1:])]
     headers = ("client", "epsilon", "noise multiplier", "sample rate", "steps", "rows")
     return View("Privacy", headers, tuple(rows), text=text)
@@ -342,7 +343,7 @@ def _clients(config: RunConfig, history: History) -> View:
             cells.append(number(finite(of_client.get(metric)) if isinstance(of_client, Mapping) else None))
         rows.append(tuple(cells))
     note = "Loss and time are those of the client's latest good round."
-    if config.privacy.level != "none" and not config.privacy.release_metrics:
+    if config.privacy.is_private and not config.privacy.release_metrics:
         note = "Loss and time are not sent: the clients' privacy covers them."
     return View("Clients", tuple(headers), tuple(rows), note)
 

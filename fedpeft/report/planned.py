@@ -11,6 +11,7 @@ from rich.text import Text
 
 from fedpeft import tasks
 from fedpeft.jsons import strict_json
+from fedpeft.privacy.levels import level_of
 from fedpeft.report.formats import NONE, size
 from fedpeft.report.holdings import rows_summary
 from fedpeft.report.layout import as_typed, cell, new_table, pairs
@@ -177,7 +178,7 @@ def dry_run_table(planned: DryRun) -> RenderableType:
         ("a client moves", f"{size(up)} up and {size(down)} down a round{at_rank}"),
         *([("", CATCH_UP)] if planned.changes_base else []),
         ("in all", f"{size(planned.total_bytes)} for {federation.rounds} rounds"),
-        *([] if planned.privacy is None else planned_rows(planned.privacy, config.privacy)),
+        *([] if planned.privacy is None else planned_rows(planned.privacy, config)),
         ("seed", config.run.seed),
     ]
     parts: list[RenderableType] = [pairs(facts)]
@@ -192,7 +193,7 @@ def dry_run_table(planned: DryRun) -> RenderableType:
 def _cohorts(planned: DryRun) -> str:
     """Say how many clients take part in a round."""
     privacy, clients = planned.config.privacy, len(planned.client_rows)
-    if privacy.level == "client" and privacy.cohort == "poisson":
+    if level_of(privacy).secret_cohort(privacy):
         expected = planned.config.federation.fraction * clients  # each by its own coin, whatever min_clients
         return f"each with {expected:.4g} of {clients} clients on average (Poisson)"
     return f"with {planned.cohort} of {clients} clients each"

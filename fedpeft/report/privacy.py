@@ -8,17 +8,18 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from fedpeft.privacy.levels import find_level
 from fedpeft.report.formats import NONE, finite, one_line
 from fedpeft.report.layout import cell, new_table, pairs
 from fedpeft.rounding import as_given, number
 
 if TYPE_CHECKING:
+    from fedpeft.config import RunConfig
     from fedpeft.config.privacy import PrivacyConfig
 
 Facts = Mapping[str, Any]
 LONGEST = 10_000  # characters of a statement
 ANALYTIC = "the analytic Gaussian"  # where everybody takes part in every step
-ADAPTIVE = "adaptive: the norm follows a noised quantile of the updates' norms, whose cost is included"
 EVERYONE = "all clients"  # of whom a client-level run keeps one account
 
 
@@ -70,53 +71,39 @@ def spread(values: Sequence[float], digits: str = ".4g") -> str:
 # --- before a run ------------------------------------------------------------------------------------------------
 
 
-def planned_rows(facts: Facts, privacy: PrivacyConfig) -> list[tuple[str, str]]:
+def planned_rows(facts: Facts, config: RunConfig) -> list[tuple[str, str]]:
     """Return what a dry run says of privacy, as names and words.
 
     Parameters
     ----------
     facts : mapping
         See `fedpeft.simulations.plan.plan_privacy`.
-    privacy : PrivacyConfig
+    config : RunConfig
         The run's.
     """
     source = (
         "as given" if facts["calibrated_to"] is None else f"calibrated to epsilon {as_given(facts['calibrated_to'])}"
     )
     promise = "yes, if randomness stays secret" if facts["guarantee"] else f"none: {'; '.join(facts['reasons'])}"
+    words = find_level(facts["level"]).words(config)
+    sums = words.sums.format(steps=spread(facts["steps"], "d"), chance=spread(facts["sample_rate"]))
     return [
         ("privacy", f"{facts['level']} level"),
         ("noise", f"multiplier {spread(facts['noise_multiplier'])}, {source}"),
-        ("", _planned_sums(facts, privacy)),
-        *([("clipping", ADAPTIVE)] if privacy.level == "client" and privacy.adaptive_clipping else []),
-        ("epsilon", _planned_epsilon(facts, privacy)),
+        ("", sums),
+        *([("clipping", words.clipping)] if words.clipping else []),
+        ("epsilon", _planned_epsilon(facts, config.privacy, words.whose)),
         ("randomness", facts["rng"]),
         ("guarantee", promise),
         *(("warning", warning) for warning in facts["warnings"]),
     ]
 
 
-def _planned_sums(facts: Facts, privacy: PrivacyConfig) -> str:
-    """Say how often noise is added, and who is in what it is added to."""
-    total, chance = spread(facts["steps"], "d"), spread(facts["sample_rate"])
-    if facts["level"] == "record":
-        return f"{total} noised steps a client in all; each row is in each of them with chance {chance}"
-    if privacy.cohort == "fixed":
-        return (
-            f"{total} noised sums, accounted as if every client were in each (fixed cohort: no amplification, twice "
-            "the sensitivity)"
-        )
-    return f"{total} noised sums; each client is in each of them with chance {chance}"
-
-
-def _planned_epsilon(facts: Facts, privacy: PrivacyConfig) -> str:
+def _planned_epsilon(facts: Facts, privacy: PrivacyConfig, whose: str) -> str:
     """Say what a run would spend at most, and on whom."""
     if finite(facts["epsilon_max"]) is None:
         return "none can be stated"
     spent = f"{epsilon(facts['epsilon_max'])} at delta {facts['delta']:g} ({accountants(facts)})"
-    whose = "if every client takes part in every round"
-    if facts["level"] == "client":
-        whose = "for every client, whoever took part"
     spare = privacy.spare_rounds if facts["calibrated_to"] is not None else 0
     repeats = "repeat" if spare == 1 else "repeats"
     return f"{spent}, {whose}" + (f" (the rest is kept for {spare} {repeats}: privacy.spare_rounds)" if spare else "")
@@ -129,11 +116,12 @@ def ledger_table(facts: Facts) -> RenderableType:
     """Lay out what `fedpeft.privacy.spending` returns of a run, or of a site's ledger."""
     by = "client" if "clients" in facts else "run"
     entries = facts[f"{by}s"]
+    one_account = "level" in facts and find_level(facts["level"]).hides_cohort  # of a site's ledger no level is known
     columns = ("epsilon", "noise", "sample rate", "steps", "messages", "rounds")
     table = new_table(by, *columns, right=columns, whole=columns)
     for each in entries:
         table.add_row(
-            cell(EVERYONE if facts.get("level") == "client" else each[by], "bold cyan"),
+            cell(EVERYONE if one_account else each[by], "bold cyan"),
             cell(epsilon(each["epsilon"]), "bold green"),
             cell(_range(each["noise_multiplier"])),
             cell(_range(each["sample_rate"])),

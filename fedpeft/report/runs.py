@@ -91,7 +91,7 @@ def _run_facts(path: Path, now: float) -> Facts:
 def _privacy(config: RunConfig, history: History) -> Facts:
     """Return what the run stated at its end of its privacy, if it is private."""
     told = history.privacy
-    if config.privacy.level == "none" or told is None:
+    if not config.privacy.is_private or told is None:
         return {}
     return {
         "level": config.privacy.level,

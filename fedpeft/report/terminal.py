@@ -123,7 +123,7 @@ class TerminalListener:
         next_commands: Sequence[str] | None = None,
     ) -> None:
         self.config = config
-        self.private = config.privacy.level != "none"
+        self.private = config.privacy.is_private
         if next_commands is None:
             next_commands = PRIVATE_COMMANDS if self.private else NEXT_COMMANDS
         self.next_commands = tuple(next_commands)

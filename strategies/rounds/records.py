@@ -16,6 +16,7 @@ from fedpeft.jsons import to_json
 from fedpeft.privacy.accounting import Charge
 from fedpeft.privacy.books import Books
 from fedpeft.privacy.canaries import write_scores
+from fedpeft.privacy.overlap import in_the_clear
 from fedpeft.privacy.statement import PRIVACY
 from fedpeft.resident import Resident
 from fedpeft.runs import ADAPTER, Event, Listener, RunDirectory, folder_name
@@ -205,13 +206,7 @@ class Spending(Watcher):
         """Write the statement of what was spent; without it no epsilon is claimed."""
         clients, personal = self.facts()
         try:
-            facts = self.books.close(
-                clients,
-                personal,
-                held_out=self.home.holds_out_test_rows,
-                scored=self.home.scored_training_rows,
-                begun=self.home.initial_training_rows,
-            )
+            facts = self.books.close(clients, personal, in_the_clear(self.home))
         except OSError as failed:
             problem = f"no {PRIVACY}: {failed.strerror or failed}"
             self.journal.warn(self.rounds, problem)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fedpeft.adapters.state import A_SUFFIX, LoraFactors
-from fedpeft.strategies.averaging.private_mean import ClientPrivacy
+from fedpeft.privacy.client_mechanism import ClientPrivacy
 
 
 @dataclass(frozen=True)

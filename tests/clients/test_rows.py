@@ -129,7 +129,8 @@ def test_an_image_that_cannot_be_opened_is_such_a_row(tiny_vit: Path, image_fold
     pq.write_table(pa.table({"image": images, "label": ["dark", "light"] * 3}), path)
     settings = {"model.name": str(tiny_vit), "model.task": "image-classification", "data.labels": "dark,light"}
     private = {"privacy.level": "record", "privacy.noise_multiplier": 1.0, "adapter.rank": 2}
-    home = Resident(resolve([nest({**settings, **private})]))
+    config = resolve([nest({**settings, **private})])
+    home = Resident(config)
     rows = client_rows(home, {"data": str(path)})
     assert (len(rows.split), rows.num_examples) == (5, 6)
     folder = shutil.copytree(image_folder, tmp_path / "images")
@@ -138,7 +139,7 @@ def test_an_image_that_cannot_be_opened_is_such_a_row(tiny_vit: Path, image_fold
         shutil.copy(next(image_folder.rglob("*.png")), folder / name)
         rows = client_rows(home, {"data": str(folder), "client-id": name})
         assert rows.left_out == number + 1, name
-        home = Resident(home.config)
+        home = Resident(config)
 
 
 def test_without_record_level_privacy_the_error_stays(private: RunConfig, text_config: Make, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from fedpeft.config import RunConfig, TrainConfig, nest, resolve
 from fedpeft.errors import ConfigError, DataError, ModelError, PrivacyError, RunDirectoryError, TooFewClientsError
 from fedpeft.report.terminal import TerminalListener
 from fedpeft.rescoring import rescore
-from fedpeft.resident import _resident
+from fedpeft.resident import _held
 from fedpeft.runs import Event, read_config, read_events
 from fedpeft.simulations.simulate import simulate
 from tests.conftest import WatchedWorkers
@@ -168,11 +168,11 @@ def test_base_and_rows_are_made_once_in_a_process(
     monkeypatch.setattr(fedpeft.data.tokens, "tokenise", lambda *args: tokenised.append(args) or tokenise(*args))
     # what it makes up and tokenises, to see that model and tokenizer agree, are no rows
     monkeypatch.setattr(fedpeft.resident, "agree", lambda *args: None)
-    _resident.cache_clear()
+    _held.clear()
     simulate(text_config(federation__rounds=4, data__max_length=31), tmp_path / "run")
     assert len(loads) == 1
     assert len(tokenised) == 1
-    _resident.cache_clear()
+    _held.clear()
     simulate(text_config(federation__rounds=1, data__max_length=31), tmp_path / "again")
     assert len(tokenised) == 1
 

@@ -19,8 +19,9 @@ from fedpeft.data.splits import EncodedSplit
 from fedpeft.deployment import init_app, split_run_config, write_app
 from fedpeft.errors import ConfigError, DeploymentError
 from fedpeft.privacy.audit import audit_run
-from fedpeft.privacy.canaries import Canaries
-from fedpeft.resident import Resident, _resident
+from fedpeft.privacy.canaries import Canaries, canaries_of
+from fedpeft.privacy.rows import check_rows
+from fedpeft.resident import Resident, _held
 from fedpeft.runs import Event, read_events
 from fedpeft.simulations.simulate import simulate
 
@@ -60,8 +61,9 @@ def image_config(tiny_vit: Path, image_folder: Path) -> RunConfig:
 
 
 def planted(home: Resident) -> Canaries:
-    assert home.canaries is not None
-    return home.canaries
+    canaries = canaries_of(home)
+    assert canaries is not None
+    return canaries
 
 
 def client(home: Resident, index: int) -> ClientRows:
@@ -175,7 +177,7 @@ def test_a_client_trains_on_included_canaries_and_counts_all_of_them(text_config
 
 def test_without_canaries_a_client_has_its_share_and_nothing_else(text_config: Make) -> None:
     home = Resident(text_config())
-    assert home.canaries is None
+    assert canaries_of(home) is None
     rows = client(home, 1)
     assert rows.split is home.data.train
     assert rows.indices is home.partition.indices[1]
@@ -193,7 +195,7 @@ def test_rows_that_cannot_be_made_wrong_are_refused(pairs_config: Make, tmp_path
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     home = Resident(pairs_config(data__source=str(tmp_path / "pairs.jsonl")))
     with pytest.raises(ConfigError, match="one completion"):
-        home.check()
+        check_rows(home)
 
 
 def test_deployments_refuse_canaries(text_config: Make, text_csv: Path, tmp_path: Path) -> None:
@@ -268,7 +270,7 @@ def test_rows_are_tokenised_once_for_runs_with_and_without_canaries(
     monkeypatch.setattr(fedpeft.data.tokens, "tokenise", lambda *args: tokenised.append(args) or tokenise(*args))
     # what it makes up and tokenises, to see that model and tokenizer agree, are no rows
     monkeypatch.setattr(fedpeft.resident, "agree", lambda *args: None)
-    _resident.cache_clear()
+    _held.clear()
     simulate(text_config(federation__rounds=1, data__max_length=29), tmp_path / "plain")
     simulate(text_config(federation__rounds=1, data__max_length=29, privacy__canaries=12), tmp_path / "planted")
     assert len(tokenised) == 1

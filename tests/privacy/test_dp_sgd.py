@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from fedpeft.config import RunConfig, nest, resolve
 from fedpeft.errors import PrivacyError
 from fedpeft.privacy.dp_sgd import PrivateGradients, RowEngine
+from fedpeft.privacy.independence import row_engine
 from fedpeft.privacy.mechanism import RecordMechanism
 from fedpeft.privacy.randomness import secure, seeded
 from fedpeft.resident import Resident
@@ -50,7 +51,7 @@ def homes(
             for name in adapted.trained:
                 parameter = adapted.parameter(name)
                 parameter.data += 0.1 * torch.randn_like(parameter)
-            assert made[task, kind].row_engine is made[task, kind].row_engine
+            assert row_engine(made[task, kind]) is row_engine(made[task, kind])
         return made[task, kind]
 
     return home
@@ -67,7 +68,7 @@ def private(
     rows = np.arange(len(home.data.train), dtype=np.int64)
     optimizer = torch.optim.SGD(parameters, lr=0.1)
     return parameters, PrivateGradients(
-        home.row_engine, home.data.train, rows, mechanism, seeded(seed, "t"), optimizer, physical=physical
+        row_engine(home), home.data.train, rows, mechanism, seeded(seed, "t"), optimizer, physical=physical
     )
 
 
@@ -143,7 +144,7 @@ def test_a_row_whose_gradient_is_not_finite_counts_as_zero(homes: Callable[[str,
     mechanism = RecordMechanism(0.0, 0.5, 1, 1.0, 0.5)
     parameters, gradients = private(home, mechanism)
     expected = oracle(home, parameters, [1], 0.5)
-    home.row_engine.backward(home.data.train.batch([0, 1]), "fp32")
+    row_engine(home).backward(home.data.train.batch([0, 1]), "fp32")
     for parameter in parameters:
         parameter.grad_sample[0] = float("nan")  # type: ignore[attr-defined]
     gradients._clipping.pre_step()
@@ -160,8 +161,8 @@ def test_batches_are_poisson_samples(source: Callable[[], Any], homes: Callable[
     mechanism = RecordMechanism(1.0, 0.1, 2000, 8.0, 1.0)
     parameters = home.adapted.begin_training(home.adapted.trained)
     optimizer = torch.optim.SGD(parameters, lr=0.0)
-    home.row_engine.has_moved = True
-    drawn = PrivateGradients(home.row_engine, home.data.train, rows, mechanism, source(), optimizer, physical=8)
+    row_engine(home).has_moved = True
+    drawn = PrivateGradients(row_engine(home), home.data.train, rows, mechanism, source(), optimizer, physical=8)
     batches = list(drawn.batches())
     sizes = np.array([len(batch) for batch in batches])
     assert sizes.mean() == pytest.approx(8.0, abs=0.4)
@@ -182,7 +183,7 @@ def test_training_privately_moves_every_trained_tensor_and_repeats_to_the_byte(
         rows = home.partition.indices[0]
         mechanism = RecordMechanism(1.0, 0.2, 3, 0.2 * len(rows), 1.0)
         make = lambda optimizer, rows=rows, mechanism=mechanism: PrivateGradients(  # noqa: E731
-            home.row_engine, home.data.train, rows, mechanism, seeded(0, "t"), optimizer, physical=4
+            row_engine(home), home.data.train, rows, mechanism, seeded(0, "t"), optimizer, physical=4
         )
         train = home.config.train.model_copy(update={"local_steps": 3, "proximal_mu": 0.1})
         done = train_locally(
@@ -203,7 +204,7 @@ def test_a_proximal_term_keeps_its_gradient(homes: Callable[[str, str], Resident
         adapted.load(adapted.initial, adapted.scaling)
         mechanism = RecordMechanism(3.0, 0.2, 12, 4.0, 1.0)
         make = lambda optimizer, mechanism=mechanism: PrivateGradients(  # noqa: E731
-            home.row_engine, home.data.train, rows, mechanism, seeded(0, "t"), optimizer, physical=4
+            row_engine(home), home.data.train, rows, mechanism, seeded(0, "t"), optimizer, physical=4
         )
         update = {"local_steps": 12, "proximal_mu": mu, "optimizer": "sgd", "learning_rate": 0.1}
         train = home.config.train.model_copy(update=update)
@@ -227,7 +228,7 @@ def test_frozen_factors_of_a_round_do_not_disturb_the_hooks(homes: Callable[[str
         mechanism = RecordMechanism(0.0, 0.5, 1, 1.0, 1e6)
         rows = np.arange(8, dtype=np.int64)
         gradients = PrivateGradients(
-            home.row_engine, home.data.train, rows, mechanism, seeded(0, "t"), optimizer, physical=8
+            row_engine(home), home.data.train, rows, mechanism, seeded(0, "t"), optimizer, physical=8
         )
         gradients.compute(rows)
         assert all(p.grad is not None and bool(p.grad.any()) for p in parameters)
@@ -240,9 +241,9 @@ def test_a_training_that_broke_off_leaves_nothing_behind(homes: Callable[[str, s
     parameters, gradients = private(home, mechanism)
     gradients.compute(batch)
     whole = [p.grad.clone() for p in parameters if p.grad is not None]
-    home.row_engine._hooks.enable_hooks()
+    row_engine(home)._hooks.enable_hooks()
     home.adapted.model(**home.data.train.batch(batch))  # a forward pass without its backward pass
-    home.row_engine._hooks.disable_hooks()
+    row_engine(home)._hooks.disable_hooks()
     parameters, gradients = private(home, mechanism)
     gradients.compute(batch)
     assert all(torch.equal(p.grad, g) for p, g in zip(parameters, whole, strict=True) if p.grad is not None)
@@ -252,7 +253,7 @@ def test_a_first_training_of_one_factor_leaves_the_other_frozen(text_config: Cal
     home = Resident(text_config(run__seed=77, adapter__kind="lora"))
     names = [name for name in home.adapted.trained if "lora_B" in name]
     home.adapted.begin_training(names)
-    assert home.row_engine.adapted is home.adapted  # made in the midst of a round
+    assert row_engine(home).adapted is home.adapted  # made in the midst of a round
     assert {name for name in home.adapted.trained if home.adapted.parameter(name).requires_grad} == set(names)
 
 
@@ -262,18 +263,18 @@ def test_a_layer_that_does_not_see_one_row_at_a_time_is_refused(homes: Callable[
     for parameter in parameters:
         parameter.grad_sample = torch.zeros(6, *parameter.shape)  # type: ignore[attr-defined]
     with pytest.raises(PrivacyError, match="gives no gradient of each row"):
-        home.row_engine.check(parameters, 3)
+        row_engine(home).check(parameters, 3)
     for parameter in parameters:
         parameter.grad_sample = None  # type: ignore[attr-defined]
     with pytest.raises(PrivacyError, match="gives no gradient of each row"):
-        home.row_engine.check(parameters, 3)
+        row_engine(home).check(parameters, 3)
 
 
 def test_weights_that_do_not_move_are_an_error(homes: Callable[[str, str], Resident]) -> None:
     home = homes("sequence-classification", "rslora")
     parameters = home.adapted.begin_training(home.adapted.trained)
     engine = RowEngine.__new__(RowEngine)
-    engine.adapted, engine.has_moved, engine._hooks = home.adapted, False, home.row_engine._hooks
+    engine.adapted, engine.has_moved, engine._hooks = home.adapted, False, row_engine(home)._hooks
     home.adapted.model.train()
     optimizer = torch.optim.SGD(parameters, lr=0.1)
     mechanism = RecordMechanism(1.0, 0.5, 2, 4.0, 1.0)

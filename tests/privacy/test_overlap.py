@@ -12,6 +12,7 @@ import pytest
 
 from fedpeft.config import RunConfig, resolve
 from fedpeft.privacy.accounting import Charge
+from fedpeft.privacy.overlap import InTheClear, scored_training_rows
 from fedpeft.privacy.statement import state
 from fedpeft.rescoring import caution, rescore
 from fedpeft.resident import Resident
@@ -42,14 +43,14 @@ def test_rows_are_known_by_what_the_task_reads_of_them(text_config: Make, text_c
         (some_rows(text_csv, tmp_path / "flipped.csv", 7, label="no"), 7),
         (some_rows(text_csv, tmp_path / "none.csv", 0), 0),
     ):
-        assert Resident(text_config(data__test=str(test))).scored_training_rows == expected, test
-    assert Resident(text_config()).scored_training_rows == 0  # held out, which is another reason
+        assert scored_training_rows(Resident(text_config(data__test=str(test)))) == expected, test
+    assert scored_training_rows(Resident(text_config())) == 0  # held out, which is another reason
 
 
 def test_images_are_known_by_their_pixels(image_folder: Path, tiny_vit: Path) -> None:
     rows = {"source": str(image_folder), "test": str(image_folder), "image": "image"}
     home = Resident(resolve([{"model": {"name": str(tiny_vit)}, "data": rows, "federation": {"clients": 2}}]))
-    assert home.scored_training_rows == len(home.test) > 0
+    assert scored_training_rows(home) == len(home.test) > 0
 
 
 def test_such_a_run_claims_no_guarantee_and_says_how_many_rows(
@@ -98,6 +99,6 @@ def test_an_adapter_that_begins_at_training_rows_has_no_guarantee(
 @pytest.mark.parametrize("level", ["record", "client"])
 def test_the_statement_gives_the_reason_at_either_level(level: str, text_config: Make) -> None:
     config = text_config(privacy__level=level, privacy__noise_multiplier=1.0, privacy__rng="secure")
-    facts = state(config, {"a": [Charge(1.1, 0.2, 5)]}, {"a": 500}, scored=1)
+    facts = state(config, {"a": [Charge(1.1, 0.2, 5)]}, {"a": 500}, InTheClear(scored=1))
     assert not facts["guarantee"]
     assert "1 test row is a training row too" in facts["statement"]
