@@ -361,7 +361,7 @@ def test_a_model_that_computes_no_loss_of_its_own_trains_as_others_do(
         transformers.DeiTForImageClassificationWithTeacher(config), ViTImageProcessorPil(size={"height": 8, "width": 8})
     )
     chosen = configure(
-        folder, "image-classification", data__source=image_folder, partition__scheme="iid", federation__clients=1
+        folder, "image-classification", data__source=str(image_folder), partition__scheme="iid", federation__clients=1
     )
     home = Resident(chosen)
     home.adapted.begin_training(home.adapted.trained)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from fedpeft.config import DataConfig
+if TYPE_CHECKING:
+    from fedpeft.config import DataConfig
 
 IGNORED = -100  # label of a token that the loss leaves out
 

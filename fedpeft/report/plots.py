@@ -23,7 +23,7 @@ from matplotlib.ticker import MaxNLocator
 
 from fedpeft.report.formats import finite, number, one_line
 from fedpeft.report.history import ERRORS, Event, History
-from fedpeft.tasks.metrics import find
+from fedpeft.tasks.metrics import METRICS
 
 SIZE, DPI = (7.0, 4.0), 144  # inches, pixels per inch
 NAMED_DOMAINS = 8  # with more than that lines cannot be told apart, and are drawn alike
@@ -236,8 +236,8 @@ def draw_line(axes: Axes, points: Points, label: str, theme: Theme, index: int, 
 
 
 def bounded(metric: str) -> bool:
-    """Tell whether a metric ends at 1."""
-    return find(metric).bounds[1] == 1.0
+    """Tell whether a score ends at 1; one that is no metric does not."""
+    return metric in METRICS.all() and METRICS.find(metric).bounds[1] == 1.0
 
 
 def scale_axis(axes: Axes, points: Points, *, bounded: bool = False) -> None:

@@ -5,11 +5,15 @@ This loads neither torch nor transformers: the command line asks it too.
 
 from __future__ import annotations
 
-from fedpeft.config import RunConfig
+from typing import TYPE_CHECKING
+
 from fedpeft.errors import ConfigError
 from fedpeft.registry import Registry
 from fedpeft.tasks import causal_lm, image_classification, sequence_classification
 from fedpeft.tasks.task import Task
+
+if TYPE_CHECKING:
+    from fedpeft.config import RunConfig
 
 __all__ = ["TASKS", "Task", "find", "named", "of"]
 
