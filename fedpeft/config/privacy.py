@@ -29,17 +29,22 @@ class LevelSettings:
         Settings of ``[privacy]`` that are of this level alone; those of no level are of all that protect something.
     takes_canaries : bool
         Whether planted rows can show anything of what it claims.
+    clients_add_noise : bool
+        Whether each client noises its gradients, keeps the account of it, and trusts no server with its rows.
     """
 
     unit: str = ""
     keys: frozenset[str] = frozenset()
     takes_canaries: bool = True
+    clients_add_noise: bool = False
 
 
 LEVELS: dict[Level, LevelSettings] = {
     "none": LevelSettings(),
     "record": LevelSettings(
-        "row", frozenset({"max_grad_norm", "sampling", "public_counts", "sample_rate", "physical_batch_size"})
+        "row",
+        frozenset({"max_grad_norm", "sampling", "public_counts", "sample_rate", "physical_batch_size"}),
+        clients_add_noise=True,
     ),
     "client": LevelSettings(
         "client",

@@ -72,8 +72,6 @@ class Level(ABC):
         As in ``privacy.level``.
     adversary : str
         Against whom it protects, and who is trusted with what.
-    clients_add_noise : bool
-        Whether each client noises what it sends, keeps the account of it, and trusts no server with its rows.
     server_adds_noise : bool
         Whether the server, which is trusted with single updates, noises their sum and charges every round.
     hides_cohort : bool
@@ -84,7 +82,6 @@ class Level(ABC):
 
     name: ClassVar[LevelName]
     adversary: ClassVar[str]
-    clients_add_noise: ClassVar[bool] = False
     server_adds_noise: ClassVar[bool] = False
     hides_cohort: ClassVar[bool] = False
     assumed: ClassVar[str] = ""
@@ -98,6 +95,11 @@ class Level(ABC):
     def unit(self) -> str:
         """What neighbours differ in: ``row``, ``client``; empty where nothing is protected."""
         return self.settings.unit
+
+    @property
+    def clients_add_noise(self) -> bool:
+        """Whether each client noises its gradients, keeps the account of it, and trusts no server with its rows."""
+        return self.settings.clients_add_noise
 
     # --- what it costs, and what it refuses --------------------------------------------------------------------------
 

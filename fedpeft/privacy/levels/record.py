@@ -37,7 +37,6 @@ class RecordLevel(Level):
         "a server that keeps to the protocol, the other clients, and whoever sees any adapter of the run; not "
         "whoever reads a client's own disk, or learns how long its training takes"
     )
-    clients_add_noise = True
     # what the proof of independence cannot exclude; see `fedpeft.privacy.independence`
     assumed = "the model keeps a batch's rows apart as it did for rows that were made up, "
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from flwr.app import Message
 from torch import Tensor
 
-from fedpeft.config import RunConfig
 from fedpeft.privacy.client_mechanism import ClientPrivacy
 from fedpeft.strategies import FedIt
 from fedpeft.strategies.averaging.private_mean import (
@@ -21,9 +20,6 @@ from fedpeft.strategies.rounds.report import RoundReport
 from fedpeft.strategies.rounds.watchers import Watcher
 from fedpeft.wire import TrainOrder, to_record, to_tensors
 from tests.strategies.test_base import Client, FunctionGrid, Reports, ids, initial, reply_with
-
-Make = Callable[..., RunConfig]
-
 
 ABLE = ["fedit", "rolora", "fedsa-lora", "fedsvd", "fed-sb", "frlora"]
 SILENT = ClientPrivacy(0.0, clip=1.0)  # clips, and adds no noise
