@@ -32,7 +32,7 @@ from fedpeft.deployment import run_config
 from fedpeft.errors import DeploymentError
 from fedpeft.models import num_threads
 from fedpeft.resident import Resident, resident
-from fedpeft.training.local import Gradients, LocalResult, num_steps, train_locally
+from fedpeft.training.local import Gradients, LocalResult, Turn, num_steps, train_locally
 from fedpeft.wire import (
     ARRAYS,
     BUDGET_SPENT,
@@ -135,15 +135,17 @@ def train(message: Message, context: Context) -> Message:
             rows.split,
             rows.indices,
             config.train,
+            Turn(
+                config.run.seed,
+                rows.client_id,
+                int(settings[ROUND]),  # type: ignore[arg-type]
+                int(settings[NUM_ROUNDS]),  # type: ignore[arg-type]
+                rows.num_examples,
+                None if permission is None else permission.randomness.seed(),
+            ),
             names=trained,
-            seed=config.run.seed,
-            client_id=rows.client_id,
-            server_round=int(settings[ROUND]),  # type: ignore[arg-type]
-            num_rounds=int(settings[NUM_ROUNDS]),  # type: ignore[arg-type]
             penalty=tail.loss if tail else None,
-            num_examples=rows.num_examples,
             private=None if permission is None else _private(home, rows, run, permission),
-            dropout_seed=None if permission is None else permission.randomness.seed(),
         )
     if personal:
         context.state[OWN_PERSONAL] = to_record(adapted.tensors(personal))

@@ -25,6 +25,7 @@ from fedpeft.errors import AdapterError
 from fedpeft.models import BaseModel
 from fedpeft.seeds import generator
 from fedpeft.tasks.encoding import encode_rows
+from fedpeft.training.optimizers import OPTIMIZERS
 
 BATCHES = 8  # of train.batch_size public rows
 PASSES = 32  # over them, for EVA's directions to settle
@@ -118,8 +119,8 @@ def _first_steps(
                 f"'{config.adapter.init_data}'; leave it out of adapter.targets, or give other rows."
             )
         G = total / sum(next(iter(batch.values())).shape[0] for batch in batches)
-        train = config.train
-        steps[name] = lora_sb.first_step(G.T if isinstance(module, Conv1D) else G, train.optimizer, train.learning_rate)
+        first_step = OPTIMIZERS.find(config.train.optimizer).first_step
+        steps[name] = first_step(G.T if isinstance(module, Conv1D) else G, config.train.learning_rate)
     return steps
 
 

@@ -25,7 +25,7 @@ none here, and rounds the factors to bfloat16, which makes them no longer orthon
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -37,7 +37,6 @@ from fedpeft.seeds import generator
 
 R_IN_PEFT = ".lora_A.default.R."  # what PEFT makes of the name of R
 XS_DEVIATION = 1e-5  # of LoRA-XS's R
-ADAM_EPS = 1e-8  # torch's; it keeps the signs of rounding errors out
 
 
 class ProjectionThenR(nn.Linear):
@@ -99,12 +98,6 @@ def sb_factors(step: Tensor, rank: int, scaling: float) -> LoraFactors:
     """Return how LoRA-SB begins: at the best approximation of a step ``(d_out, d_in)`` in r ranks."""
     U, S, Vt = singular_factors(step, rank)
     return LoraFactors(Vt.float().contiguous(), U.float().contiguous(), scaling, torch.diag(S / scaling).float())
-
-
-def first_step(G: Tensor, optimizer: Literal["sgd", "adamw"], learning_rate: float) -> Tensor:
-    """Return the first step of full training along the gradient G, in float64."""
-    gradient = G.to("cpu", torch.float64)
-    return -learning_rate * (gradient / (gradient.abs() + ADAM_EPS) if optimizer == "adamw" else gradient)
 
 
 def install(model: PeftModel, seed: int, steps: Mapping[str, Tensor] | None = None) -> None:

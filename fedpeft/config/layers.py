@@ -8,12 +8,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from fedpeft.config.run import RunConfig
-from fedpeft.config.values import describe
+from fedpeft.config.section import Section
+from fedpeft.config.values import Scalar, describe
 from fedpeft.errors import ConfigError, nearest
 from fedpeft.places import at, divided_name, is_image_folder
+from fedpeft.presets import layer as preset_layer
 
 Layer = dict[str, dict[str, Any]]
 # keys of one section of which naming one takes back what an earlier layer said of the others
@@ -97,16 +99,20 @@ def resolve(layers: Iterable[Layer]) -> RunConfig:
             raise ConfigError(f"unknown section '{section}'. {nearest(section, RunConfig.model_fields)}")
         kind = RunConfig.model_fields[section].annotation
         assert isinstance(kind, type)
-        assert issubclass(kind, BaseModel)
-        if kind.model_config.get("extra") == "allow":
+        if not issubclass(kind, Section):  # a strategy checks its own
             continue
         for key in table:
-            if key not in kind.model_fields:
-                raise ConfigError(f"unknown key '{section}.{key}'. {nearest(key, kind.model_fields)}")
+            if key not in kind.model_fields and key not in kind.known_keys():
+                raise ConfigError(f"unknown key '{section}.{key}'. {nearest(key, kind.known_keys())}")
     try:
         return RunConfig.model_validate(merged)
     except ValidationError as error:
         raise ConfigError(describe(error)) from None
+
+
+def from_flat(flat: Mapping[str, Scalar]) -> RunConfig:
+    """Read what `RunConfig.to_flat` wrote; keys of other programs in the same table are an error too."""
+    return resolve([nest(flat)])
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
@@ -153,8 +159,6 @@ def configure(settings: Mapping[str, Any], *, preset: str | None = None, file: P
     ConfigError
         See `resolve`.
     """
-    from fedpeft.presets import layer  # which itself is typed in terms of this module
-
-    layers = [layer(preset)] if preset else []
+    layers = [preset_layer(preset)] if preset else []
     layers += [read_toml(file)] if file else []
     return with_absolute_paths(resolve([*layers, nest(settings)]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Self
 
 from pydantic import model_validator
@@ -16,6 +15,8 @@ from fedpeft.config.privacy import PrivacyConfig
 from fedpeft.config.section import Section
 from fedpeft.config.train import TrainConfig
 from fedpeft.config.values import Scalar
+from fedpeft.presets import PREFIX, is_preset
+from fedpeft.training.optimizers import OPTIMIZERS
 
 
 class RunConfig(Section):
@@ -41,6 +42,15 @@ class RunConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _optimizer_keeps_rows_private(self) -> Self:
+        optimizer = OPTIMIZERS.find(self.train.optimizer)
+        if optimizer.not_private and self.privacy.level == "record":
+            raise ValueError(
+                f"train.optimizer = '{optimizer.name}' is not for privacy.level = 'record': {optimizer.not_private}"
+            )
+        return self
+
     @property
     def task(self) -> Task:
         """The task named, or the one that the data's columns speak of."""
@@ -53,9 +63,10 @@ class RunConfig(Section):
         return "sequence-classification"
 
     @property
-    def label_column(self) -> str:
-        """The column of the labels."""
-        return self.data.label or "label"
+    def presets(self) -> list[str]:
+        """The names of the presets that model and rows are of, sorted."""
+        named = (self.model.name, self.data.source, self.data.test)
+        return sorted({name.removeprefix(PREFIX) for name in named if is_preset(name)})
 
     def to_toml(self) -> str:
         """Render as TOML; unset keys are left out."""
@@ -70,10 +81,3 @@ class RunConfig(Section):
             for section, table in self.model_dump(mode="json", exclude_none=True).items()
             for key, value in table.items()
         }
-
-    @classmethod
-    def from_flat(cls, flat: Mapping[str, Scalar]) -> RunConfig:
-        """Read what `to_flat` wrote; keys of other programs in the same table are an error too."""
-        from fedpeft.config.layers import nest, resolve
-
-        return resolve([nest(flat)])
