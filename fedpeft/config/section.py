@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 from pydantic import BaseModel, ConfigDict
 
 
@@ -11,8 +9,3 @@ class Section(BaseModel):
     """One section of the configuration: frozen, and closed to unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
-
-    @classmethod
-    def known_keys(cls) -> Collection[str]:
-        """Return the keys that may stand in the section."""
-        return cls.model_fields

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
@@ -29,12 +29,6 @@ class TrainConfig(Section):
     max_grad_norm: float = Field(0.0, ge=0, description="clip the whole gradient to this norm; 0 is off")
     proximal_mu: float = Field(0.0, ge=0, description="FedProx: mu/2 |w - w_global|^2")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of the frozen base; adapters stay in fp32")
-
-    @classmethod
-    def known_keys(cls) -> Collection[str]:
-        """Return the section's own keys and those of all optimisers."""
-        options = (each.options.model_fields for each in OPTIMIZERS.all().values())
-        return dict.fromkeys([*cls.model_fields, *(key for fields in options for key in fields)])
 
     @property
     def options(self) -> Any:
@@ -66,7 +60,9 @@ class TrainConfig(Section):
         """Refuse an option of other optimisers; one at its default says nothing, and earlier versions wrote such."""
         others = {name: each.options for name, each in OPTIMIZERS.all().items() if key in each.options.model_fields}
         if not others:
-            raise ValueError(f"unknown key 'train.{key}'. {nearest(key, self.known_keys())}")
+            options = OPTIMIZERS.find(self.optimizer).options
+            allowed = [*type(self).model_fields, *options.model_fields]
+            raise ValueError(f"unknown key 'train.{key}'. {nearest(key, allowed)}")
         for kind in others.values():
             parsed: Mapping[str, Any] = kind.model_validate({key: value}).model_dump(include={key})
             if parsed[key] == kind.model_fields[key].default:
