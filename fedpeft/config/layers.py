@@ -12,8 +12,9 @@ from pydantic import BaseModel, ValidationError
 
 from fedpeft.config.run import RunConfig
 from fedpeft.config.values import Scalar, describe
+from fedpeft.data.formats import implied_columns
 from fedpeft.errors import ConfigError, nearest
-from fedpeft.places import at, divided_name, is_image_folder
+from fedpeft.places import at, divided_name
 from fedpeft.presets import layer as preset_layer
 
 Layer = dict[str, dict[str, Any]]
@@ -118,7 +119,7 @@ def from_flat(flat: Mapping[str, Scalar]) -> RunConfig:
 def with_absolute_paths(config: RunConfig) -> RunConfig:
     """Make paths of existing files and folders absolute, so that a saved configuration works from any folder.
 
-    Where rows lie in a folder of images and no column is named, that of the images is, from which follows the task.
+    Where no column is named, those are that the format of the rows has, from which follows the task.
     """
 
     def absolute(value: str | None) -> str | None:
@@ -129,8 +130,10 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         return ":".join([str(path.resolve()), *parts]) if os.path.exists(path) else value
 
     data, named = config.data, (config.data.text, config.data.image, config.data.prompt, config.data.completion)
-    if config.model.task is None and not any(named) and is_image_folder(data.source or data.test):
-        config = config.model_copy(update={"data": data.model_copy(update={"image": "image"})})
+    if config.model.task is None and not any(named):
+        config = config.model_copy(
+            update={"data": data.model_copy(update=dict(implied_columns(data.source or data.test)))}
+        )
     return config.model_copy(
         update={
             "model": config.model.model_copy(update={"name": absolute(config.model.name)}),

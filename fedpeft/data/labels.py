@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from fedpeft.data.cells import text_or_number
+from fedpeft.data.formats.cells import text_or_number
 from fedpeft.errors import DataError
 from fedpeft.places import Place, refuse_missing
 

@@ -6,18 +6,20 @@ import csv
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
-
-from fedpeft.data.text_files import opened, refuse_nul, table
+from fedpeft.data.formats.record import Format
+from fedpeft.data.formats.text_files import opened, refuse_nul, table
 from fedpeft.errors import DataError
 from fedpeft.places import Place, Wanted
+
+if TYPE_CHECKING:
+    import datasets
 
 SEPARATORS = {",": "a comma", "\t": "a tab", ";": "a semicolon", "|": "a bar"}
 
 
-def read_delimited(place: Place, wanted: Wanted) -> datasets.Dataset:
+def _read(place: Place, wanted: Wanted) -> datasets.Dataset:
     """Read a file whose first line names the columns, by the separator that makes the wanted ones of that line."""
     limit = csv.field_size_limit(sys.maxsize)  # the default refuses texts above 128 KiB
     begun = 1
@@ -112,3 +114,6 @@ def _check_row(place: Place, reader: Any, row: Sequence[str], header: Sequence[s
 
 def _is_header(row: Sequence[str], header: Sequence[str]) -> bool:
     return len(row) > 1 and row[-1].strip() == header[-1] and [cell.strip() for cell in row] == header
+
+
+CSV = Format("csv", "CSV", _read, suffixes=(".csv", ".tsv"), packed=True)

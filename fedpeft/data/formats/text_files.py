@@ -9,13 +9,14 @@ import io
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import BinaryIO, TextIO, cast
-
-import datasets
-import pyarrow as pa
+from typing import TYPE_CHECKING, BinaryIO, TextIO, cast
 
 from fedpeft.errors import DataError
 from fedpeft.places import Place, unreadable
+
+if TYPE_CHECKING:
+    import datasets
+    import pyarrow as pa
 
 CHUNK_ROWS = 4096
 HALF = re.compile("[\ud800-\udfff]")  # of a character
@@ -73,6 +74,9 @@ def table(
     DataError
         A cell holds half a character; a `tolerant` table has an empty one there.
     """
+    import datasets
+    import pyarrow as pa
+
     schema = pa.schema([(name, pa.large_string()) for name in names])
     batches: list[pa.RecordBatch] = []
     chunk: list[Sequence[str | None]] = []

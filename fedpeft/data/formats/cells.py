@@ -82,3 +82,8 @@ def _decoded(place: Place, column: str, cells: pa.ChunkedArray) -> pa.ChunkedArr
                 f"(0x{value[error.start]:02x} at {error.start}). Save the column as text."
             ) from None
     raise not_read(place, column, cells.type, "texts or numbers")
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Say whether cells of this type are texts."""
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))

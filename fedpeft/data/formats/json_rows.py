@@ -7,13 +7,15 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-import datasets
-
-from fedpeft.data.text_files import opened, refuse_nul, table
+from fedpeft.data.formats.record import Format
+from fedpeft.data.formats.text_files import opened, refuse_nul, table
 from fedpeft.errors import DataError
 from fedpeft.places import Place, Wanted, named
+
+if TYPE_CHECKING:
+    import datasets
 
 KEPT_DEPTH = 8  # rows and their cells lie less deep than this in every layout that is read
 LINES = {".jsonl", ".ndjson"}  # suffixes of files with an object a line
@@ -41,7 +43,7 @@ class _Digits(str):
     __slots__ = ()
 
 
-def read_json(place: Place, wanted: Wanted) -> datasets.Dataset:
+def _read(place: Place, wanted: Wanted) -> datasets.Dataset:
     """Read an object a line; or, where the file is one JSON value, its rows."""
     seen: dict[str, None] = {}
     columns = list(dict.fromkeys(wanted.columns.values()))
@@ -244,3 +246,6 @@ def _text(place: Place, number: int, column: str, value: object) -> str | None:
             return str(int(value)) if value.is_integer() else repr(value)
         what = "number without bounds (Infinity, or above 1e308)"
     raise DataError(f"row {number} of {place} holds a {what} in column '{column}'. Give a text or a number.")
+
+
+JSON = Format("json", "JSON lines", _read, suffixes=(".json", ".jsonl", ".ndjson"), packed=True)
