@@ -103,11 +103,11 @@ class Wanted:
                     f"{place} has no column '{column}' ({key}). It has: {named(near)}. "
                     f"{self._advice(place, key, names)}"
                 )
-        found = [name for name in dict.fromkeys(self.columns.values()) if name in names]
-        for name in found:
+        present = [name for name in dict.fromkeys(self.columns.values()) if name in names]
+        for name in present:
             if names.count(name) > 1:
                 raise DataError(f"{place} has {names.count(name)} columns named '{name}'. Rename all but one.")
-        return found
+        return present
 
     def _advice(self, place: Place, key: str, names: Sequence[str]) -> str:
         """Say which setting finds the columns; another task's, where its columns are there."""

@@ -106,14 +106,14 @@ def noise(
 
     chosen = cast("Accountant", accountant)  # which is checked there
     multiplier = calibrate(epsilon, delta, rate, steps, chosen)
-    found = spent([Charge(multiplier, rate, steps)], delta, chosen)
+    cost = spent([Charge(multiplier, rate, steps)], delta, chosen)
     if examples is not None and delta * examples >= 1:
         print(
             f"warning: delta {delta:g} is no less than 1 / {examples} rows, so one row may be given away whole; "
             f"give --delta below 1/{examples}.",
             file=sys.stderr,
         )
-    _show_cost(multiplier, found.epsilon, delta, found.accountant, rate, steps, json_lines)
+    _show_cost(multiplier, cost.epsilon, delta, cost.accountant, rate, steps, json_lines)
 
 
 def epsilon_command(
@@ -132,8 +132,8 @@ def epsilon_command(
     from fedpeft.privacy.accounting import Charge, spent
 
     charge = Charge(noise_multiplier, sample_rate, steps)
-    found = spent([charge], delta, cast("Accountant", accountant))
-    _show_cost(noise_multiplier, found.epsilon, delta, found.accountant, sample_rate, steps, json_lines)
+    cost = spent([charge], delta, cast("Accountant", accountant))
+    _show_cost(noise_multiplier, cost.epsilon, delta, cost.accountant, sample_rate, steps, json_lines)
 
 
 def _show_cost(

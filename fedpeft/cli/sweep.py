@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -12,10 +13,22 @@ from fedpeft.cli.options import PLAIN, Asked, Voice, end_of_runs, quiet, show, s
 from fedpeft.errors import ConfigError
 
 
+@dataclass(frozen=True)
+class Protection:
+    """What the runs are to keep, in words of the command line."""
+
+    epsilons: Annotated[str, typer.Option(help="Budgets, commas between; inf trains without privacy.")] = "1,3,6,inf"
+    level: Annotated[str, typer.Option(help="What is protected: record, or client.")] = "record"
+    delta: Annotated[float | None, typer.Option(help="privacy.delta of all runs.")] = None
+
+
+UNASKED = Protection()
+
+
 @spread(without={"strategy", "adapter"})
 def sweep(
     asked: Asked,
-    epsilons: Annotated[str, typer.Option(help="Budgets, commas between; inf trains without privacy.")] = "1,3,6,inf",
+    protection: Protection = UNASKED,
     adapters: Annotated[
         str | None, typer.Option(help="Kinds of adapter, commas between; the configuration's if not given.")
     ] = None,
@@ -26,8 +39,6 @@ def sweep(
         ),
     ] = None,
     seeds: Annotated[int, typer.Option(help="How many seeds to run each with, from --seed on.")] = 1,
-    level: Annotated[str, typer.Option(help="What is protected: record, or client.")] = "record",
-    delta: Annotated[float | None, typer.Option(help="privacy.delta of all runs.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder of all runs, runs/sweep-TIME if not given; kept if done.")
     ] = None,
@@ -42,6 +53,7 @@ def sweep(
     sweep goes on where it was.
     """
     quiet(voice.verbose)
+    level = protection.level
     if level not in ("record", "client"):
         raise ConfigError(f"--level {level} does not exist; give record or client (--epsilons inf is without privacy).")
     from fedpeft.report.sweep import sweep_table
@@ -56,8 +68,8 @@ def sweep(
         write_sweep,
     )
 
-    budgets = split_epsilons(epsilons)
-    config = asked.config(private_words(asked.words or (), budgets, level, delta))
+    budgets = split_epsilons(protection.epsilons)
+    config = asked.config(private_words(asked.words or (), budgets, level, protection.delta))
     kinds = [None] if adapters is None else split_adapters(adapters)
     methods = [config.strategy.name] if strategies is None else split_strategies(strategies)
     folder = out or default_folder("sweep")

@@ -72,12 +72,12 @@ def keys_of(model: type[BaseModel]) -> list[Key]:
 
 def keys() -> dict[str, Key]:
     """Return all keys by ``section.key``, those of all optimisers with them; those of strategies are theirs."""
-    found: dict[str, Key] = {}
+    by_name: dict[str, Key] = {}
     for section, field in RunConfig.model_fields.items():
         assert isinstance(field.annotation, type)
         options = [each.options for each in OPTIMIZERS.all().values()] if field.annotation is TrainConfig else []
-        found |= {f"{section}.{key.name}": key for model in (field.annotation, *options) for key in keys_of(model)}
-    return found
+        by_name |= {f"{section}.{key.name}": key for model in (field.annotation, *options) for key in keys_of(model)}
+    return by_name
 
 
 def commented(config: RunConfig, options: BaseModel) -> str:

@@ -51,8 +51,8 @@ def locate(source: str | Path | None) -> Location:
                 raise DataError(f"'{name}' is a file, which has no split '{part}'. Leave out ':{part}'.")
             return Location(_file(name, path))
         if path.is_dir():
-            found = _folder(name, path)
-            return _chosen(found, name, ":".join(asked)) if asked else _divided(found, name)
+            parts = _folder(name, path)
+            return _chosen(parts, name, ":".join(asked)) if asked else _divided(parts, name)
     except OSError as error:
         raise unreadable(f"'{name}'", error) from None
     configuration = asked[0] if len(asked) == 2 else None
@@ -101,8 +101,8 @@ def _folder(name: str, folder: Path) -> dict[str, Place]:
                 several = ", ".join(path.name for path in paths)
                 raise DataError(f"the folder '{name}' has several files of {part} rows: {several}. Keep one of them.")
         return {part: _file(str(Path(name) / path.name), path) for part, (path,) in tables.items()}
-    held = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
-    raise DataError(f"the folder '{name}' is of no kind that is read (it holds {held}). Give {readable()}.")
+    content = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
+    raise DataError(f"the folder '{name}' is of no kind that is read (it holds {content}). Give {readable()}.")
 
 
 def _divided(places: Mapping[str, Place], name: str) -> Location:

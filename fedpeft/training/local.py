@@ -216,8 +216,6 @@ def train_locally(
 ) -> LocalResult:
     """Train the loaded adapter on one client's rows, in place.
 
-    Batches and dropout depend on the run's seed, the round and the client's id alone.
-
     Parameters
     ----------
     adapted : AdaptedModel
@@ -262,8 +260,7 @@ def train_locally(
             losses.append(loss)
             counted += count
     adapted.model.eval()
-    for parameter in parameters:
-        parameter.grad = None
+    optimizer.zero_grad(set_to_none=True)
     total = torch.stack([torch.as_tensor(loss, dtype=torch.float64) for loss in losses]).sum()
     return LocalResult(float(total) / counted if counted else math.nan, steps, time.perf_counter() - started)
 

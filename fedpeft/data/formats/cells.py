@@ -63,8 +63,8 @@ def text_or_number(place: Place, column: str, cells: pa.ChunkedArray) -> pa.Chun
 
 def not_read(place: Place, column: str, kind: pa.DataType, what: str) -> DataError:
     """Return the error for a column of a type that is of no use."""
-    told = " ".join(str(kind).split())
-    short = told if len(told) < 80 else f"{told[:77]}..."
+    named = " ".join(str(kind).split())
+    short = named if len(named) < 80 else f"{named[:77]}..."
     return DataError(f"column '{column}' of {place} holds {short}. Name a column of {what}.")
 
 

@@ -72,7 +72,7 @@ def _header(place: Place, wanted: Wanted, file: Any) -> tuple[Any, list[str]]:
     assert place.path is not None
     tabs_first = ".tsv" in [suffix.lower() for suffix in place.path.suffixes[-2:]]
     order = sorted(SEPARATORS, key=lambda mark: mark != "\t") if tabs_first else list(SEPARATORS)
-    found: dict[str, list[str]] = {}
+    headers: dict[str, list[str]] = {}
     for mark in order:
         try:
             reader, header = _parsed(file, mark)
@@ -81,8 +81,8 @@ def _header(place: Place, wanted: Wanted, file: Any) -> tuple[Any, list[str]]:
         refuse_nul(place, "".join(header))
         if header and wanted.fit(header):
             return reader, header
-        found[mark] = header
-    best = max(found, key=lambda mark: len(found[mark]), default=order[0])
+        headers[mark] = header
+    best = max(headers, key=lambda mark: len(headers[mark]), default=order[0])
     reader, header = _parsed(file, best)
     if not header:
         raise DataError(f"{place} is empty. Its first line must name the columns.")

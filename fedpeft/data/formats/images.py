@@ -91,9 +91,9 @@ def listed(paths: Sequence[Path], base: Path) -> str:
 def image_folders(folder: Path) -> dict[str | None, Path]:
     """Return where classes of images lie: below ``train`` and its company, or below the folder itself (None)."""
     # train/ without class folders below it is itself a class
-    found = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_dir()}
+    folders = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_dir()}
     divided: dict[str | None, Path] = {
-        part: found[part] for part in ("train", *TEST_PARTS) if part in found and class_folders(found[part])
+        part: folders[part] for part in ("train", *TEST_PARTS) if part in folders and class_folders(folders[part])
     }
     if "train" in divided:
         return divided

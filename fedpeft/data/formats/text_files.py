@@ -153,11 +153,11 @@ def _undecodable(place: Place, encoding: str, error: UnicodeError) -> DataError:
             while chunk := file.read(CHUNK_BYTES):
                 line += decoder.decode(chunk).count("\n")
             decoder.decode(b"", final=True)
-        except UnicodeDecodeError as found:
-            line += found.object[: found.start].decode(encoding, "ignore").count("\n")
-            what = f"byte 0x{found.object[found.start]:02x} in line {line} ({found.reason})"
-        except UnicodeError as found:
-            what = str(found)
+        except UnicodeDecodeError as undecoded:
+            line += undecoded.object[: undecoded.start].decode(encoding, "ignore").count("\n")
+            what = f"byte 0x{undecoded.object[undecoded.start]:02x} in line {line} ({undecoded.reason})"
+        except UnicodeError as undecoded:
+            what = str(undecoded)
     others = "cp1252, latin-1 or utf-16"
     if codecs.lookup(encoding).name != "utf-8":
         others = "utf-8"
