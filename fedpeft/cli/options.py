@@ -135,7 +135,7 @@ def spread(*, without: Collection[str] = ()) -> Callable[[Callable[..., None]], 
         for parameter in inspect.signature(command, eval_str=True).parameters.values():
             kind = parameter.annotation
             if isinstance(kind, type) and is_dataclass(kind):
-                hints = get_type_hints(kind, include_extras=True)
+                hints = _hints(kind)
                 parts = [field for field in fields(kind) if field.name not in without]
                 groups[parameter.name] = kind, [field.name for field in parts]
                 taken += [_parameter(field.name, field.default, hints[field.name]) for field in parts]
@@ -155,6 +155,11 @@ def spread(*, without: Collection[str] = ()) -> Callable[[Callable[..., None]], 
         return run
 
     return decorate
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
 
 
 def _parameter(name: str, default: Any, annotation: Any) -> inspect.Parameter:

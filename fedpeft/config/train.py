@@ -48,7 +48,7 @@ class TrainConfig(Section):
         given = self.__pydantic_extra__
         assert given is not None
         try:
-            for key in given.keys() - OPTIMIZERS.find(self.optimizer).options.model_fields.keys():
+            for key in sorted(given.keys() - OPTIMIZERS.find(self.optimizer).options.model_fields.keys()):
                 self._refuse_another_ones(key, given.pop(key))
             options: OptimizerOptions = self.options
         except ValidationError as error:
