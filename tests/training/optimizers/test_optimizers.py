@@ -58,5 +58,5 @@ def test_every_option_reaches_the_optimizer(name: str) -> None:
 def test_a_schedule_never_leaves_zero_to_one_and_never_rises(progress: float, name: str) -> None:
     factor = SCHEDULES.find(name).factor
     assert factor(0.0) == 1
-    assert 0 < factor(progress) <= 1
+    assert 0 <= factor(progress) <= 1  # zero only where rounding makes it so
     assert factor(progress) <= factor(progress / 2)
