@@ -34,7 +34,7 @@ from fedpeft.errors import DeploymentError, MessageError
 from fedpeft.models import num_threads
 from fedpeft.privacy.levels import level_of
 from fedpeft.resident import Resident, resident
-from fedpeft.training.local import LocalResult, num_steps, train_locally
+from fedpeft.training.local import LocalResult, Turn, num_steps, train_locally
 from fedpeft.wire import Identity, ShortAnswer, TrainAnswer, TrainOrder, to_record, to_tensors
 
 TRUST_REMOTE_CODE = "trust-remote-code"  # key of the node's own config: a server cannot decide this for a site
@@ -167,15 +167,17 @@ def _train(
             rows.split,
             rows.indices,
             run.train,
+            Turn(
+                run.run.seed,
+                rows.client_id,
+                order.server_round,
+                order.num_rounds,
+                rows.num_examples,
+                None if permission is None else permission.randomness.seed(),
+            ),
             names=trained,
-            seed=run.run.seed,
-            client_id=rows.client_id,
-            server_round=order.server_round,
-            num_rounds=order.num_rounds,
             penalty=penalty,
-            num_examples=rows.num_examples,
             private=private,
-            dropout_seed=None if permission is None else permission.randomness.seed(),
         )
 
 

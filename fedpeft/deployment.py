@@ -17,7 +17,7 @@ from typing import Any
 import tomli_w
 
 from fedpeft import tasks
-from fedpeft.config import DataConfig, RunConfig, Scalar, nest
+from fedpeft.config import DataConfig, RunConfig, Scalar, from_flat, nest
 from fedpeft.errors import DeploymentError
 
 SERVER_APP = "fedpeft.server:app"
@@ -196,7 +196,7 @@ def split_run_config(flat: Mapping[str, Scalar]) -> tuple[RunConfig, Path]:
 
 def run_config(flat: Mapping[str, Scalar]) -> RunConfig:
     """Read the run config that Flower brings to a client, in a deployment or a simulation: the run alone."""
-    return RunConfig.from_flat({name: value for name, value in flat.items() if name != OUT})
+    return from_flat({name: value for name, value in flat.items() if name != OUT})
 
 
 def _refuse_canaries(config: RunConfig) -> None:

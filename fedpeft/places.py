@@ -1,4 +1,4 @@
-"""Where rows lie: sources by name, what files and folders are taken for, and which columns are asked of them.
+"""Where rows lie: sources by name, which files count, and which columns are asked of them.
 
 Nothing heavy is imported, so that a command may ask what a path is before anything is loaded.
 """
@@ -6,41 +6,21 @@ Nothing heavy is imported, so that a command may ask what a path is before anyth
 from __future__ import annotations
 
 import difflib
-import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
 
 from fedpeft.errors import DataError
 
-Kind = Literal["csv", "json", "parquet", "image-folder", "saved", "hub"]
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
-KIND_BY_SUFFIX: Mapping[str, Kind] = {
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".json": "json",
-    ".jsonl": "json",
-    ".ndjson": "json",
-    ".parquet": "parquet",
-}
-PACKED = ".gz"
 SHOWN = 30  # columns that a message lists
 LONGEST = 60  # characters of a name that it shows
 TEST_PARTS = ("test", "validation")
-IMAGE_SUFFIXES = frozenset(
-    {".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga"}
-    | {".tif", ".tiff", ".webp"}
-)
-# pictures all the same: whoever has one among the rows does not mean it to be left out
-FOREIGN_IMAGE_SUFFIXES = frozenset(
-    {".arw", ".cr2", ".cr3", ".dcm", ".dng", ".heic", ".heif", ".jxl", ".nef", ".psd", ".raw", ".svg"}
-)
-LOOKED_AT = 10_000  # files of a sub-folder, before it is taken for one without images: it may be the whole disk
 NOT_OURS = frozenset({"__macosx", "thumbs.db", "desktop.ini"})  # what systems leave in folders, beside hidden files
 
 
@@ -52,8 +32,8 @@ class Place:
     ----------
     name : str
         What the user called the source.
-    kind : Kind
-        How it is read.
+    kind : str
+        Name of its format.
     path : Path, optional
         File or folder; None for a hub id.
     part : str, optional
@@ -65,7 +45,7 @@ class Place:
     """
 
     name: str
-    kind: Kind
+    kind: str
     path: Path | None
     part: str | None = None
     configuration: str | None = None
@@ -123,16 +103,16 @@ class Wanted:
                     f"{place} has no column '{column}' ({key}). It has: {named(near)}. "
                     f"{self._advice(place, key, names)}"
                 )
-        found = [name for name in dict.fromkeys(self.columns.values()) if name in names]
-        for name in found:
+        present = [name for name in dict.fromkeys(self.columns.values()) if name in names]
+        for name in present:
             if names.count(name) > 1:
                 raise DataError(f"{place} has {names.count(name)} columns named '{name}'. Rename all but one.")
-        return found
+        return present
 
     def _advice(self, place: Place, key: str, names: Sequence[str]) -> str:
         """Say which setting finds the columns; another task's, where its columns are there."""
         if key in ("data.text", "data.prompt", "data.completion") and "image" in names:
-            only = "" if place.kind == "image-folder" else f", or {key} to one of them"
+            only = "" if set(names) == {"image", "label"} else f", or {key} to one of them"
             return f"To classify images set data.image=image{only}."
         if key in ("data.text", "data.image") and {"prompt", "completion"} <= set(names):
             return "To train on completions set data.prompt=prompt and data.completion=completion."
@@ -164,6 +144,12 @@ def unreadable(what: object, error: OSError) -> DataError:
     return DataError(f"cannot read {what}: {error.strerror or error}. Check the path and its permissions.")
 
 
+def in_one_line(error: Exception) -> str:
+    """Return the first line of what a library says."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".")
+
+
 def at(name: str) -> Path:
     """Return a name as a path, a user's home folder spelled out where there is one."""
     return Path(os.path.expanduser(name))
@@ -180,88 +166,13 @@ def divided_name(name: str) -> tuple[str, tuple[str, ...]]:
     return (source, tuple(parts)) if source and all(parts) and 0 < len(parts) < 3 else (name, ())
 
 
-def table_kind(path: Path) -> tuple[str, Kind | None]:
-    """Return the stem of a table's file name, and what its suffixes say; None where they say nothing."""
-    plain = path.with_suffix("") if path.suffix.lower() == PACKED else path
-    kind = KIND_BY_SUFFIX.get(plain.suffix.lower())
-    return plain.stem, None if kind == "parquet" and plain != path else kind
-
-
-def tables_in(folder: Path) -> dict[str, list[Path]]:
-    """Return a folder's files named train, test and validation."""
-    found: dict[str, list[Path]] = {}
-    for path in sorted(folder.iterdir()):
-        stem, kind = table_kind(path)
-        if kind is not None and stem in ("train", *TEST_PARTS) and path.is_file():
-            found.setdefault(stem, []).append(path)
-    return found
-
-
-def image_folders(folder: Path) -> dict[str | None, Path]:
-    """Return where classes of images lie: below ``train`` and its company, or below the folder itself (None)."""
-    # train/ without class folders below it is itself a class
-    found = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_dir()}
-    divided: dict[str | None, Path] = {
-        part: found[part] for part in ("train", *TEST_PARTS) if part in found and class_folders(found[part])
-    }
-    if "train" in divided:
-        return divided
-    return {None: folder} if class_folders(folder) else {}
-
-
-def is_image_folder(source: str | None) -> bool:
-    """Say whether a source is a folder of images in one sub-folder per class, and nothing else that is read."""
-    if source is None:
-        return False
-    folder = at(divided_name(source)[0])
-    try:
-        if not folder.is_dir() or any((folder / name).exists() for name in ("dataset_dict.json", "state.json")):
-            return False
-        return not tables_in(folder) and bool(image_folders(folder))
-    except OSError:
-        return False  # finding the rows says what is wrong
-
-
-def class_folders(folder: Path) -> list[Path]:
-    """Return the sub-folders that hold images, by name."""
-    return sorted(path for path in folder.iterdir() if _counts(path) and path.is_dir() and _holds_images(path))
-
-
-def images_in(folder: Path) -> list[Path]:
-    """Return the images anywhere below a folder, by path."""
-    return sorted(path for path in _files_of_class(folder) if path.suffix.lower() in IMAGE_SUFFIXES)
-
-
-def not_images(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Return what below a folder of images becomes no row: files that are no images, and folders without any."""
-    files = sorted(path for path in files_in(folder) if not _is_image(path))
-    return files, sorted(
-        path for path in folder.iterdir() if _counts(path) and path.is_dir() and not _holds_images(path)
-    )
-
-
-def beside(folder: Path) -> list[Path]:
-    """Return the folders of images that lie beside the splits of a divided folder and belong to none."""
-    splits = set(image_folders(folder).values())
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if _counts(path) and path.is_dir() and path not in splits and _holds_images(path)
-    )
-
-
-def foreign_images(folder: Path) -> list[Path]:
-    """Return the images below a folder of kinds that are not read."""
-    return sorted(path for path in files_in(folder) if path.suffix.lower() in FOREIGN_IMAGE_SUFFIXES)
-
-
 def files_in(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
     """Yield the files anywhere below a folder, links followed, without those hidden or in hidden folders."""
     here = folder.resolve()
     if here in above:
         return  # a link to a folder that holds it
     for path in folder.iterdir():
-        if not _counts(path):
+        if not counts(path):
             continue
         if path.is_dir():
             yield from files_in(path, above | {here})
@@ -269,18 +180,6 @@ def files_in(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Pat
             yield path
 
 
-def _counts(path: Path) -> bool:
+def counts(path: Path) -> bool:
+    """Say whether a file or folder is neither hidden nor what systems leave behind."""
     return not path.name.startswith(".") and path.name.lower() not in NOT_OURS
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES | FOREIGN_IMAGE_SUFFIXES
-
-
-def _holds_images(folder: Path) -> bool:
-    return any(_is_image(path) for path in itertools.islice(_files_of_class(folder), LOOKED_AT))
-
-
-def _files_of_class(folder: Path) -> Iterator[Path]:
-    """Yield the files below a class folder; a link back to where all classes lie makes none of them this class."""
-    return files_in(folder, frozenset({folder.parent.resolve()}))

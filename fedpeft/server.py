@@ -41,7 +41,7 @@ def main(grid: Grid, context: Context) -> None:
     home = resident(config)
     expected = len(home.partition.client_ids) if config.federation.clients is None else config.federation.clients
     adapter_bytes = exported_bytes(find(config.strategy.name), home.adapted)
-    directory = RunDirectory(out, config, adapter_bytes, {"presets": provenance(config)})
+    directory = RunDirectory(out, config, adapter_bytes, {"presets": provenance(config.presets)})
     for note in home.adapted.notes:
         _log_event({"event": "note", "message": note})
     _wait_for_nodes(grid, expected, config.federation.round_timeout)

@@ -63,7 +63,7 @@ def drive(config: RunConfig, out: Path, listener: Listener, grid: InlineGrid | R
     level.check_counts(config, rows.values())
     level.check_model(home)  # which every worker does for itself as well
     adapter_bytes = exported_bytes(find(config.strategy.name), home.adapted)
-    directory = RunDirectory(out, config, adapter_bytes, {"presets": provenance(config)})
+    directory = RunDirectory(out, config, adapter_bytes, {"presets": provenance(config.presets)})
     for note in home.adapted.notes:
         listener({"event": "note", "message": note})
     grid.contexts = contexts

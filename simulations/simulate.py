@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from fedpeft.chatter import silence
 from fedpeft.config import RunConfig
-from fedpeft.presets import presets_of
 from fedpeft.runs import Event, Listener, check_vacant, default_directory
 from fedpeft.simulations.grids.ray import RayGrid
 
@@ -93,7 +92,7 @@ def _run(config: RunConfig, out: Path, listener: Listener, grid: RayGrid | None)
     from fedpeft.strategies import with_typed_options
 
     config = with_typed_options(config)
-    if grid is not None and presets_of(config):
+    if grid is not None and config.presets:
         grid.start()
     from fedpeft.clients.app import app
     from fedpeft.privacy.rows import check_rows
@@ -103,7 +102,7 @@ def _run(config: RunConfig, out: Path, listener: Listener, grid: RayGrid | None)
 
     if grid is None:
         return drive(config, out, listener, InlineGrid(app, threads=config.simulation.threads_per_worker))
-    if not presets_of(config):
+    if not config.presets:
         check_rows(resident(config))
         grid.start()  # its workers start while this process loads the model
     return drive(config, out, listener, grid)

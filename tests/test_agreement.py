@@ -20,7 +20,7 @@ from fedpeft.models import BaseModel, load_base, locate
 from fedpeft.resident import Resident
 from fedpeft.tasks.encoding import encode_rows
 from fedpeft.tasks.losses import mean_loss
-from fedpeft.training.local import train_locally
+from fedpeft.training.local import Turn, train_locally
 
 WORDS = [f"w{i}" for i in range(37)]
 SMALL: dict[str, Any] = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
@@ -262,10 +262,7 @@ def test_the_run_decides_what_is_trained(kind: str, base: Callable[..., Path], t
         split,
         torch.arange(3).numpy(),
         config.train,
-        seed=0,
-        client_id="c",
-        server_round=1,
-        num_rounds=1,
+        Turn(0, "c", 1, 1),
     )
     assert result.loss == pytest.approx(float(expected), rel=0.05)  # attention's dropout is left
 

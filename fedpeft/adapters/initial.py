@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -12,12 +12,13 @@ from torch import Tensor
 
 from fedpeft import tasks
 from fedpeft.adapters.kinds import Start
-from fedpeft.config import RunConfig
+from fedpeft.config import RunConfig, TrainConfig
 from fedpeft.errors import AdapterError
 from fedpeft.models import BaseModel
 from fedpeft.seeds import derive_seed, generator
 from fedpeft.tasks.encoding import encode_rows
 from fedpeft.tasks.losses import mean_loss
+from fedpeft.training.optimizers import OPTIMIZERS
 
 BATCHES = 8  # of train.batch_size public rows
 
@@ -65,7 +66,7 @@ def adapt(base: BaseModel, config: RunConfig, common: Mapping[str, Any]) -> tupl
         )
         loss = partial(mean_loss, tasks.of(config), base.model)
         rows = str(adapter.init_data)
-        start = Start(base.model, settings, loss, batches, rows, seed, train.optimizer, train.learning_rate)
+        start = Start(base.model, settings, loss, batches, rows, seed, _first_step(train))
         prepared = None if init.prepare is None else init.prepare(start)
         with warnings.catch_warnings():
             warnings.filterwarnings(
@@ -79,6 +80,11 @@ def adapt(base: BaseModel, config: RunConfig, common: Mapping[str, Any]) -> tupl
     if kind.install is not None:
         kind.install(model, start, prepared)
     return settings, model
+
+
+def _first_step(train: TrainConfig) -> Callable[[Tensor], Tensor]:
+    first_step = OPTIMIZERS.find(train.optimizer).first_step
+    return lambda gradient: first_step(gradient, train.learning_rate)
 
 
 def public_batches(base: BaseModel, config: RunConfig) -> list[Batch]:

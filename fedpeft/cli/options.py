@@ -1,25 +1,29 @@
-"""What the commands of the command line share: their options, the configuration that words make, and how facts show."""
+"""What the commands share: their options, the configuration that words make, and how facts show."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from fedpeft.adapters.kinds import KINDS
+from fedpeft.cli.completion import complete_preset, complete_strategy, complete_word
 from fedpeft.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from fedpeft.config import RunConfig
+    from fedpeft.config import Layer, RunConfig
     from fedpeft.simulations.compare import Compared
 
 INTERRUPTED = 130
+DEFAULT_PRESET = "digits"
 
 Words = Annotated[
     list[str] | None,
@@ -27,55 +31,145 @@ Words = Annotated[
         metavar="[CONFIG.toml] [section.key=value ...]",
         help="A configuration file, and settings that override it, such as train.learning_rate=1e-3.",
         show_default=False,
+        autocompletion=complete_word,
     ),
 ]
-Strategy = Annotated[str | None, typer.Option(help="The server's method; see `fedpeft strategies`.")]
-Adapter = Annotated[str | None, typer.Option(help=f"Kind of adapter: {', '.join(KINDS.ours)}.")]
-PresetName = Annotated[str | None, typer.Option("--preset", help="Embedded model and data; see `fedpeft presets`.")]
-Clients = Annotated[int | None, typer.Option(help="Number of clients.")]
-Rounds = Annotated[int | None, typer.Option(help="Rounds of training.")]
-Workers = Annotated[int | None, typer.Option(help="Ray workers, one per core if not given; 0 trains in this process.")]
-Seed = Annotated[int | None, typer.Option(help="Everything random follows from it.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON lines for machines.")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Let the libraries below speak.")]
 
-DEFAULT_PRESET = "digits"
+
+@dataclass(frozen=True)
+class Asked:
+    """What the commands are told of the run: words, and options that are words with names of their own."""
+
+    words: Words = None
+    strategy: Annotated[
+        str | None,
+        typer.Option(help="The server's method; see `fedpeft strategies`.", autocompletion=complete_strategy),
+    ] = None
+    adapter: Annotated[
+        str | None, typer.Option(help="Kind of adapter, such as lora, ffa-lora or dora; see `fedpeft config`.")
+    ] = None
+    preset: Annotated[
+        str | None,
+        typer.Option(help="Embedded model and data; see `fedpeft presets`.", autocompletion=complete_preset),
+    ] = None
+    clients: Annotated[int | None, typer.Option(help="Number of clients.")] = None
+    rounds: Annotated[int | None, typer.Option(help="Rounds of training.")] = None
+    workers: Annotated[
+        int | None, typer.Option(help="Ray workers, one per core if not given; 0 trains in this process.")
+    ] = None
+    seed: Annotated[int | None, typer.Option(help="Everything random follows from it.")] = None
+
+    def layers(self, words: Sequence[str] | None = None) -> list[Layer]:
+        """Return the file's layer, if one is named, and that of the command line.
+
+        Parameters
+        ----------
+        words : sequence of str, optional
+            In place of those given.
+        """
+        from fedpeft.config import parse_overrides, read_toml
+
+        words = words if words is not None else self.words or ()
+        files = [word for word in words if word.endswith(".toml") and "=" not in word]
+        if len(files) > 1:
+            raise ConfigError(f"two configuration files, '{files[0]}' and '{files[1]}'; one is allowed.")
+        options = {
+            "strategy.name": self.strategy,
+            "adapter.kind": self.adapter,
+            "federation.clients": self.clients,
+            "federation.rounds": self.rounds,
+            "simulation.workers": self.workers,
+            "run.seed": self.seed,
+        }
+        # options are words with names of their own: both are one layer, so that neither takes back the other
+        typed = [word for word in words if word not in files]
+        typed += [f"{name}={value}" for name, value in options.items() if value is not None]
+        return [*(read_toml(Path(file)) for file in files), parse_overrides(typed)]
+
+    def config(self, words: Sequence[str] | None = None, *, default: str | None = DEFAULT_PRESET) -> RunConfig:
+        """Lay command line over file over preset over defaults.
+
+        Parameters
+        ----------
+        words : sequence of str, optional
+            In place of those given.
+        default : str, optional
+            The preset where neither model nor data is named.
+        """
+        from fedpeft.config import merge, resolve, with_absolute_paths
+        from fedpeft.presets import layer
+
+        layers = self.layers(words)
+        named = merge(layers)
+        preset = self.preset
+        if preset is None and "name" not in named.get("model", {}) and "source" not in named.get("data", {}):
+            preset = default
+        return with_absolute_paths(resolve([*([layer(preset)] if preset else []), *layers]))
 
 
-def configure(
-    words: list[str] | None,
-    *,
-    strategy: str | None = None,
-    adapter: str | None = None,
-    preset: str | None = None,
-    clients: int | None = None,
-    rounds: int | None = None,
-    workers: int | None = None,
-    seed: int | None = None,
-) -> RunConfig:
-    """Lay command line over file over preset over defaults; without model and data, the default preset."""
-    from fedpeft.config import merge, parse_overrides, read_toml, resolve, with_absolute_paths
-    from fedpeft.presets import layer
+@dataclass(frozen=True)
+class Voice:
+    """How a command speaks."""
 
-    files = [word for word in words or () if word.endswith(".toml") and "=" not in word]
-    if len(files) > 1:
-        raise ConfigError(f"two configuration files, '{files[0]}' and '{files[1]}'; one is allowed.")
-    options = {
-        "strategy.name": strategy,
-        "adapter.kind": adapter,
-        "federation.clients": clients,
-        "federation.rounds": rounds,
-        "simulation.workers": workers,
-        "run.seed": seed,
-    }
-    # options are words with names of their own: both are one layer, so that neither takes back the other
-    typed = [word for word in words or () if word not in files]
-    typed += [f"{name}={value}" for name, value in options.items() if value is not None]
-    layers = [*(read_toml(Path(file)) for file in files), parse_overrides(typed)]
-    own = merge(layers)
-    if preset is None and "name" not in own.get("model", {}) and "source" not in own.get("data", {}):
-        preset = DEFAULT_PRESET
-    return with_absolute_paths(resolve([*([layer(preset)] if preset else []), *layers]))
+    json_lines: Json = False
+    verbose: Verbose = False
+
+
+PLAIN = Voice()
+
+
+def spread(*, without: Collection[str] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make each field of a command's dataclass parameters an argument or option of the command line.
+
+    Parameters
+    ----------
+    without : collection of str
+        Fields that the command does not take: they keep their defaults.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        taken: list[inspect.Parameter] = []
+        groups: dict[str, tuple[Callable[..., Any], list[str]]] = {}
+        for parameter in inspect.signature(command, eval_str=True).parameters.values():
+            kind = parameter.annotation
+            if isinstance(kind, type) and is_dataclass(kind):
+                hints = _hints(kind)
+                parts = [field for field in fields(kind) if field.name not in without]
+                groups[parameter.name] = kind, [field.name for field in parts]
+                taken += [_parameter(field.name, field.default, hints[field.name]) for field in parts]
+            else:
+                taken.append(_parameter(parameter.name, parameter.default, kind))
+
+        @functools.wraps(command)
+        def run(**given: Any) -> None:
+            grouped = {
+                name: kind(**{part: given.pop(part) for part in parts}) for name, (kind, parts) in groups.items()
+            }
+            command(**grouped, **given)
+
+        del run.__wrapped__  # typer would look at that one's parameters
+        run.__signature__ = inspect.Signature(taken)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in taken}
+        return run
+
+    return decorate
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
+
+
+def _parameter(name: str, default: Any, annotation: Any) -> inspect.Parameter:
+    nothing = default is MISSING or default is inspect.Parameter.empty
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=inspect.Parameter.empty if nothing else default,
+        annotation=annotation,
+    )
 
 
 def quiet(verbose: bool) -> None:

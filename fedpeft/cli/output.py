@@ -107,9 +107,9 @@ def secure() -> Output:
 
 def _widen() -> None:
     """Have tables laid out for some columns at least, and for the usual ones where a terminal says that it has none."""
-    told = os.environ.get("COLUMNS", "")
+    columns_set = os.environ.get("COLUMNS", "")
     try:
-        columns = int(told) if told.isdecimal() else os.get_terminal_size(1).columns
+        columns = int(columns_set) if columns_set.isdecimal() else os.get_terminal_size(1).columns
     except OSError:
         return
     if columns == 0:

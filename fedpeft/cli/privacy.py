@@ -1,195 +1,26 @@
-"""The commands below ``fedpeft privacy``. Heavy imports wait inside them, as in `fedpeft.cli`."""
+"""The commands below ``fedpeft privacy``: ledgers and audits here, noise and sweeps in files of their own."""
 
 from __future__ import annotations
 
 import json
-import math
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from fedpeft.cli.options import (
-    Clients,
-    Json,
-    PresetName,
-    Rounds,
-    Seed,
-    Verbose,
-    Words,
-    Workers,
-    configure,
-    end_of_runs,
-    quiet,
-    show,
-)
+from fedpeft.cli.noise import epsilon_command, noise
+from fedpeft.cli.options import Json, quiet, show
+from fedpeft.cli.sweep import sweep
 from fedpeft.errors import ConfigError
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
     from fedpeft.config.privacy import Accountant
 
 privacy_app = typer.Typer(
     help="Differential privacy: noise, budgets, ledgers, sweeps and audits.", no_args_is_help=True
 )
-
-Delta = Annotated[float, typer.Option(help="Of the guarantee; keep it below 1 / number of records.")]
-AccountantName = Annotated[
-    str, typer.Option("--accountant", help="prv, or the looser rdp; where prv cannot compute, rdp does.")
-]
-
-ASSUMED = (
-    "Assumed: {drawn}, data sets differ in one record added or removed, row counts are public, and the randomness "
-    "stays secret."
-)
-POISSON, ALL = "batches are Poisson samples", "every record is in every step"
-NO_PRIVACY = "no privacy: epsilon is infinite"
-
-
-# --- how much noise, and what it costs ---------------------------------------------------------------------------
-
-
-@privacy_app.command()
-def noise(
-    epsilon: Annotated[float, typer.Option(help="Budget over all rounds.")],
-    rounds: Annotated[
-        int,
-        typer.Option(
-            help="Rounds that a client takes part in; at client level all rounds, with --sample-rate "
-            "federation.fraction and --local-steps 1."
-        ),
-    ],
-    examples: Annotated[int | None, typer.Option(help="Rows of the client.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Rows a step draws on average.")] = None,
-    sample_rate: Annotated[
-        float | None, typer.Option(help="Chance of each row to be in a batch, in place of --batch-size.")
-    ] = None,
-    local_steps: Annotated[int | None, typer.Option(help="Steps of a round.")] = None,
-    local_epochs: Annotated[int | None, typer.Option(help="Passes of a round, in place of --local-steps.")] = None,
-    delta: Delta = 1e-5,
-    accountant: AccountantName = "prv",
-    json_lines: Json = False,
-) -> None:
-    """Find the least noise with which DP-SGD stays within a budget.
-
-    For example `fedpeft privacy noise --epsilon 3 --examples 500 --batch-size 32 --local-steps 10 --rounds 20`.
-    """
-    quiet(False)
-    for name, count in (
-        *(("--rounds", rounds), ("--examples", examples), ("--batch-size", batch_size)),
-        *(("--local-steps", local_steps), ("--local-epochs", local_epochs)),
-    ):
-        if count is not None and count < 1:
-            raise ConfigError(f"{name} {count} is too few; give a whole number of 1 or more.")
-    rate = _sample_rate(sample_rate, examples, batch_size)
-    steps = rounds * _round_steps(local_steps, local_epochs, rate)
-    from fedpeft.privacy.accounting import Charge, spent
-    from fedpeft.privacy.calibration import calibrate
-
-    chosen = cast("Accountant", accountant)  # which is checked there
-    multiplier = calibrate(epsilon, delta, rate, steps, chosen)
-    found = spent([Charge(multiplier, rate, steps)], delta, chosen)
-    if examples is not None and delta * examples >= 1:
-        print(
-            f"warning: delta {delta:g} is no less than 1 / {examples} rows, so one row may be given away whole; "
-            f"give --delta below 1/{examples}.",
-            file=sys.stderr,
-        )
-    _show_cost(multiplier, found.epsilon, delta, found.accountant, rate, steps, json_lines)
-
-
-@privacy_app.command("epsilon")
-def epsilon_command(
-    noise_multiplier: Annotated[float, typer.Option(help="Standard deviation of the noise over the clipping norm.")],
-    sample_rate: Annotated[float, typer.Option(help="Chance of each row to be in a batch.")],
-    steps: Annotated[int, typer.Option(help="Steps over all rounds.")],
-    delta: Delta = 1e-5,
-    accountant: AccountantName = "prv",
-    json_lines: Json = False,
-) -> None:
-    """Find what so many steps of DP-SGD cost.
-
-    For example `fedpeft privacy epsilon --noise-multiplier 1.1 --sample-rate 0.064 --steps 200`.
-    """
-    quiet(False)
-    from fedpeft.privacy.accounting import Charge, spent
-
-    charge = Charge(noise_multiplier, sample_rate, steps)
-    found = spent([charge], delta, cast("Accountant", accountant))
-    _show_cost(noise_multiplier, found.epsilon, delta, found.accountant, sample_rate, steps, json_lines)
-
-
-def _sample_rate(sample_rate: float | None, examples: int | None, batch_size: int | None) -> float:
-    if sample_rate is not None:
-        if batch_size is not None:
-            raise ConfigError("--sample-rate and --batch-size say the same twice; give one of them.")
-        if not 0 < sample_rate <= 1:
-            raise ConfigError(f"--sample-rate {sample_rate} is not allowed; give a number above 0 and up to 1.")
-        return sample_rate
-    if examples is None or batch_size is None:
-        raise ConfigError(
-            "the chance of a row to be in a batch is not known; give --examples and --batch-size, or --sample-rate."
-        )
-    return min(1.0, batch_size / examples)
-
-
-def _round_steps(local_steps: int | None, local_epochs: int | None, sample_rate: float) -> int:
-    if local_steps is not None and local_epochs is not None:
-        raise ConfigError("--local-steps and --local-epochs say the same twice; give one of them.")
-    if local_steps is None and local_epochs is None:
-        raise ConfigError("the steps of a round are not known; give one of --local-steps and --local-epochs.")
-    # a pass has ceil(rows / batch size) steps, as in training; the quotient of a quotient may be off in its last bit
-    return local_steps or (local_epochs or 1) * math.ceil(1 / sample_rate - 1e-9)
-
-
-def _show_cost(
-    noise_multiplier: float,
-    epsilon: float,
-    delta: float,
-    accountant: str,
-    sample_rate: float,
-    steps: int,
-    json_lines: bool,
-) -> None:
-    facts = {
-        "noise_multiplier": noise_multiplier,
-        "epsilon": epsilon if math.isfinite(epsilon) else None,  # infinity is no JSON
-        "delta": delta,
-        "accountant": accountant,
-        "sample_rate": sample_rate,
-        "steps": steps,
-    }
-    show(facts, _cost_table, json_lines)
-
-
-def _cost_table(facts: dict[str, Any]) -> RenderableType:
-    from rich.console import Group
-    from rich.text import Text
-
-    from fedpeft.report.layout import pairs
-    from fedpeft.rounding import number
-
-    infinite = facts["epsilon"] is None
-    names = {
-        "prv": "prv: composition of privacy random variables",
-        "rdp": "rdp: Renyi differential privacy, a looser bound",
-        "gaussian": "analytic: every row takes part in every step",
-    }
-    rows = [
-        ("noise multiplier", f"{facts['noise_multiplier']:.6g}"),
-        ("epsilon", number(math.inf if infinite else facts["epsilon"])),
-        ("delta", f"{facts['delta']:g}"),
-        ("sample rate", f"{facts['sample_rate']:.6g}"),
-        ("steps", str(facts["steps"])),
-        *([] if infinite else [("accountant", names[facts["accountant"]])]),
-    ]
-    assumed = ASSUMED.format(drawn=ALL if facts["sample_rate"] == 1 else POISSON)
-    return Group(pairs(rows), Text(), Text(NO_PRIVACY if infinite else assumed))
-
-
-# --- who spent what, and what it buys ----------------------------------------------------------------------------
+privacy_app.command()(noise)
+privacy_app.command("epsilon")(epsilon_command)
 
 
 @privacy_app.command()
@@ -250,83 +81,7 @@ def _create_ledger(file: Path, converted: Path | None, json_lines: bool) -> None
     print(f"start the SuperNode with --node-config '... privacy-ledger=\"{path}\"', in all runs on the same rows")
 
 
-@privacy_app.command()
-def sweep(
-    words: Words = None,
-    epsilons: Annotated[str, typer.Option(help="Budgets, commas between; inf trains without privacy.")] = "1,3,6,inf",
-    adapters: Annotated[
-        str | None, typer.Option(help="Kinds of adapter, commas between; the configuration's if not given.")
-    ] = None,
-    strategies: Annotated[
-        str | None,
-        typer.Option(
-            help="Methods, commas between, NAME or NAME:option=value[,option=value]; the configuration's if not given."
-        ),
-    ] = None,
-    seeds: Annotated[int, typer.Option(help="How many seeds to run each with, from --seed on.")] = 1,
-    level: Annotated[str, typer.Option(help="What is protected: record, or client.")] = "record",
-    delta: Annotated[float | None, typer.Option(help="privacy.delta of all runs.")] = None,
-    preset: PresetName = None,
-    clients: Clients = None,
-    rounds: Rounds = None,
-    workers: Workers = None,
-    seed: Seed = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder of all runs, runs/sweep-TIME if not given; kept if done.")
-    ] = None,
-    json_lines: Json = False,
-    verbose: Verbose = False,
-) -> None:
-    """Train every adapter with every strategy at every budget, and show utility against epsilon.
-
-    The epsilon that is shown is what each run states that it spent, over all rounds. Noise is calibrated to each
-    budget, and every combination is checked before anything runs.
-
-    Writes OUT/COMBINATION/seed-N/, sweep.json, sweep.md and sweep.png. With the same words and --out, an interrupted
-    sweep goes on where it was.
-    """
-    quiet(verbose)
-    from fedpeft.config.privacy import PRIVATE_LEVELS
-
-    if level not in PRIVATE_LEVELS:
-        raise ConfigError(
-            f"--level {level} does not exist; give {' or '.join(PRIVATE_LEVELS)} (--epsilons inf is without privacy)."
-        )
-    from fedpeft.report.sweep import sweep_table
-    from fedpeft.simulations.compare import default_folder, run_jobs
-    from fedpeft.simulations.sweep import (
-        plan_sweep,
-        private_words,
-        split_adapters,
-        split_epsilons,
-        split_strategies,
-        sweep_points,
-        write_sweep,
-    )
-
-    budgets = split_epsilons(epsilons)
-    config = configure(
-        private_words(words or (), budgets, level, delta),
-        preset=preset,
-        clients=clients,
-        rounds=rounds,
-        workers=workers,
-        seed=seed,
-    )
-    kinds = [None] if adapters is None else split_adapters(adapters)
-    methods = [config.strategy.name] if strategies is None else split_strategies(strategies)
-    folder = out or default_folder("sweep")
-    jobs = plan_sweep(sweep_points(kinds, methods, budgets, config.privacy), config, seeds, folder)
-    swept = run_jobs(jobs, config, tell=lambda line: print(line, file=sys.stderr, flush=True), verbose=verbose)
-    facts = write_sweep(jobs, swept, folder)
-    if swept.runs or json_lines:
-        show(facts, sweep_table, json_lines)
-    if not json_lines:
-        print(f"saved {folder}/sweep.md, sweep.json" + (" and sweep.png" if swept.runs else ""))
-    end_of_runs(swept, len(jobs), folder, out)
-
-
-# --- what a run's planted rows show ------------------------------------------------------------------------------
+privacy_app.command()(sweep)
 
 
 @privacy_app.command()

@@ -10,6 +10,7 @@ from fedpeft.config.federation import FederationConfig, RunSection, SimulationCo
 from fedpeft.config.layers import (
     Layer,
     configure,
+    from_flat,
     merge,
     nest,
     parse_overrides,
@@ -43,6 +44,7 @@ __all__ = [
     "cohort_size",
     "configure",
     "describe",
+    "from_flat",
     "merge",
     "nest",
     "parse_overrides",

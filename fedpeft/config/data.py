@@ -51,14 +51,14 @@ class DataConfig(Section):
     @classmethod
     def _is_of_text(cls, name: str) -> str:
         try:
-            found = codecs.lookup(name)
+            codec = codecs.lookup(name)
             io.TextIOWrapper(io.BytesIO(), name)  # which refuses codecs that make no text
         except (LookupError, ValueError):
             raise ValueError(
                 f"data.encoding = '{name}' is no encoding of text. Give utf-8, utf-16, cp1252, latin-1, gb18030, "
                 "shift_jis or any other that Python knows"
             ) from None
-        return found.name
+        return codec.name
 
     @model_validator(mode="after")
     def _labels_differ(self) -> Self:

@@ -13,9 +13,11 @@ from pydantic import BaseModel, ValidationError
 from fedpeft.adapters.kinds import KINDS
 from fedpeft.config.adapter import AdapterConfig
 from fedpeft.config.run import RunConfig
-from fedpeft.config.values import describe
+from fedpeft.config.values import Scalar, describe
+from fedpeft.data.formats import implied_columns
 from fedpeft.errors import ConfigError, nearest
-from fedpeft.places import at, divided_name, is_image_folder
+from fedpeft.places import at, divided_name
+from fedpeft.presets import layer as preset_layer
 
 Layer = dict[str, dict[str, Any]]
 # keys of one section of which naming one takes back what an earlier layer said of the others
@@ -109,7 +111,7 @@ def resolve(layers: Iterable[Layer]) -> RunConfig:
         kind = RunConfig.model_fields[section].annotation
         assert isinstance(kind, type)
         assert issubclass(kind, BaseModel)
-        if kind.model_config.get("extra") == "allow":
+        if kind.model_config.get("extra") == "allow":  # it checks its options itself
             continue
         for key in table:
             if key not in kind.model_fields:
@@ -120,10 +122,15 @@ def resolve(layers: Iterable[Layer]) -> RunConfig:
         raise ConfigError(describe(error)) from None
 
 
+def from_flat(flat: Mapping[str, Scalar]) -> RunConfig:
+    """Read what `RunConfig.to_flat` wrote; keys of other programs in the same table are an error too."""
+    return resolve([nest(flat)])
+
+
 def with_absolute_paths(config: RunConfig) -> RunConfig:
     """Make paths of existing files and folders absolute, so that a saved configuration works from any folder.
 
-    Where rows lie in a folder of images and no column is named, that of the images is, from which follows the task.
+    Where no column is named, those are that the format of the rows has, from which follows the task.
     """
 
     def absolute(value: str | None) -> str | None:
@@ -134,8 +141,10 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         return ":".join([str(path.resolve()), *parts]) if os.path.exists(path) else value
 
     data, named = config.data, (config.data.text, config.data.image, config.data.prompt, config.data.completion)
-    if config.model.task is None and not any(named) and is_image_folder(data.source or data.test):
-        config = config.model_copy(update={"data": data.model_copy(update={"image": "image"})})
+    if config.model.task is None and not any(named):
+        config = config.model_copy(
+            update={"data": data.model_copy(update=dict(implied_columns(data.source or data.test)))}
+        )
     return config.model_copy(
         update={
             "model": config.model.model_copy(update={"name": absolute(config.model.name)}),
@@ -164,8 +173,6 @@ def configure(settings: Mapping[str, Any], *, preset: str | None = None, file: P
     ConfigError
         See `resolve`.
     """
-    from fedpeft.presets import layer  # which itself is typed in terms of this module
-
-    layers = [layer(preset)] if preset else []
+    layers = [preset_layer(preset)] if preset else []
     layers += [read_toml(file)] if file else []
     return with_absolute_paths(resolve([*layers, nest(settings)]))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from fedpeft.config.adapter import AdapterConfig
 from fedpeft.config.data import DataConfig
 from fedpeft.config.federation import FederationConfig, RunSection, SimulationConfig, StrategyConfig
@@ -13,6 +11,7 @@ from fedpeft.config.privacy import PrivacyConfig
 from fedpeft.config.section import Section
 from fedpeft.config.train import TrainConfig
 from fedpeft.config.values import Scalar
+from fedpeft.presets import PREFIX, is_preset
 
 
 class RunConfig(Section):
@@ -30,9 +29,10 @@ class RunConfig(Section):
     run: RunSection = RunSection()
 
     @property
-    def label_column(self) -> str:
-        """The column of the labels."""
-        return self.data.label or "label"
+    def presets(self) -> list[str]:
+        """The names of the presets that model and rows are of, sorted."""
+        named = (self.model.name, self.data.source, self.data.test)
+        return sorted({name.removeprefix(PREFIX) for name in named if is_preset(name)})
 
     def to_toml(self) -> str:
         """Render as TOML; unset keys are left out."""
@@ -47,10 +47,3 @@ class RunConfig(Section):
             for section, table in self.model_dump(mode="json", exclude_none=True).items()
             for key, value in table.items()
         }
-
-    @classmethod
-    def from_flat(cls, flat: Mapping[str, Scalar]) -> RunConfig:
-        """Read what `to_flat` wrote; keys of other programs in the same table are an error too."""
-        from fedpeft.config.layers import nest, resolve
-
-        return resolve([nest(flat)])

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from fedpeft.config.section import Section
+from fedpeft.config.values import OneOf, describe
+from fedpeft.errors import nearest
+from fedpeft.training.optimizers import OPTIMIZERS, SCHEDULES, OptimizerOptions
 
 
 class TrainConfig(Section):
-    """What a client does in a round."""
+    """What a client does in a round; keys besides these are options of the optimiser."""
+
+    model_config = ConfigDict(extra="allow")
 
     local_steps: int | None = Field(None, ge=1, description="optimiser steps a round")
     local_epochs: int | None = Field(
@@ -18,20 +24,50 @@ class TrainConfig(Section):
     )
     batch_size: int = Field(16, ge=1, description="rows a step")
     learning_rate: float = Field(1e-3, gt=0, description="step size")
-    optimizer: Literal["sgd", "adamw"] = Field("adamw", description="begins afresh each round")
-    momentum: float = Field(0.0, ge=0, lt=1, description="of sgd")
-    weight_decay: float = Field(0.0, ge=0, description="decoupled for adamw, L2 for sgd")
-    lr_schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="decay over all rounds' steps")
+    optimizer: Annotated[str, OneOf(OPTIMIZERS)] = Field("adamw", description="begins afresh each round")
+    lr_schedule: Annotated[str, OneOf(SCHEDULES)] = Field("constant", description="decay over all rounds' steps")
     max_grad_norm: float = Field(0.0, ge=0, description="clip the whole gradient to this norm; 0 is off")
     proximal_mu: float = Field(0.0, ge=0, description="FedProx: mu/2 |w - w_global|^2")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of the frozen base; adapters stay in fp32")
+
+    @property
+    def options(self) -> Any:
+        """The optimiser's options, an instance of its record's ``options``."""
+        kind = OPTIMIZERS.find(self.optimizer).options
+        extra = self.__pydantic_extra__ or {}
+        return kind.model_validate({key: value for key, value in extra.items() if key in kind.model_fields})
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
         if self.local_steps is not None and self.local_epochs is not None:
             raise ValueError("train.local_steps and train.local_epochs exclude each other; give one")
-        if self.momentum and self.optimizer != "sgd":
-            raise ValueError(
-                f"train.momentum = {self.momentum} belongs to train.optimizer = 'sgd', not '{self.optimizer}'"
-            )
         return self
+
+    @model_validator(mode="after")
+    def _options_are_the_optimizers(self) -> Self:
+        given = self.__pydantic_extra__
+        assert given is not None
+        try:
+            for key in sorted(given.keys() - OPTIMIZERS.find(self.optimizer).options.model_fields.keys()):
+                self._refuse_another_ones(key, given.pop(key))
+            options: OptimizerOptions = self.options
+        except ValidationError as error:
+            raise ValueError(describe(error, "train")) from None
+        given.update(options.model_dump())
+        return self
+
+    def _refuse_another_ones(self, key: str, value: Any) -> None:
+        """Refuse an option of other optimisers; one at its default says nothing, and earlier versions wrote such."""
+        others = {name: each.options for name, each in OPTIMIZERS.all().items() if key in each.options.model_fields}
+        if not others:
+            options = OPTIMIZERS.find(self.optimizer).options
+            allowed = [*type(self).model_fields, *options.model_fields]
+            raise ValueError(f"unknown key 'train.{key}'. {nearest(key, allowed)}")
+        for kind in others.values():
+            parsed: Mapping[str, Any] = kind.model_validate({key: value}).model_dump(include={key})
+            if parsed[key] == kind.model_fields[key].default:
+                return
+        raise ValueError(
+            f"train.{key} = {parsed[key]} belongs to train.optimizer = "
+            f"{' or '.join(repr(name) for name in others)}, not '{self.optimizer}'"
+        )

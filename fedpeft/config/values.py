@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated
+from dataclasses import dataclass
+from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import BeforeValidator, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError
+from pydantic_core import CoreSchema, core_schema
+
+from fedpeft.errors import ConfigError
+from fedpeft.registry import Registry
 
 Scalar = str | int | float | bool
 
@@ -17,6 +22,34 @@ def split_list(value: object) -> object:
 
 Names = Annotated[tuple[str, ...], BeforeValidator(split_list)]
 Ranks = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1), BeforeValidator(split_list)]
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """A value that names one of a registry.
+
+    Parameters
+    ----------
+    registry : Registry
+        All that may be named.
+    """
+
+    registry: Registry[Any]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Check the name as pydantic checks a value."""
+        return core_schema.no_info_after_validator_function(self._known, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """Say in a schema which names there are."""
+        return {**handler(schema), "enum": list(self.registry.all())}
+
+    def _known(self, name: str) -> str:
+        try:
+            self.registry.find(name)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        return name
 
 
 def describe(error: ValidationError, prefix: str = "") -> str:

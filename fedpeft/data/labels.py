@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from fedpeft.data.cells import text_or_number
+from fedpeft.data.formats.cells import text_or_number
 from fedpeft.errors import DataError
 from fedpeft.places import Place, refuse_missing
 
@@ -58,10 +58,10 @@ def column_codes(
     encoded = pc.dictionary_encode(text_or_number(place, column, cells)).unify_dictionaries().combine_chunks()
     if isinstance(encoded, pa.ChunkedArray):
         encoded = encoded.chunk(0)
-    found = [label_name(value) for value in encoded.dictionary.to_pylist()]
-    names = label_order({name for name in found if name})
+    values = [label_name(value) for value in encoded.dictionary.to_pylist()]
+    names = label_order({name for name in values if name})
     ids = {name: index for index, name in enumerate(names)} | {"": -1}
-    of_value = np.array([*(ids[name] for name in found), -1], dtype=np.int64)  # the last is for null
+    of_value = np.array([*(ids[name] for name in values), -1], dtype=np.int64)  # the last is for null
     return of_value[pc.fill_null(encoded.indices, -1).to_numpy(zero_copy_only=False)], names
 
 
@@ -95,13 +95,13 @@ def label_ids(
     refuse_missing(place, column, codes < 0, "no label")
     present = np.unique(codes)
     if labels is None:
-        held = [names[code] for code in present]
-        if len(held) < 2:
+        present_names = [names[code] for code in present]
+        if len(present_names) < 2:
             raise DataError(
-                f"every row of {place} has the label '{_shown(held)}' in column '{column}'. "
+                f"every row of {place} has the label '{_shown(present_names)}' in column '{column}'. "
                 "Add rows of another label, or name all labels in data.labels."
             )
-        _refuse_unclear(place, column, held)
+        _refuse_unclear(place, column, present_names)
         return codes, names
     ids = _ids(labels)
     for code in present:

@@ -2,34 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedpeft.config import DataConfig
-from fedpeft.data.hub import hub_dataset
+from fedpeft.data.formats import FORMATS, PACKED, by_suffix, file_format, folder_format, readable, tables_in
 from fedpeft.errors import DataError, nearest
-from fedpeft.places import (
-    KIND_BY_SUFFIX,
-    PACKED,
-    TEST_PARTS,
-    Place,
-    at,
-    divided_name,
-    image_folders,
-    table_kind,
-    tables_in,
-    unreadable,
-)
-
-KINDS = (
-    "a CSV, JSON lines or Parquet file, a folder of such files named train and test, a folder of images in one "
-    "sub-folder per class, a folder written by save_to_disk, or a dataset of the hub"
-)
-HUB_ID = r"\w[\w.-]*(/\w[\w.-]*)?"
-FILE_SUFFIX = r"\.[A-Za-z]+$"  # not .v2, which ids end with
+from fedpeft.places import TEST_PARTS, Place, at, divided_name, unreadable
 
 
 @dataclass(frozen=True)
@@ -60,7 +40,7 @@ def locate(source: str | Path | None) -> Location:
         There is no such file or folder, it is of none of the kinds read here, or the hub does not have it.
     """
     if source is None or not str(source).strip():
-        raise DataError(f"no rows are named. Give data.source: {KINDS}.")
+        raise DataError(f"no rows are named. Give data.source: {readable()}.")
     whole = str(source)
     name, asked = divided_name(whole)
     path = at(name)
@@ -71,16 +51,17 @@ def locate(source: str | Path | None) -> Location:
                 raise DataError(f"'{name}' is a file, which has no split '{part}'. Leave out ':{part}'.")
             return Location(_file(name, path))
         if path.is_dir():
-            found = _folder(name, path)
-            return _chosen(found, name, ":".join(asked)) if asked else _divided(found, name)
+            parts = _folder(name, path)
+            return _chosen(parts, name, ":".join(asked)) if asked else _divided(parts, name)
     except OSError as error:
         raise unreadable(f"'{name}'", error) from None
-    if isinstance(source, Path) or not re.fullmatch(HUB_ID, name) or re.search(FILE_SUFFIX, name):
-        raise DataError(f"there is no file or folder '{whole}'. Give the path of {KINDS}.")
     configuration = asked[0] if len(asked) == 2 else None
-    parts = hub_dataset(name) if configuration is None else hub_dataset(name, configuration)
-    found = {part: Place(name, "hub", None, part, configuration) for part in parts}
-    return _chosen(found, name, asked[-1]) if asked else _divided(found, name)
+    elsewhere = [] if isinstance(source, Path) else [each.named for each in FORMATS.all().values() if each.named]
+    answers = (named(name, configuration) for named in elsewhere)
+    splits = next((answer for answer in answers if answer is not None), None)
+    if splits is None:
+        raise DataError(f"there is no file or folder '{whole}'. Give the path of {readable()}.")
+    return _chosen(splits, name, asked[-1]) if asked else _divided(splits, name)
 
 
 def places(data: DataConfig) -> tuple[Place, Place | None]:
@@ -98,39 +79,30 @@ def test_place(source: str | Path) -> Place:
 
 
 def _file(name: str, path: Path) -> Place:
-    kind = table_kind(path)[1]
-    if kind is None:
-        allowed = ", ".join(KIND_BY_SUFFIX)
+    known = by_suffix()
+    format_ = file_format(path, known)[1]
+    if format_ is None:
+        allowed = ", ".join(known)
         raise DataError(
             f"'{name}' is of no kind that is read: its suffix is '{path.suffix}', allowed are {allowed}, and {PACKED} "
             "behind those of text."
         )
-    return Place(name, kind, path)
+    return Place(name, format_.name, path)
 
 
 def _folder(name: str, folder: Path) -> dict[str, Place]:
     """Return the splits of a folder; one without a name where it has no splits."""
-    index = folder / "dataset_dict.json"
-    if index.is_file():
-        try:
-            parts = [str(part) for part in json.loads(index.read_text(encoding="utf-8"))["splits"]]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise DataError(f"'{index}' does not list splits. Save the dataset again with save_to_disk.") from None
-        if not parts:
-            raise DataError(f"'{index}' lists no split. Save the dataset again with save_to_disk.")
-        return {part: Place(name, "saved", folder / part, part) for part in parts}
-    if (folder / "state.json").is_file():
-        return {"": Place(name, "saved", folder)}
+    format_ = folder_format(folder)
+    if format_ is not None and format_.splits is not None:
+        return format_.splits(name, folder)
     if tables := tables_in(folder):
         for part, paths in tables.items():
             if len(paths) > 1:
                 several = ", ".join(path.name for path in paths)
                 raise DataError(f"the folder '{name}' has several files of {part} rows: {several}. Keep one of them.")
         return {part: _file(str(Path(name) / path.name), path) for part, (path,) in tables.items()}
-    if images := image_folders(folder):
-        return {part or "": Place(name, "image-folder", path, part) for part, path in images.items()}
-    held = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
-    raise DataError(f"the folder '{name}' is of no kind that is read (it holds {held}). Give {KINDS}.")
+    content = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
+    raise DataError(f"the folder '{name}' is of no kind that is read (it holds {content}). Give {readable()}.")
 
 
 def _divided(places: Mapping[str, Place], name: str) -> Location:

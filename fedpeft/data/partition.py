@@ -149,18 +149,20 @@ def _domain(config: RunConfig, train: EncodedSplit, count: int, labels: Rows | N
             )
         seed = derive_seed(config.run.seed, "partition", name)
         scheme = "dirichlet" if given and labels is not None else "iid"
-        own = None if labels is None else labels[rows]
-        for client, chosen in zip(clients, divide(config, scheme, len(clients), len(rows), own, seed), strict=True):
+        labels_there = None if labels is None else labels[rows]
+        for client, chosen in zip(
+            clients, divide(config, scheme, len(clients), len(rows), labels_there, seed), strict=True
+        ):
             parts[client] = rows[chosen]
     return parts
 
 
-def partition_table(held: Partition, train: EncodedSplit, labels: Sequence[str] = ()) -> list[dict[str, Any]]:
+def partition_table(partition: Partition, train: EncodedSplit, labels: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Return a partition as plain data.
 
     Parameters
     ----------
-    held : Partition
+    partition : Partition
         The partition.
     train : EncodedSplit
         The rows that it divides.
@@ -172,38 +174,38 @@ def partition_table(held: Partition, train: EncodedSplit, labels: Sequence[str] 
     list of dict
         One a client: ``client``, ``rows``, and ``labels`` and ``domains`` (name to number of rows) where there are any.
     """
-    counted = {name: (names, counts) for name, names, counts in _counts(held, train, labels)}
+    counted = {name: (names, counts) for name, names, counts in _counts(partition, train, labels)}
     return [
         {"client": client, "rows": len(rows)}
         | {name: dict(zip(names, counts[index].tolist(), strict=True)) for name, (names, counts) in counted.items()}
-        for index, (client, rows) in enumerate(zip(held.client_ids, held.indices, strict=True))
+        for index, (client, rows) in enumerate(zip(partition.client_ids, partition.indices, strict=True))
     ]
 
 
 def _counts(
-    held: Partition, train: EncodedSplit, labels: Sequence[str]
+    partition: Partition, train: EncodedSplit, labels: Sequence[str]
 ) -> list[tuple[str, tuple[str, ...], NDArray[np.int64]]]:
     """Return what rows can be counted by: its name, its values, and the rows of each by client, (clients, values)."""
     counted = []
     if train.labels is not None:
-        counted.append(("labels", tuple(labels), held.label_counts(train.labels, len(labels))))
+        counted.append(("labels", tuple(labels), partition.label_counts(train.labels, len(labels))))
     if train.domains is not None:
         names, groups = _groups(train.domains)
         codes = np.empty(len(train), dtype=np.int64)
         for code, rows in enumerate(groups):
             codes[rows] = code
-        counted.append(("domains", names, held.label_counts(codes, len(names))))
+        counted.append(("domains", names, partition.label_counts(codes, len(names))))
     return counted
 
 
-def plot_partition(path: Path, held: Partition, train: EncodedSplit, labels: Sequence[str] = ()) -> None:
+def plot_partition(path: Path, partition: Partition, train: EncodedSplit, labels: Sequence[str] = ()) -> None:
     """Draw how many rows of each label, and of each domain, every client holds.
 
     Parameters
     ----------
     path : Path
         Image to write; its suffix names the format.
-    held : Partition
+    partition : Partition
         The partition.
     train : EncodedSplit
         The rows that it divides.
@@ -215,9 +217,9 @@ def plot_partition(path: Path, held: Partition, train: EncodedSplit, labels: Seq
     from matplotlib.collections import PolyCollection
     from matplotlib.figure import Figure
 
-    sizes = np.array([[len(rows)] for rows in held.indices])
-    panels = _counts(held, train, labels) or [("rows", ("rows",), sizes)]
-    clients = len(held.client_ids)
+    sizes = np.array([[len(rows)] for rows in partition.indices])
+    panels = _counts(partition, train, labels) or [("rows", ("rows",), sizes)]
+    clients = len(partition.client_ids)
     figure = Figure(figsize=(min(14.0, 5.0 + 0.12 * clients), 3.6 * len(panels)), layout="constrained")
     FigureCanvasAgg(figure)
     for number, (title, names, counts) in enumerate(panels, start=1):
@@ -234,8 +236,8 @@ def plot_partition(path: Path, held: Partition, train: EncodedSplit, labels: Seq
             axes.add_collection(PolyCollection(list(corners), facecolors=[colour], label=name), autolim=False)
         axes.set_ylim(0, 1.05 * tops.max())
         every = -(-clients // 25)  # as many names as stay legible
-        axes.set_xticks(np.arange(0, clients, every), held.client_ids[::every])
-        if max(map(len, held.client_ids)) > 3 and clients > 6:
+        axes.set_xticks(np.arange(0, clients, every), partition.client_ids[::every])
+        if max(map(len, partition.client_ids)) > 3 and clients > 6:
             axes.tick_params(axis="x", rotation=60)
         axes.set_xlim(-0.6, clients - 0.4)
         axes.set(xlabel="client", ylabel="training rows")

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from fedpeft.bases import Inputs, first_line
 from fedpeft.config import RunConfig
-from fedpeft.data.readers import Place, listed, plain_batches
+from fedpeft.data.formats.images import listed
+from fedpeft.data.readers import Place, plain_batches
 from fedpeft.data.splits import EncodedSplit, Encoding, Normalisation
 from fedpeft.errors import DataError, ModelError
 

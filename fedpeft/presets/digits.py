@@ -191,13 +191,13 @@ def _write_base(
             _pretrain(model, _pixels(digits[parts["base"]]), torch.from_numpy(labels[parts["base"]]))
         model.eval()
         with torch.no_grad():
-            found = model(pixel_values=_pixels(digits[parts["test"]])).logits.argmax(1).numpy()
+            predicted = model(pixel_values=_pixels(digits[parts["test"]])).logits.argmax(1).numpy()
     finally:
         torch.set_num_threads(threads)
     model.save_pretrained(folder)
     size = {"height": SIDE, "width": SIDE}
     ViTImageProcessorPil(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(folder)
-    return float((found == labels[parts["test"]]).mean())
+    return float((predicted == labels[parts["test"]]).mean())
 
 
 def _pixels(digits: NDArray[np.float64]) -> torch.Tensor:

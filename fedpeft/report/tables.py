@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
+from fedpeft.config.template import keys_of
 from fedpeft.jsons import to_json
 from fedpeft.report.formats import NONE, number, one_line
 from fedpeft.report.layout import as_typed, cell, new_table, pairs
@@ -52,35 +53,16 @@ def strategies_dict(methods: Mapping[str, type[AdapterStrategy]] | None = None) 
 
 
 def _options(method: type[AdapterStrategy]) -> list[Facts]:
-    schema = method.Options.model_json_schema()
-    required = schema.get("required", ())
     return [
         {
-            "name": name,
-            "default": facts.get("default"),
-            "required": name in required,
-            "allowed": _allowed(facts, schema.get("$defs", {})),
-            "description": facts.get("description", ""),
+            "name": option.name,
+            "default": option.default,
+            "required": option.required,
+            "allowed": option.allowed,
+            "description": option.description,
         }
-        for name, facts in schema.get("properties", {}).items()
+        for option in keys_of(method.Options)
     ]
-
-
-def _allowed(facts: Mapping[str, Any], known: Mapping[str, Any]) -> str:
-    """Say in a few characters what a JSON schema allows."""
-    if "$ref" in facts:
-        return _allowed(known.get(str(facts["$ref"]).rpartition("/")[2], {}), known)
-    if "anyOf" in facts:
-        return " or ".join(_allowed(each, known) for each in facts["anyOf"])
-    if "enum" in facts:
-        return " | ".join(str(value) for value in facts["enum"])
-    if "const" in facts:
-        return str(facts["const"])
-    limits = (("minimum", ">="), ("exclusiveMinimum", ">"), ("maximum", "<="), ("exclusiveMaximum", "<"))
-    bounds = [f"{sign} {facts[limit]:g}" for limit, sign in limits if limit in facts]
-    kinds = {"null": "unset", "integer": "whole number", "string": "text", "boolean": "true or false", "array": "list"}
-    kind = str(facts.get("type", "any"))
-    return " ".join([kinds.get(kind, kind), ", ".join(bounds)]).strip()
 
 
 def strategies_table(methods: Sequence[Facts] | None = None) -> RenderableType:

@@ -26,7 +26,7 @@ from fedpeft import tasks
 from fedpeft.cache import cache_dir, locked, publishing
 from fedpeft.config import RunConfig
 from fedpeft.data.columns import Column
-from fedpeft.data.readers import Place, folder_notes, read
+from fedpeft.data.readers import Place, notes, read
 from fedpeft.data.sources import CLIENT, DOMAIN, digest, hold_out, locate, places, read_rows, test_place, wanted_columns
 from fedpeft.data.splits import EncodedData, EncodedSplit, Normalisation
 from fedpeft.data.tokens import Cuts, cut_notes
@@ -182,8 +182,7 @@ def _noted(
     config: RunConfig, place: Place, found: tuple[EncodedSplit, tuple[str, ...], Cuts]
 ) -> tuple[EncodedSplit, tuple[str, ...]]:
     split, labels, cuts = found
-    notes = folder_notes(place) if place.kind == "image-folder" else cut_notes(config, place, len(split), cuts)
-    return replace(split, notes=notes), labels
+    return replace(split, notes=notes(place) + cut_notes(config, place, len(split), cuts)), labels
 
 
 def _key(**parts: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,11 +15,14 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedpeft.adapters.adapted import AdaptedModel
+from fedpeft.adapters.state import role_of
 from fedpeft.config import TrainConfig
 from fedpeft.data.splits import EncodedSplit
+from fedpeft.errors import AdapterError
 from fedpeft.models import torch_seed
 from fedpeft.seeds import derive_seed, generator
 from fedpeft.tasks.losses import mean_loss
+from fedpeft.training.optimizers import OPTIMIZERS, SCHEDULES
 
 
 @dataclass(frozen=True)
@@ -74,19 +77,30 @@ def batches(rows: NDArray[np.int64], size: int, steps: int, rng: np.random.Gener
 
 def learning_rate(train: TrainConfig, progress: float) -> float:
     """Return the step size when `progress`, in [0, 1), of all rounds' steps is done."""
-    if train.lr_schedule == "linear":
-        return train.learning_rate * (1 - progress)
-    if train.lr_schedule == "cosine":
-        return train.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
-    return train.learning_rate
+    return train.learning_rate * SCHEDULES.find(train.lr_schedule).factor(progress)
 
 
-def _optimizer(train: TrainConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    if train.optimizer == "sgd":
-        return torch.optim.SGD(
-            parameters, lr=train.learning_rate, momentum=train.momentum, weight_decay=train.weight_decay
+def make_optimizer(train: TrainConfig, parameters: Mapping[str, torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """Return the configured optimiser of the live parameters, by their names in the adapter.
+
+    Raises
+    ------
+    AdapterError
+        It steps factors A and B together, and a layer has not both among the parameters.
+    """
+    record = OPTIMIZERS.find(train.optimizer)
+    if record.needs_pairs and not _in_pairs(parameters):
+        raise AdapterError(
+            f"train.optimizer = '{record.name}' steps both factors of a layer together, and here one of them is not "
+            "trained. Use an adapter and a strategy that train both, such as adapter.kind=lora with fedit, or another "
+            "optimizer."
         )
-    return torch.optim.AdamW(parameters, lr=train.learning_rate, weight_decay=train.weight_decay)
+    return record.build(parameters, train.learning_rate, train.options)
+
+
+def _in_pairs(names: Iterable[str]) -> bool:
+    of_role = {role: {name.replace(f"lora_{role}", "") for name in names if role_of(name) == role} for role in "AB"}
+    return bool(of_role["A"]) and of_role["A"] == of_role["B"]
 
 
 def training_mode(model: torch.nn.Module) -> None:
@@ -146,25 +160,60 @@ class PlainGradients:
         return loss.detach(), 1
 
 
+@dataclass(frozen=True)
+class Turn:
+    """One client's part in one round, from which follow its batches, its dropout and its learning rates.
+
+    Parameters
+    ----------
+    seed : int
+        The run's seed.
+    client_id : str
+        Whose turn it is.
+    server_round, num_rounds : int
+        Place of the round, from 1, for the learning rate's schedule.
+    num_examples : int, optional
+        Rows that count for the number of steps; all of the client's if not given.
+    dropout_seed : int, optional
+        In place of one that follows from the run's seed.
+    """
+
+    seed: int
+    client_id: str
+    server_round: int
+    num_rounds: int
+    num_examples: int | None = None
+    dropout_seed: int | None = None
+
+    @property
+    def batches(self) -> np.random.Generator:
+        """What draws the order of the rows."""
+        return generator(self.seed, "batches", self.server_round, self.client_id)
+
+    @property
+    def dropout(self) -> int:
+        """The seed of what dropout draws."""
+        if self.dropout_seed is not None:
+            return self.dropout_seed
+        return derive_seed(self.seed, "dropout", self.server_round, self.client_id)
+
+    def progress(self, share: float) -> float:
+        """Return how much of all rounds' steps is done when a share of this round's is."""
+        return (self.server_round - 1 + share) / self.num_rounds
+
+
 def train_locally(
     adapted: AdaptedModel,
     split: EncodedSplit,
     rows: NDArray[np.int64],
     train: TrainConfig,
+    turn: Turn,
     *,
     names: Sequence[str] | None = None,
-    seed: int,
-    client_id: str,
-    server_round: int,
-    num_rounds: int,
     penalty: Callable[[], torch.Tensor] | None = None,
-    num_examples: int | None = None,
     private: Callable[[torch.optim.Optimizer], Gradients] | None = None,
-    dropout_seed: int | None = None,
 ) -> LocalResult:
     """Train the loaded adapter on one client's rows, in place.
-
-    Batches and dropout depend on the run's seed, the round and the client's id alone.
 
     Parameters
     ----------
@@ -176,57 +225,59 @@ def train_locally(
         Which of them are this client's.
     train : TrainConfig
         How.
+    turn : Turn
+        Whose round this is, and which.
     names : sequence of str, optional
         What is trained; all of ``adapted.trained`` if not given.
-    seed : int
-        The run's seed.
-    client_id : str
-        Whose round this is.
-    server_round, num_rounds : int
-        Place of this round, from 1, for the learning rate's schedule.
     penalty : callable, optional
         What to add to each step's loss; not part of the loss that is reported.
-    num_examples : int, optional
-        Rows that count for the number of steps; those of `rows` if not given.
     private : callable, optional
         Makes private gradients for an optimizer, see `fedpeft.privacy.dp_sgd`; plain ones if not given. Gradients of
         regularisers, which depend on no row, come on top of the noise.
-    dropout_seed : int, optional
-        In place of one that follows from the run's seed.
     """
     started = time.perf_counter()
-    parameters = adapted.begin_training(adapted.trained if names is None else names)
-    start = [parameter.detach().clone() for parameter in parameters] if train.proximal_mu else []
-    optimizer = _optimizer(train, parameters)
-    steps = num_steps(train, len(rows) if num_examples is None else num_examples)
+    names = adapted.trained if names is None else names
+    parameters = adapted.begin_training(names)
+    optimizer = make_optimizer(train, dict(zip(names, parameters, strict=True)))
+    steps = num_steps(train, len(rows) if turn.num_examples is None else turn.num_examples)
     if private is not None:
         gradients = private(optimizer)
     else:
-        rng = generator(seed, "batches", server_round, client_id)
-        gradients = PlainGradients(adapted, split, rows, train, steps, rng)
+        gradients = PlainGradients(adapted, split, rows, train, steps, turn.batches)
+    regularise = _regulariser(train, parameters, penalty)
     losses: list[float | Tensor] = []
     counted = 0
     training_mode(adapted.model)
-    drop = derive_seed(seed, "dropout", server_round, client_id) if dropout_seed is None else dropout_seed
-    with torch_seed(drop):
+    with torch_seed(turn.dropout):
         for step, batch in enumerate(gradients.batches()):
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(train, (server_round - 1 + step / steps) / num_rounds)
+                group["lr"] = learning_rate(train, turn.progress(step / steps))
             optimizer.zero_grad(set_to_none=True)
             loss, count = gradients.compute(batch)
-            if penalty is not None:
-                penalty().backward()  # type: ignore[no-untyped-call]
-            for parameter, anchor in zip(parameters, start, strict=False):
-                # FedProx: the gradient of mu/2 |w - w_global|^2
-                if parameter.grad is not None:  # else the loss does not depend on it, and it has not moved
-                    parameter.grad.add_(parameter.detach() - anchor, alpha=train.proximal_mu)
-            if train.max_grad_norm:
-                torch.nn.utils.clip_grad_norm_(parameters, train.max_grad_norm)
+            regularise()
             optimizer.step()
             losses.append(loss)
             counted += count
     adapted.model.eval()
-    for parameter in parameters:
-        parameter.grad = None
+    optimizer.zero_grad(set_to_none=True)
     total = torch.stack([torch.as_tensor(loss, dtype=torch.float64) for loss in losses]).sum()
     return LocalResult(float(total) / counted if counted else math.nan, steps, time.perf_counter() - started)
+
+
+def _regulariser(
+    train: TrainConfig, parameters: Sequence[torch.nn.Parameter], penalty: Callable[[], torch.Tensor] | None
+) -> Callable[[], None]:
+    """Return what adds the penalty's gradient and FedProx's to a step's, and clips it; it knows where all began."""
+    start = [parameter.detach().clone() for parameter in parameters] if train.proximal_mu else []
+
+    def regularise() -> None:
+        if penalty is not None:
+            penalty().backward()  # type: ignore[no-untyped-call]
+        for parameter, anchor in zip(parameters, start, strict=False):
+            # FedProx: the gradient of mu/2 |w - w_global|^2
+            if parameter.grad is not None:  # else the loss does not depend on it, and it has not moved
+                parameter.grad.add_(parameter.detach() - anchor, alpha=train.proximal_mu)
+        if train.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(parameters, train.max_grad_norm)
+
+    return regularise

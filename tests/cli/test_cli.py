@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -315,3 +316,20 @@ def test_budgets_are_swept(fedpeft: Run, small: list[str], tmp_path: Path) -> No
     assert json.loads(stdout)["budgets"] == [8.0, None]
     assert "'dora' is not for" in refused(fedpeft(*words, "--epsilons", "8", "--adapters", "lora,dora"))
     assert "--level site does not exist" in refused(fedpeft(*words, "--level", "site"))
+
+
+def test_the_version_is_printed_and_the_package_can_be_run(fedpeft: Run) -> None:
+    assert fedpeft("--version") == (0, f"fedpeft {version('fedpeft')}\n", "")
+    done = subprocess.run([sys.executable, "-m", "fedpeft", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"fedpeft {version('fedpeft')}\n"
+
+
+def test_a_printed_configuration_is_simulated(fedpeft: Run, small: list[str], tmp_path: Path) -> None:
+    words = [*small, "--clients", "2", "--strategy", "lora-lego", "strategy.rank=2"]
+    code, stdout, err = fedpeft("config", *words)
+    assert code == 0, err
+    (tmp_path / "my.toml").write_text(stdout)
+    _, planned, _ = fedpeft("simulate", *words, "--dry-run", "--json")
+    _, again, err = fedpeft("simulate", "my.toml", "--dry-run", "--json")
+    assert json.loads(again) == json.loads(planned), err
+    assert "Did you mean 'lora-fair'" in refused(fedpeft("config", "--strategy", "lora-fare"))

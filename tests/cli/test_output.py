@@ -24,9 +24,10 @@ COMMAND = """
 import os, sys
 from pathlib import Path
 import fedpeft.cli
+from fedpeft.cli.output import saved
 @fedpeft.cli.app.command()
 def probe(many: int) -> None:
-    fedpeft.cli.saved(Path("a run"))
+    saved(Path("a run"))
     for number in range(many):
         print("größe 日本", number)
         print("warning: größe", file=sys.stderr)

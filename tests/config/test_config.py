@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedpeft.config import RunConfig, merge, nest, parse_overrides, read_toml, resolve
+from fedpeft.config import RunConfig, from_flat, merge, nest, parse_overrides, read_toml, resolve
 from fedpeft.errors import ConfigError
 
 
@@ -74,6 +74,18 @@ def test_naming_another_strategy_drops_the_options_of_the_first() -> None:
     assert merge([first, nest({"strategy.name": "lora-lego"})])["strategy"] == {"name": "lora-lego", "rank": 4}
 
 
+def test_an_optimizers_options_are_typed_and_its_defaults_filled_in() -> None:
+    train = _resolve("train.optimizer=sgd", "train.momentum=0.5").train
+    assert train.model_dump().items() >= {"momentum": 0.5, "weight_decay": 0.0}.items()
+    with pytest.raises(ConfigError, match=r"train.momentum = '2': input should be less than 1"):
+        _resolve("train.optimizer=sgd", "train.momentum=2")
+
+
+def test_files_of_earlier_versions_may_name_another_optimizers_default() -> None:
+    train = _resolve("train.optimizer=adamw", "train.momentum=0.0").train
+    assert "momentum" not in train.model_dump()
+
+
 def test_labels_may_hold_quoted_commas() -> None:
     assert _resolve('data.labels="a, b", c').data.label_names == ("a, b", "c")
 
@@ -90,7 +102,7 @@ def test_what_travels_or_is_saved_reads_back_the_same(
     config = resolve(
         [nest({"train.learning_rate": rate, "adapter.rank": rank, "adapter.targets": targets, "run.seed": seed})]
     )
-    assert RunConfig.from_flat(config.to_flat()) == config
+    assert from_flat(config.to_flat()) == config
     path = tmp_path_factory.mktemp("toml") / "config.toml"
     path.write_text(config.to_toml())
     assert resolve([read_toml(path)]) == config

@@ -15,8 +15,8 @@ import pytest
 
 from fedpeft import tasks
 from fedpeft.config import DataConfig
-from fedpeft.data.sources import SourceRows, load_rows
 from fedpeft.errors import DataError
+from tests.data.loading import SourceRows, load_rows
 
 DEEP = "[" * 3000 + "]" * 3000
 DIGITS = "9" * 5000

@@ -14,11 +14,12 @@ from PIL import Image
 from fedpeft import tasks
 from fedpeft.cli import app
 from fedpeft.config import DataConfig, configure
-from fedpeft.data import hub
-from fedpeft.data.readers import folder_notes
-from fedpeft.data.sources import SourceRows, digest, load_rows, locate
+from fedpeft.data.formats import hub
+from fedpeft.data.readers import notes
+from fedpeft.data.sources import digest, locate
 from fedpeft.errors import DataError
 from fedpeft.tasks.encoding import encode
+from tests.data.loading import SourceRows, load_rows
 
 
 def load(source: str | Path, task: Any = "image-classification", **data: Any) -> SourceRows:
@@ -217,4 +218,4 @@ def test_splits_have_any_case_and_what_belongs_to_none_is_told(pictures: Path, t
     rows = load(divided)
     assert (rows.labels, len(rows.train), len(rows.test)) == (("cat", "dog"), 8, 8)
     told = f"folders of images in '{divided}' that belong to no split and are no rows: 1 (val)"
-    assert folder_notes(locate(divided).train) == (told,)
+    assert notes(locate(divided).train) == (told,)

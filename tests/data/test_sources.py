@@ -18,9 +18,10 @@ from PIL import Image
 
 from fedpeft import tasks
 from fedpeft.config import DataConfig
-from fedpeft.data import locations, readers
-from fedpeft.data.sources import SourceRows, hold_out, load_rows, locate
+from fedpeft.data.formats import hub
+from fedpeft.data.sources import hold_out, locate
 from fedpeft.errors import DataError
+from tests.data.loading import SourceRows, load_rows
 
 TEXTS = ["007", "2020-01-01", 'say "x", y', "1.50", "NA", "über\nzwei"]
 ROWS: dict[str, list[Any]] = {"text": TEXTS * 5, "label": ["pos", "neg", "pos"] * 10, "site": [3, 10, 2] * 10}
@@ -380,7 +381,7 @@ def test_image_rows_are_checked_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["rows.csv", "./rows", "/no/rows", "a/b/c", "data/rows.jsonl", "../rows", "a b"])
 def test_a_mistyped_path_is_never_asked_for_on_the_hub(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr(locations, "hub_dataset", lambda name: pytest.fail(f"asked the hub for {name}"))
+    monkeypatch.setattr(hub, "hub_dataset", lambda name: pytest.fail(f"asked the hub for {name}"))
     with pytest.raises(DataError, match="there is no file or folder"):
         locate(name)
 
@@ -394,8 +395,7 @@ def test_a_plain_name_is_asked_for_on_the_hub(monkeypatch: pytest.MonkeyPatch, n
         asked.append(name)
         return datasets.DatasetDict(train=part, test=part)
 
-    monkeypatch.setattr(locations, "hub_dataset", answer)
-    monkeypatch.setattr(readers, "hub_dataset", answer)
+    monkeypatch.setattr(hub, "hub_dataset", answer)
     rows = load_rows(DataConfig(source=name), tasks.find("sequence-classification").columns, client_column=None, seed=0)
     assert set(asked) == {name}
     assert (len(rows.train), len(rows.test)) == (2, 2)

@@ -11,8 +11,8 @@ import pytest
 
 from fedpeft import tasks
 from fedpeft.config import DataConfig, nest, resolve
-from fedpeft.data.sources import load_rows
 from fedpeft.errors import ConfigError, DataError
+from tests.data.loading import load_rows
 
 ROWS = [{"text": f"Käse, {index}", "label": "xy"[index % 2], "note": "z"} for index in range(6)]
 HEAD = {"version": 1, "note": "n"}

@@ -271,7 +271,7 @@ def test_a_client_that_raises_is_reported_with_its_traceback_and_the_round_goes_
     train = fedpeft.clients.app.train_locally
 
     def failing(*args: Any, **kwargs: Any) -> Any:
-        if kwargs["client_id"] == "site-1":
+        if args[4].client_id == "site-1":
             raise ValueError("a row that must not travel")
         return train(*args, **kwargs)
 

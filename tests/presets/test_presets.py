@@ -137,8 +137,8 @@ def test_callers_at_the_same_time_build_once(stub: Stub) -> None:
 
 def test_provenance_speaks_of_presets_alone(stub: Stub) -> None:
     both = resolve([nest({"model.name": "preset:digits", "data.source": "preset:digits"})])
-    assert provenance(both) == {"digits": {"preset": "digits", "built": 1, "ingredients": {"version": "1"}}}
-    assert provenance(resolve([nest({"model.name": "some/folder", "data.source": "rows.csv"})])) == {}
+    assert provenance(both.presets) == {"digits": {"preset": "digits", "built": 1, "ingredients": {"version": "1"}}}
+    assert provenance(resolve([nest({"model.name": "some/folder", "data.source": "rows.csv"})]).presets) == {}
 
 
 def test_a_preset_that_is_not_fetched_says_which_command_fetches_it(stub: Stub) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fedpeft.adapters.kinds import KINDS
-from fedpeft.config import RunConfig
+from fedpeft.config import RunConfig, from_flat
 from fedpeft.config.privacy import PrivacyConfig
 from fedpeft.errors import ConfigError
 from fedpeft.strategies import with_typed_options
@@ -83,7 +83,7 @@ def test_public_rows_may_initialise_and_a_plain_run_has_no_randomness_to_name(te
 
 def test_what_a_private_run_was_resolved_to_is_read_back_as_it_was(text_config: Make) -> None:
     config = with_typed_options(text_config(**RECORD, privacy__spare_rounds=2))
-    assert RunConfig.from_flat(config.to_flat()) == config
+    assert from_flat(config.to_flat()) == config
 
 
 def test_the_documentation_lists_every_setting_as_it_is() -> None:

@@ -19,7 +19,7 @@ from fedpeft.privacy.independence import row_engine
 from fedpeft.privacy.mechanism import RecordMechanism
 from fedpeft.privacy.randomness import secure, seeded
 from fedpeft.resident import Resident
-from fedpeft.training.local import train_locally
+from fedpeft.training.local import Turn, train_locally
 
 TASKS = ("sequence-classification", "image-classification", "causal-lm")
 KINDS = ("lora", "ffa-lora", "rslora", "lora-xs")
@@ -186,9 +186,7 @@ def test_training_privately_moves_every_trained_tensor_and_repeats_to_the_byte(
             row_engine(home), home.data.train, rows, mechanism, seeded(0, "t"), optimizer, physical=4
         )
         train = home.config.train.model_copy(update={"local_steps": 3, "proximal_mu": 0.1})
-        done = train_locally(
-            adapted, home.data.train, rows, train, seed=0, client_id="0", server_round=1, num_rounds=1, private=make
-        )
+        done = train_locally(adapted, home.data.train, rows, train, Turn(0, "0", 1, 1), private=make)
         assert done.steps == 3
         results.append(adapted.tensors(adapted.trained))
     for name in adapted.trained:
@@ -208,9 +206,7 @@ def test_a_proximal_term_keeps_its_gradient(homes: Callable[[str, str], Resident
         )
         update = {"local_steps": 12, "proximal_mu": mu, "optimizer": "sgd", "learning_rate": 0.1}
         train = home.config.train.model_copy(update=update)
-        train_locally(
-            adapted, home.data.train, rows, train, seed=0, client_id="0", server_round=1, num_rounds=1, private=make
-        )
+        train_locally(adapted, home.data.train, rows, train, Turn(0, "0", 1, 1), private=make)
         now = adapted.tensors(adapted.trained)
         moved[mu] = sum(float((now[name] - adapted.initial[name]).pow(2).sum()) for name in now) ** 0.5
     assert moved[5.0] < 0.8 * moved[0.0]

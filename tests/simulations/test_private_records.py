@@ -25,7 +25,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> None:
     train = clients.train_locally
 
     def fails(*given: Any, **settings: Any) -> Any:
-        if settings["client_id"] == "site-1":
+        if given[4].client_id == "site-1":
             raise ValueError(SECRET)
         return train(*given, **settings)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fedpeft.config import RunConfig, TrainConfig
 from fedpeft.resident import Resident
-from fedpeft.training.local import batches, learning_rate, num_steps, train_locally
+from fedpeft.training.local import Turn, batches, learning_rate, num_steps, train_locally
 
 Make = Callable[..., RunConfig]
 
@@ -57,10 +57,7 @@ def trained(config: RunConfig, server_round: int = 1, client_id: str = "site-0")
         home.data.train,
         home.partition.indices[0],
         config.train,
-        seed=config.run.seed,
-        client_id=client_id,
-        server_round=server_round,
-        num_rounds=4,
+        Turn(config.run.seed, client_id, server_round, 4),
     )
     return {name: tensor - adapted.initial[name] for name, tensor in adapted.tensors(adapted.initial).items()}
 

@@ -55,10 +55,8 @@ class Start:
         Where they come from, for errors.
     seed : int
         The run's.
-    optimizer : str
-        What clients train with.
-    learning_rate : float
-        Theirs.
+    first_step : callable
+        The change that the first step of training along a gradient makes to a weight.
     """
 
     model: nn.Module
@@ -67,8 +65,7 @@ class Start:
     batches: Sequence[Mapping[str, Tensor]]
     rows: str
     seed: int
-    optimizer: str
-    learning_rate: float
+    first_step: Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from torch import Tensor, nn
 
-ADAM_EPS = 1e-8  # torch's; it keeps the signs of rounding errors out
-
 
 def first_steps(start: Start) -> dict[str, Tensor]:
     """Return the first step that training all of each target's weight on public rows would make, by its name."""
@@ -54,13 +52,8 @@ def first_steps(start: Start) -> dict[str, Tensor]:
                 f"'{start.rows}'; leave it out of adapter.targets, or give other rows."
             )
         G = total / sum(sizes)
-        steps[name] = _first_step(G.T if isinstance(module, Conv1D) else G, start)
+        steps[name] = start.first_step(G.T if isinstance(module, Conv1D) else G)
     return steps
-
-
-def _first_step(G: Tensor, start: Start) -> Tensor:
-    """Return the first step of full training along the gradient G, in float64."""
-    return -start.learning_rate * (G / (G.abs() + ADAM_EPS) if start.optimizer == "adamw" else G)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from fedpeft.adapters.kinds import KINDS
 from fedpeft.errors import ConfigError
 from fedpeft.privacy.levels.level import Level, Words
 from fedpeft.rounding import as_given
+from fedpeft.training.optimizers import OPTIMIZERS
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +55,8 @@ class RecordLevel(Level):
                 f"row cannot be had for what it trains. Allowed: {', '.join(able)}; or "
                 "privacy.level=client."
             )
+        if why := OPTIMIZERS.find(train.optimizer).not_private:
+            raise ConfigError(f"train.optimizer = '{train.optimizer}' is not for privacy.level = 'record': {why}")
         if train.max_grad_norm:
             raise ConfigError(
                 f"train.max_grad_norm = {train.max_grad_norm:g} clips whole gradients; under privacy.level = 'record' "

@@ -27,7 +27,7 @@ from fedpeft.resident import Resident
 from fedpeft.strategies import STRATEGIES, available, with_typed_options
 from fedpeft.strategies.fedit import FedIt
 from fedpeft.tasks.encoding import encode_rows
-from fedpeft.training.local import train_locally
+from fedpeft.training.local import Turn, train_locally
 
 Make = Callable[..., RunConfig]
 NAMES = sorted(KINDS.ours)
@@ -49,10 +49,7 @@ def trained(held: Resident, client: int = 0) -> dict[str, Tensor]:
         held.data.train,
         held.partition.indices[client],
         held.config.train.model_copy(update={"local_steps": 2}),
-        seed=0,
-        client_id=str(client),
-        server_round=1,
-        num_rounds=2,
+        Turn(0, str(client), 1, 2),
     )
     return held.adapted.tensors(held.adapted.initial)
 

@@ -6,18 +6,20 @@ import csv
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
-
-from fedpeft.data.text_files import opened, refuse_nul, table
+from fedpeft.data.formats.record import Format
+from fedpeft.data.formats.text_files import opened, refuse_nul, table
 from fedpeft.errors import DataError
 from fedpeft.places import Place, Wanted
+
+if TYPE_CHECKING:
+    import datasets
 
 SEPARATORS = {",": "a comma", "\t": "a tab", ";": "a semicolon", "|": "a bar"}
 
 
-def read_delimited(place: Place, wanted: Wanted) -> datasets.Dataset:
+def _read(place: Place, wanted: Wanted) -> datasets.Dataset:
     """Read a file whose first line names the columns, by the separator that makes the wanted ones of that line."""
     limit = csv.field_size_limit(sys.maxsize)  # the default refuses texts above 128 KiB
     begun = 1
@@ -70,7 +72,7 @@ def _header(place: Place, wanted: Wanted, file: Any) -> tuple[Any, list[str]]:
     assert place.path is not None
     tabs_first = ".tsv" in [suffix.lower() for suffix in place.path.suffixes[-2:]]
     order = sorted(SEPARATORS, key=lambda mark: mark != "\t") if tabs_first else list(SEPARATORS)
-    found: dict[str, list[str]] = {}
+    headers: dict[str, list[str]] = {}
     for mark in order:
         try:
             reader, header = _parsed(file, mark)
@@ -79,8 +81,8 @@ def _header(place: Place, wanted: Wanted, file: Any) -> tuple[Any, list[str]]:
         refuse_nul(place, "".join(header))
         if header and wanted.fit(header):
             return reader, header
-        found[mark] = header
-    best = max(found, key=lambda mark: len(found[mark]), default=order[0])
+        headers[mark] = header
+    best = max(headers, key=lambda mark: len(headers[mark]), default=order[0])
     reader, header = _parsed(file, best)
     if not header:
         raise DataError(f"{place} is empty. Its first line must name the columns.")
@@ -112,3 +114,6 @@ def _check_row(place: Place, reader: Any, row: Sequence[str], header: Sequence[s
 
 def _is_header(row: Sequence[str], header: Sequence[str]) -> bool:
     return len(row) > 1 and row[-1].strip() == header[-1] and [cell.strip() for cell in row] == header
+
+
+CSV = Format("csv", "CSV", _read, suffixes=(".csv", ".tsv"), packed=True)

@@ -9,13 +9,14 @@ import io
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import BinaryIO, TextIO, cast
-
-import datasets
-import pyarrow as pa
+from typing import TYPE_CHECKING, BinaryIO, TextIO, cast
 
 from fedpeft.errors import DataError
 from fedpeft.places import Place, unreadable
+
+if TYPE_CHECKING:
+    import datasets
+    import pyarrow as pa
 
 CHUNK_ROWS = 4096
 HALF = re.compile("[\ud800-\udfff]")  # of a character
@@ -73,6 +74,9 @@ def table(
     DataError
         A cell holds half a character; a `tolerant` table has an empty one there.
     """
+    import datasets
+    import pyarrow as pa
+
     schema = pa.schema([(name, pa.large_string()) for name in names])
     batches: list[pa.RecordBatch] = []
     chunk: list[Sequence[str | None]] = []
@@ -149,11 +153,11 @@ def _undecodable(place: Place, encoding: str, error: UnicodeError) -> DataError:
             while chunk := file.read(CHUNK_BYTES):
                 line += decoder.decode(chunk).count("\n")
             decoder.decode(b"", final=True)
-        except UnicodeDecodeError as found:
-            line += found.object[: found.start].decode(encoding, "ignore").count("\n")
-            what = f"byte 0x{found.object[found.start]:02x} in line {line} ({found.reason})"
-        except UnicodeError as found:
-            what = str(found)
+        except UnicodeDecodeError as undecoded:
+            line += undecoded.object[: undecoded.start].decode(encoding, "ignore").count("\n")
+            what = f"byte 0x{undecoded.object[undecoded.start]:02x} in line {line} ({undecoded.reason})"
+        except UnicodeError as undecoded:
+            what = str(undecoded)
     others = "cp1252, latin-1 or utf-16"
     if codecs.lookup(encoding).name != "utf-8":
         others = "utf-8"

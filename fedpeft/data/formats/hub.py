@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
-import datasets
-
+from fedpeft.data.formats.record import Format
 from fedpeft.errors import DataError
+from fedpeft.places import Place, Wanted
+
+if TYPE_CHECKING:
+    import datasets
 
 HUB_TIMEOUT_S = 5.0
+HUB_ID = r"\w[\w.-]*(/\w[\w.-]*)?"
+FILE_SUFFIX = r"\.[A-Za-z]+$"  # not .v2, which ids end with
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep the library's progress bars off inside the block."""
+    import datasets
+
     shown = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
@@ -41,6 +50,7 @@ def hub_dataset(name: str, configuration: str | None = None) -> datasets.Dataset
     DataError
         The hub has none of that name, or it cannot be reached and nothing is cached.
     """
+    import datasets
     import httpx
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
@@ -75,3 +85,33 @@ def hub_dataset(name: str, configuration: str | None = None) -> datasets.Dataset
     finally:
         datasets.config.HF_HUB_OFFLINE = before
     return loaded
+
+
+def _rows(place: Place) -> datasets.Dataset:
+    """Return all columns of a split."""
+    if place.configuration is None:
+        return hub_dataset(place.name)[place.part]
+    return hub_dataset(place.name, place.configuration)[place.part]
+
+
+def _read(place: Place, wanted: Wanted) -> datasets.Dataset:
+    loaded = _rows(place)
+    return loaded.select_columns(wanted.present(place, loaded.column_names))
+
+
+def _named(name: str, configuration: str | None) -> dict[str, Place] | None:
+    """Only a plain ``name`` or ``owner/name`` without a file suffix can be an id, so that no path is asked for."""
+    if not re.fullmatch(HUB_ID, name) or re.search(FILE_SUFFIX, name):
+        return None
+    parts = hub_dataset(name) if configuration is None else hub_dataset(name, configuration)
+    return {part: Place(name, HUB.name, None, part, configuration) for part in parts}
+
+
+HUB = Format(
+    "hub",
+    "a dataset of the hub",
+    _read,
+    named=_named,
+    may_link=lambda place, column: False,
+    fingerprint=lambda place: str(_rows(place)._fingerprint),
+)

@@ -63,8 +63,8 @@ def text_or_number(place: Place, column: str, cells: pa.ChunkedArray) -> pa.Chun
 
 def not_read(place: Place, column: str, kind: pa.DataType, what: str) -> DataError:
     """Return the error for a column of a type that is of no use."""
-    told = " ".join(str(kind).split())
-    short = told if len(told) < 80 else f"{told[:77]}..."
+    named = " ".join(str(kind).split())
+    short = named if len(named) < 80 else f"{named[:77]}..."
     return DataError(f"column '{column}' of {place} holds {short}. Name a column of {what}.")
 
 
@@ -82,3 +82,8 @@ def _decoded(place: Place, column: str, cells: pa.ChunkedArray) -> pa.ChunkedArr
                 f"(0x{value[error.start]:02x} at {error.start}). Save the column as text."
             ) from None
     raise not_read(place, column, cells.type, "texts or numbers")
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Say whether cells of this type are texts."""
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))

@@ -7,13 +7,15 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-import datasets
-
-from fedpeft.data.text_files import opened, refuse_nul, table
+from fedpeft.data.formats.record import Format
+from fedpeft.data.formats.text_files import opened, refuse_nul, table
 from fedpeft.errors import DataError
 from fedpeft.places import Place, Wanted, named
+
+if TYPE_CHECKING:
+    import datasets
 
 KEPT_DEPTH = 8  # rows and their cells lie less deep than this in every layout that is read
 LINES = {".jsonl", ".ndjson"}  # suffixes of files with an object a line
@@ -41,7 +43,7 @@ class _Digits(str):
     __slots__ = ()
 
 
-def read_json(place: Place, wanted: Wanted) -> datasets.Dataset:
+def _read(place: Place, wanted: Wanted) -> datasets.Dataset:
     """Read an object a line; or, where the file is one JSON value, its rows."""
     seen: dict[str, None] = {}
     columns = list(dict.fromkeys(wanted.columns.values()))
@@ -141,7 +143,7 @@ def _rows_within(place: Place, wanted: Wanted, value: object) -> Iterable[tuple[
     cells = [value.get(column) for column in wanted.columns.values()] if isinstance(value, dict) else []
     if not isinstance(value, dict) or (wanted.fit(list(value)) and not any(isinstance(c, dict | list) for c in cells)):
         return [("line 1", value)]
-    lists = [key for key, held in value.items() if isinstance(held, list) and held and isinstance(held[0], dict)]
+    lists = [key for key, rows in value.items() if isinstance(rows, list) and rows and isinstance(rows[0], dict)]
     if len(lists) > 1:
         raise DataError(
             f"{place} is an object with several lists of rows ({', '.join(lists)}). Save each as a file of its own."
@@ -151,20 +153,20 @@ def _rows_within(place: Place, wanted: Wanted, value: object) -> Iterable[tuple[
     names = [name for name in dict.fromkeys(wanted.columns.values()) if name in value]
     # pandas writes a column as an object from index to cell
     columns: list[Any] = [_cells(place, name, value[name], value[names[0]]) for name in names]
-    if not names and any(isinstance(held, dict | list) and held not in ([], {}) for held in value.values()):
+    if not names and any(isinstance(cells, dict | list) and cells not in ([], {}) for cells in value.values()):
         raise DataError(f"{place} is one object in which no rows are found (it has: {named(list(value))}). {ADVICE}")
     if not names or not all(isinstance(column, list) for column in columns):
         return [] if list(value.values()) == [[]] else [("line 1", value)]
     return _turned(place, names, columns, value)
 
 
-def _cells(place: Place, name: str, held: object, first: object) -> object:
+def _cells(place: Place, name: str, column: object, first: object) -> object:
     """Return a column's cells in the order of the first column's index, where they are kept by index."""
-    if not isinstance(held, dict) or not isinstance(first, dict):
-        return held
-    if held.keys() != first.keys():
+    if not isinstance(column, dict) or not isinstance(first, dict):
+        return column
+    if column.keys() != first.keys():
         raise DataError(f"column '{name}' of {place} has another index than the columns before it. Save it anew.")
-    return [held[index] for index in first]
+    return [column[index] for index in first]
 
 
 def _turned(
@@ -173,8 +175,8 @@ def _turned(
     """Return rows of columns, and an empty cell for every key that is not read, so that it is known to be there."""
     sizes = {name: len(cells) for name, cells in zip(names, columns, strict=True)}
     if len(set(sizes.values())) > 1:
-        told = ", ".join(f"'{name}' {size}" for name, size in sizes.items())
-        raise DataError(f"the columns of {place} differ in length: {told}. Give each as many cells.")
+        lengths = ", ".join(f"'{name}' {size}" for name, size in sizes.items())
+        raise DataError(f"the columns of {place} differ in length: {lengths}. Give each as many cells.")
     others = dict.fromkeys(value)
     return (
         (f"row {number}", {**others, **dict(zip(names, cells, strict=True))})
@@ -193,15 +195,15 @@ def _flat(text: str) -> str:
     """Empty what is nested deeper than any cell: so much of it that Python's parser gives up."""
     kept: list[str] = []
     depth = start = 0
-    for found in re.finditer(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', text, re.DOTALL):
-        mark = found[0]
+    for match in re.finditer(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', text, re.DOTALL):
+        mark = match[0]
         if mark in "[{":
             depth += 1
             if depth == KEPT_DEPTH + 1:
-                kept.append(text[start : found.end()])
+                kept.append(text[start : match.end()])
         elif mark in "]}":
             if depth == KEPT_DEPTH + 1:
-                start = found.start()
+                start = match.start()
             depth -= 1
     if depth <= KEPT_DEPTH:  # else it ends before all is closed
         kept.append(text[start:])
@@ -215,8 +217,8 @@ def _invalid(place: Place, error: json.JSONDecodeError, line: int) -> DataError:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    held = dict(pairs)
-    return held if len(held) == len(pairs) else _Repeated(pairs)
+    record = dict(pairs)
+    return record if len(record) == len(pairs) else _Repeated(pairs)
 
 
 def _integer(digits: str) -> int | _Digits:
@@ -244,3 +246,6 @@ def _text(place: Place, number: int, column: str, value: object) -> str | None:
             return str(int(value)) if value.is_integer() else repr(value)
         what = "number without bounds (Infinity, or above 1e308)"
     raise DataError(f"row {number} of {place} holds a {what} in column '{column}'. Give a text or a number.")
+
+
+JSON = Format("json", "JSON lines", _read, suffixes=(".json", ".jsonl", ".ndjson"), packed=True)

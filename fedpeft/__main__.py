@@ -1,0 +1,5 @@
+"""The command line, as ``python -m fedpeft``."""
+
+from fedpeft.cli import main
+
+main()

@@ -1,0 +1,102 @@
+"""Running a federation here, and scoring what came out."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fedpeft.cli.options import INTERRUPTED, Asked, Json, Verbose, quiet, show, spread
+from fedpeft.cli.output import saved
+
+if TYPE_CHECKING:
+    from fedpeft.config import RunConfig
+
+
+@spread()
+def simulate(
+    asked: Asked,
+    out: Annotated[Path | None, typer.Option(help="Exactly where the run directory goes.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run; train nothing.")] = False,
+    json_lines: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Simulate a federation here: many clients, one machine or a Ray cluster.
+
+    Without model and data it runs the embedded `digits` preset.
+    """
+    config = asked.config()
+    quiet(verbose)
+    if dry_run:
+        _dry_run(config, json_lines)
+        return
+    from fedpeft.report.terminal import JsonListener, TerminalListener
+    from fedpeft.runs import check_vacant
+    from fedpeft.strategies import with_typed_options
+
+    if out is not None:
+        check_vacant(out)
+    config = with_typed_options(config)
+    if not json_lines:
+        _introduce(config)
+    with JsonListener() if json_lines else TerminalListener(config) as listener:
+        from fedpeft.simulations.simulate import simulate as run
+
+        outcome = run(config, out, listener=listener, verbose=verbose)
+        _write_report(outcome.path, listener)
+        listener.finish(outcome.path)
+    saved(outcome.path)
+    if outcome.error is not None:
+        raise typer.Exit(outcome.error.exit_code)  # the summary has said why
+    if outcome.reason == "interrupted":
+        raise typer.Exit(INTERRUPTED)
+
+
+def _introduce(config: RunConfig) -> None:
+    """Say what an embedded base model is, a toy where it is one, before anybody reads a score."""
+    from fedpeft.presets import PRESETS
+
+    for name, preset in PRESETS.items():
+        if config.model.name == f"preset:{name}":
+            print(f"preset {name}: {preset.description}")
+
+
+def _write_report(path: Path, listener: Any) -> None:
+    """Draw plots and page; a run is not lost because they could not be written."""
+    from fedpeft.report.page import write_report
+
+    try:
+        write_report(path)
+    except OSError as error:
+        listener({"event": "warning", "round": 0, "message": f"no report: {error}"})
+
+
+def _dry_run(config: RunConfig, json_lines: bool) -> None:
+    from fedpeft.report.planned import dry_run_table
+    from fedpeft.simulations.plan import plan
+
+    planned = plan(config)
+    show(planned.to_dict(), lambda _: dry_run_table(planned), json_lines)
+
+
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[data.test=FILE] [section.key=value ...]", help="Other test rows.", show_default=False),
+    ] = None,
+    json_lines: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Score a run's adapter, on its own test split or on other rows."""
+    quiet(verbose)
+    from fedpeft.config import parse_overrides
+    from fedpeft.report.tables import scores_table
+    from fedpeft.rescoring import caution, rescore
+
+    scores = rescore(run, parse_overrides(words or ()))
+    show(scores, scores_table, json_lines)
+    if (words_of_caution := caution(scores)) is not None:
+        print(f"warning: {words_of_caution}", file=sys.stderr)

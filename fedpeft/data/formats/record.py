@@ -1,0 +1,61 @@
+"""What is known of a format of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedpeft.places import Place, Wanted
+
+if TYPE_CHECKING:
+    import datasets
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format that rows are read from: a kind of file, a kind of folder, or names of somewhere else.
+
+    Parameters
+    ----------
+    name : str
+        The ``kind`` of its places.
+    description : str
+        What users are told of: that of a file stands before the word "file".
+    read : callable
+        Reads the wanted columns of a place, or raises `DataError`. Cells may be text, whatever they stand for.
+    suffixes : tuple of str
+        Of its files, in small letters.
+    packed : bool
+        Whether its files may be packed by gzip, with ``.gz`` behind the suffix.
+    marks : tuple of str
+        Files of which one tells that a folder is of this format, whatever else it holds.
+    splits : callable, optional
+        Of a folder's name and path: its splits by name, one without a name where it has none. Where there are no marks
+        it is asked last, and returns nothing for a folder that is of another format.
+    named : callable, optional
+        Of a name that is no path, and a configuration or None: the splits that it names elsewhere; None where it is no
+        name of that sort.
+    implies : mapping of str to str
+        Keys of the section `data`, and which columns they name where the user names none.
+    may_link : callable
+        Of a place and a column: whether its cells may be paths of images, without looking at all rows.
+    notes : callable
+        What whoever holds the rows of a place should know of them, in one line each.
+    fingerprint : callable, optional
+        What changes whenever the rows of a place do, if they are in no file here.
+    """
+
+    name: str
+    description: str
+    read: Callable[[Place, Wanted], datasets.Dataset]
+    suffixes: tuple[str, ...] = ()
+    packed: bool = False
+    marks: tuple[str, ...] = ()
+    splits: Callable[[str, Path], dict[str, Place]] | None = None
+    named: Callable[[str, str | None], dict[str, Place] | None] | None = None
+    implies: Mapping[str, str] = field(default_factory=dict)
+    may_link: Callable[[Place, str], bool] = lambda place, column: True
+    notes: Callable[[Place], tuple[str, ...]] = lambda place: ()
+    fingerprint: Callable[[Place], str] | None = None
