@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from fedpeft.adapters.kinds import set(KINDS.ours)
+from fedpeft.adapters.kinds import KINDS
 from fedpeft.cli import main
 from fedpeft.config import RunConfig
 from fedpeft.strategies import available
