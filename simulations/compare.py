@@ -16,14 +16,14 @@ from typing import Any
 
 from fedpeft.config import Layer, RunConfig, cohort_size, nest, resolve
 from fedpeft.errors import ConfigError, FedpeftError, RunDirectoryError, nearest
+from fedpeft.formats import duration, finite, number
 from fedpeft.jsons import strict_json, to_json
 from fedpeft.privacy.statement import read_statement
 from fedpeft.report.comparison import BOUNDS, comparison, comparison_markdown
-from fedpeft.report.formats import duration, finite, number
-from fedpeft.report.history import ERRORS, History, domain_scores, main_metric, worst
 from fedpeft.report.privacy import epsilon
 from fedpeft.resident import Resident, resident
-from fedpeft.runs import CONFIG, check_vacant, read_config
+from fedpeft.runs import CONFIG_FILE, check_vacant, read_config
+from fedpeft.runs.history import ERRORS, History, domain_scores, main_metric, worst
 from fedpeft.simulations.simulate import ray_grid, simulate
 from fedpeft.strategies import available, with_typed_options
 
@@ -75,7 +75,7 @@ class Job:
     @property
     def is_begun(self) -> bool:
         """Whether this very run is there, complete or not."""
-        return (self.path / CONFIG).is_file() and _same(read_config(self.path), self.config)
+        return (self.path / CONFIG_FILE).is_file() and _same(read_config(self.path), self.config)
 
 
 def _same(one: RunConfig, other: RunConfig) -> bool:
@@ -152,7 +152,7 @@ def plan_jobs(rows: Sequence[Row], config: RunConfig, seeds: int, out: Path) -> 
     """
     if seeds < 1:
         raise ConfigError(f"--seeds {seeds} must be at least 1.")
-    if (out / CONFIG).exists():
+    if (out / CONFIG_FILE).exists():
         raise RunDirectoryError(f"'{out}' is a run; give another --out, for a folder of runs.")
     # what nobody has set is left open: a method may be defined with another kind of adapter. The strategy's options are
     # its own, and of no other row

@@ -11,10 +11,10 @@ from torch import Tensor
 from fedpeft.clients.app import OWN_PERSONAL, TRUST_REMOTE_CODE
 from fedpeft.clients.rows import client_rows
 from fedpeft.config import RunConfig, cohort_size
+from fedpeft.formats import one_line
 from fedpeft.presets import provenance
 from fedpeft.privacy.books import Books
 from fedpeft.privacy.mechanism import require_a_round
-from fedpeft.report.formats import one_line
 from fedpeft.resident import Resident, resident
 from fedpeft.runs import Listener, RunDirectory, folder_name
 from fedpeft.simulations.charging import Charging

@@ -306,10 +306,10 @@ def runs(
     folder: Annotated[Path, typer.Argument(help="Where run directories are.")] = Path("runs"), json_lines: Json = False
 ) -> None:
     """List runs."""
-    from fedpeft.report.runs import runs_list, runs_table
+    from fedpeft.report.runs import runs_table
+    from fedpeft.runs.listing import list_runs
 
-    found = runs_list(folder)
-    show(found, lambda runs: runs_table(runs, folder), json_lines)
+    show(list_runs(folder), lambda runs: runs_table(runs, folder), json_lines)
 
 
 @presets_app.callback()

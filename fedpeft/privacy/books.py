@@ -14,13 +14,14 @@ from dataclasses import replace
 
 from fedpeft.config import RunConfig
 from fedpeft.errors import BudgetSpentError
+from fedpeft.jsons import strict_json
 from fedpeft.privacy.accounting import Charge, merged, spent, upper_bound
 from fedpeft.privacy.budget import Budget, Limit, charged
 from fedpeft.privacy.ledger import EVERYBODY, LEDGER, Entry, Ledger
 from fedpeft.privacy.mechanism import record_mechanism
 from fedpeft.privacy.statement import PRIVACY, Facts, state, void
 from fedpeft.rounding import as_given
-from fedpeft.runs import RunDirectory, strict_json
+from fedpeft.runs import RunDirectory
 from fedpeft.wire import NOISE_MULTIPLIER, NUM_EXAMPLES, SAMPLE_RATE, SPENT_STEPS, STEPS
 
 ONE_RUN = (

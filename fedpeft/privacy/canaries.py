@@ -26,7 +26,8 @@ from torch import Tensor
 from fedpeft.config import RunConfig
 from fedpeft.data.partition import Partition
 from fedpeft.errors import ConfigError
-from fedpeft.runs import CANARIES, strict_json
+from fedpeft.jsons import strict_json
+from fedpeft.runs import CANARIES
 from fedpeft.seeds import generator
 from fedpeft.tasks.encoding import EncodedSplit
 from fedpeft.training.evaluation import score

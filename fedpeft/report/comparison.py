@@ -9,10 +9,10 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from fedpeft.report.formats import NONE, duration, number, one_line, size
-from fedpeft.report.history import ERRORS
+from fedpeft.formats import NONE, duration, number, one_line, size
 from fedpeft.report.layout import cell, new_table
 from fedpeft.report.privacy import epsilon
+from fedpeft.runs.history import ERRORS
 
 Facts = dict[str, Any]
 OWN_ROWS, OF_TOTAL = "own rows", "of total"

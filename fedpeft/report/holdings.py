@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from fedpeft.report.formats import NONE, one_line
+from fedpeft.formats import NONE, one_line
 from fedpeft.report.layout import cell, new_table
 
 SHOWN_CLIENTS = 40  # more than that is summarised; --json has them all

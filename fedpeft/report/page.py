@@ -18,13 +18,13 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from fedpeft.config import RunConfig
+from fedpeft.formats import NONE, duration, finite, number, size
 from fedpeft.privacy.statement import PRIVACY
-from fedpeft.report.formats import NONE, duration, finite, number, size
-from fedpeft.report.history import ERRORS, HIGHER_IS_BETTER, METRICS, History, domain_scores, worst
 from fedpeft.report.plots import DARK, draw, write_plots
 from fedpeft.report.privacy import epsilon, guarantee
 from fedpeft.report.tables import environment_rows
-from fedpeft.runs import ADAPTER, CONFIG, ENVIRONMENT, read_config
+from fedpeft.runs import ADAPTER, CONFIG_FILE, ENVIRONMENT_FILE, read_config
+from fedpeft.runs.history import ERRORS, HIGHER_IS_BETTER, METRICS, History, domain_scores, worst
 
 PAGE, PLOTS = "report.html", "plots"
 TEMPLATE = "page.html.jinja"
@@ -127,9 +127,9 @@ def render(run: Path, config: RunConfig, history: History, images: Iterable[Imag
         _evaluations(history), _domains(history), _privacy(config, history, statement), _clients(config, history),
         _faults(history),
     ]  # fmt: skip
-    facts = _json(run / ENVIRONMENT)
+    facts = _json(run / ENVIRONMENT_FILE)
     # bytes that are not text must not keep the rest of the page from being seen
-    written = (run / CONFIG).read_text(encoding="utf-8", errors="replace")
+    written = (run / CONFIG_FILE).read_text(encoding="utf-8", errors="replace")
     return environment.get_template(TEMPLATE).render(
         name=run.resolve().name,
         state=history.state,

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from fedpeft.formats import NONE, size
 from fedpeft.jsons import strict_json
-from fedpeft.report.formats import NONE, size
 from fedpeft.report.holdings import rows_summary
 from fedpeft.report.layout import as_typed, cell, new_table, pairs
 from fedpeft.report.privacy import planned_rows

@@ -21,8 +21,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from fedpeft.report.formats import finite, number, one_line
-from fedpeft.report.history import ERRORS, Event, History
+from fedpeft.formats import finite, number, one_line
+from fedpeft.runs import Event
+from fedpeft.runs.history import ERRORS, History
 
 SIZE, DPI = (7.0, 4.0), 144  # inches, pixels per inch
 NAMED_DOMAINS = 8  # with more than that lines cannot be told apart, and are drawn alike

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from fedpeft.report.formats import NONE, finite, one_line
+from fedpeft.formats import NONE, finite, one_line
 from fedpeft.report.layout import cell, new_table, pairs
 from fedpeft.rounding import as_given, number
 

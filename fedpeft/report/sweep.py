@@ -16,8 +16,8 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from fedpeft.formats import NONE, finite, number, one_line
 from fedpeft.report.comparison import BOUNDS
-from fedpeft.report.formats import NONE, finite, number, one_line
 from fedpeft.report.layout import cell, new_table
 from fedpeft.report.plots import LIGHT, Theme, draw_line, place_legend, render_figure, scale_axis, short_label
 from fedpeft.report.privacy import accountants, epsilon

@@ -9,10 +9,10 @@ from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
+from fedpeft.formats import NONE, number, one_line
 from fedpeft.jsons import to_json
-from fedpeft.report.formats import NONE, number, one_line
-from fedpeft.report.history import METRICS
 from fedpeft.report.layout import as_typed, cell, new_table, pairs
+from fedpeft.runs.history import METRICS
 
 if TYPE_CHECKING:
     from fedpeft.strategies.base import AdapterStrategy

@@ -26,9 +26,11 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from fedpeft.formats import duration, finite, number, one_line, size
 from fedpeft.jsons import to_json
-from fedpeft.report.formats import duration, finite, number, one_line, size
-from fedpeft.report.history import Event, History, domain_scores, main_metric, worst
+from fedpeft.report.privacy import claim, epsilon
+from fedpeft.runs import Event
+from fedpeft.runs.history import History, domain_scores, main_metric, worst
 
 if TYPE_CHECKING:
     from fedpeft.config import RunConfig
@@ -283,8 +285,6 @@ class TerminalListener:
         """Return what was spent so far in words; nothing where none can be stated."""
         if (spent := finite(round_event.get("epsilon_max"))) is None:
             return ""
-        from fedpeft.report.privacy import epsilon  # which loads SciPy: a private run has it anyway
-
         return f"epsilon {epsilon(spent)}"
 
     # --- the bar -------------------------------------------------------------------------------------------------
@@ -387,8 +387,6 @@ class TerminalListener:
             facts.append(("moved", f"{size(history.bytes_up)} up, {size(history.bytes_down)} down"))
             facts.append(("rounds took", duration(history.seconds)))
         if history.privacy is not None:
-            from fedpeft.report.privacy import claim
-
             facts.append(("privacy", claim(history.privacy, self.config.privacy)))
         if history.faults:
             clients = len({str(fault.get("client")) for fault in history.faults})

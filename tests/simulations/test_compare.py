@@ -11,8 +11,8 @@ import pytest
 
 from fedpeft.config import RunConfig, configure
 from fedpeft.errors import ConfigError, RunDirectoryError
-from fedpeft.report.history import History
 from fedpeft.runs import read_events
+from fedpeft.runs.history import History
 from fedpeft.simulations import compare
 from fedpeft.simulations.compare import Compared, plan_jobs, run_jobs, split_words, write_comparison
 from fedpeft.strategies.rounds.federation import Outcome
