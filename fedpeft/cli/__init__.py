@@ -128,7 +128,7 @@ def _dry_run(config: RunConfig, json_lines: bool) -> None:
     from fedpeft.simulations.plan import plan
 
     planned = plan(config)
-    show(planned.to_dict(), lambda _: dry_run_table(planned), json_lines)
+    show(planned.to_dict(), lambda facts: dry_run_table(facts, planned.config), json_lines)
 
 
 @app.command()
@@ -285,9 +285,11 @@ def partition(
 def strategies(json_lines: Json = False) -> None:
     """List the server's methods and their options."""
     quiet(False)
-    from fedpeft.report.tables import strategies_dict, strategies_table
+    from fedpeft.report.tables import strategies_table
+    from fedpeft.strategies import available
+    from fedpeft.strategies.catalogue import catalogue
 
-    show(strategies_dict(), strategies_table, json_lines)
+    show(catalogue(available()), strategies_table, json_lines)
 
 
 @app.command()

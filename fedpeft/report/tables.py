@@ -1,9 +1,9 @@
-"""Methods, presets, environment and scores: plain data for ``--json``, and tables that read well at 80 columns."""
+"""Methods, presets, environment and scores as tables that read well at 80 columns."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.padding import Padding
@@ -14,78 +14,9 @@ from fedpeft.jsons import to_json
 from fedpeft.report.layout import as_typed, cell, new_table, pairs
 from fedpeft.runs.history import METRICS
 
-if TYPE_CHECKING:
-    from fedpeft.strategies.base import AdapterStrategy
 
-Facts = dict[str, Any]
-
-
-def strategies_dict(methods: Mapping[str, type[AdapterStrategy]] | None = None) -> list[Facts]:
-    """Describe methods: name, paper, what they send, when they are exact, and their options.
-
-    Parameters
-    ----------
-    methods : mapping of str to type, optional
-        By name; all that are installed if not given.
-    """
-    if methods is None:
-        from fedpeft.strategies import available
-
-        methods = available()
-    return [
-        {
-            "name": name,
-            "paper": method.capabilities.paper,
-            "sends": method.capabilities.sends,
-            "exact": method.capabilities.exact,
-            "needs_single_factors": method.capabilities.needs_single_factors,
-            "trains": method.capabilities.trains,
-            "personal": sorted(method.capabilities.personal),
-            "head": method.capabilities.head,
-            "mixed_ranks": method.capabilities.mixed_ranks,
-            "changes_base": method.capabilities.changes_base,
-            "kinds": sorted(method.capabilities.kinds),
-            "options": _options(method),
-        }
-        for name, method in methods.items()
-    ]
-
-
-def _options(method: type[AdapterStrategy]) -> list[Facts]:
-    schema = method.Options.model_json_schema()
-    required = schema.get("required", ())
-    return [
-        {
-            "name": name,
-            "default": facts.get("default"),
-            "required": name in required,
-            "allowed": _allowed(facts, schema.get("$defs", {})),
-            "description": facts.get("description", ""),
-        }
-        for name, facts in schema.get("properties", {}).items()
-    ]
-
-
-def _allowed(facts: Mapping[str, Any], known: Mapping[str, Any]) -> str:
-    """Say in a few characters what a JSON schema allows."""
-    if "$ref" in facts:
-        return _allowed(known.get(str(facts["$ref"]).rpartition("/")[2], {}), known)
-    if "anyOf" in facts:
-        return " or ".join(_allowed(each, known) for each in facts["anyOf"])
-    if "enum" in facts:
-        return " | ".join(str(value) for value in facts["enum"])
-    if "const" in facts:
-        return str(facts["const"])
-    limits = (("minimum", ">="), ("exclusiveMinimum", ">"), ("maximum", "<="), ("exclusiveMaximum", "<"))
-    bounds = [f"{sign} {facts[limit]:g}" for limit, sign in limits if limit in facts]
-    kinds = {"null": "unset", "integer": "whole number", "string": "text", "boolean": "true or false", "array": "list"}
-    kind = str(facts.get("type", "any"))
-    return " ".join([kinds.get(kind, kind), ", ".join(bounds)]).strip()
-
-
-def strategies_table(methods: Sequence[Facts] | None = None) -> RenderableType:
-    """Lay out what `strategies_dict` returns: the methods side by side, then what is particular to each."""
-    methods = strategies_dict() if methods is None else methods
+def strategies_table(methods: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """Lay out what `fedpeft.strategies.catalogue` returns: methods side by side, then what is particular to each."""
     columns = ("strategy", "paper", "trains", "exact?", "mixed ranks?", "personal?", "sums only?")
     table = new_table(*columns, whole=("strategy",))
     details: list[RenderableType] = []
