@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from fedpeft.config import RunConfig
-    from fedpeft.simulations.compare import Compared
+    from fedpeft.simulations.running import Compared
 
 INTERRUPTED = 130
 

@@ -289,7 +289,8 @@ def sweep(
     if level not in ("record", "client"):
         raise ConfigError(f"--level {level} does not exist; give record or client (--epsilons inf is without privacy).")
     from fedpeft.report.sweep import sweep_table
-    from fedpeft.simulations.compare import default_folder, run_jobs
+    from fedpeft.simulations.compare import default_folder
+    from fedpeft.simulations.running import run_jobs
     from fedpeft.simulations.sweep import (
         plan_sweep,
         private_words,
