@@ -82,7 +82,8 @@ def simulate(
     if dry_run:
         _dry_run(config, json_lines)
         return
-    from fedpeft.report.terminal import JsonListener, TerminalListener
+    from fedpeft.report.console import JsonListener
+    from fedpeft.report.terminal import TerminalListener
     from fedpeft.runs import check_vacant
     from fedpeft.strategies import with_typed_options
 

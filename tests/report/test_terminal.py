@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from fedpeft.config import RunConfig
-from fedpeft.report.terminal import JsonListener, RunConsole, TerminalListener, open_console
+from fedpeft.report.console import JsonListener, RunConsole, open_console
+from fedpeft.report.terminal import TerminalListener
 from tests.runs.events import STATEMENT
 
 Events = Callable[..., list[dict[str, Any]]]
