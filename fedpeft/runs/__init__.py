@@ -16,6 +16,7 @@ from fedpeft.runs.directory import (
     folder_name,
     read_config,
     read_events,
+    read_object,
 )
 from fedpeft.runs.machine import environment
 
@@ -34,4 +35,5 @@ __all__ = [
     "folder_name",
     "read_config",
     "read_events",
+    "read_object",
 ]

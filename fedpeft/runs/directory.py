@@ -209,3 +209,12 @@ def read_events(path: Path) -> list[Event]:
         except json.JSONDecodeError:
             break
     return events
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object of a run directory; empty where there is none to be read."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
