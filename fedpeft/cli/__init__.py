@@ -358,7 +358,7 @@ def init(
         words, strategy=strategy, adapter=adapter, preset=preset, clients=clients, rounds=rounds, seed=seed
     )
     quiet(verbose)
-    from fedpeft.deployment import init_app
+    from fedpeft.cli.app_folder import init_app
 
     print(init_app(directory, config, out))
 

@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 
 import fedpeft.data.tokens
 import fedpeft.strategies.rounds.federation as federation
+from fedpeft.cli.app_folder import init_app
 from fedpeft.clients.rows import ClientRows, client_rows
 from fedpeft.config import RunConfig, nest, resolve
-from fedpeft.deployment import init_app, split_run_config, write_app
+from fedpeft.deployment import split_run_config, write_app
 from fedpeft.errors import ConfigError, DeploymentError
 from fedpeft.privacy.audit import audit_run
 from fedpeft.privacy.canaries import Canaries
