@@ -38,14 +38,14 @@ class Row:
         Name of a strategy, or ``centralized``.
     settings : Layer
         What is laid over the common configuration.
-    own : frozenset of str
+    sections : frozenset of str
         Sections of which the row says everything itself, and the common configuration nothing.
     """
 
     label: str
     method: str
     settings: Layer = field(default_factory=dict)
-    own: frozenset[str] = frozenset()
+    sections: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def plan_jobs(rows: Sequence[Row], config: RunConfig, seeds: int, out: Path) -> 
     jobs = []
     for seed in range(config.run.seed, config.run.seed + seeds):
         for row in rows:
-            shared = {section: table for section, table in common.items() if section not in row.own}
+            shared = {section: table for section, table in common.items() if section not in row.sections}
             layers = [shared, _method_layer(row, config), row.settings]
             resolved = with_typed_options(_scoring_clients(resolve([*layers, {"run": {"seed": seed}}])))
             jobs.append(Job(row, seed, resolved, out / re.sub(r"[^\w.=,+-]", "_", row.label) / f"seed-{seed}"))

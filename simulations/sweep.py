@@ -37,7 +37,7 @@ class Point(Row):
 
     Parameters
     ----------
-    label, method, settings, own
+    label, method, settings, sections
         See `Row`.
     adapter : str, optional
         Kind of adapter; that of the configuration, or of the method, if not given.
@@ -156,7 +156,7 @@ def sweep_points(
                             label="_".join(filter(None, (adapter, row.label, f"epsilon={as_given(budget)}"))),
                             method=row.method,
                             settings=merge([row.settings, kind, {"privacy": section}]),
-                            own=frozenset({"privacy"}),
+                            sections=frozenset({"privacy"}),
                             adapter=adapter,
                             strategy=row.label,
                             budget=budget,

@@ -26,17 +26,22 @@ KNOWN = Path(__file__).with_name("known_violations.json")
 # but not x itself. An import goes to a lower row, or stays within its unit.
 UNITS: tuple[tuple[str, ...], ...] = (
     ("errors", "seeds", "jsons", "rounding", "formats", "chatter"),
-    ("places", "registry", "wire"),
-    ("adapters.kinds", "training.optimizers"),  # leaves: names and what is known of each, before any configuration
+    ("places", "registry"),
+    (
+        "adapters.kinds",
+        "training.optimizers",
+        "data.formats",
+    ),  # leaves: names and what is known of each, before any configuration
     ("cache",),
     ("presets",),
     ("config",),
     ("bases",),
     ("data",),
     ("tasks",),
-    ("models", "agreement", "runs"),
+    ("models", "runs"),
+    ("agreement",),
     ("adapters",),
-    ("training",),
+    ("training", "wire"),
     ("resident",),
     ("privacy",),
     ("deployment",),
@@ -266,6 +271,8 @@ class Sort:
         The attributes, keys and variables that hold such a name.
     registry : str
         ``module:NAME`` of the registry, once there is one.
+    named_by : tuple of str
+        Patterns of files whose records name one as a configuration does: a preset its task, a task its metrics.
     """
 
     homes: tuple[str, ...]
@@ -273,6 +280,7 @@ class Sort:
     fields: frozenset[str]
     words: frozenset[str] = frozenset()
     registry: str = ""
+    named_by: tuple[str, ...] = ()
 
 
 def _set(text: str) -> frozenset[str]:
@@ -299,6 +307,7 @@ SORTS: dict[str, Sort] = {
         ("fedpeft/tasks/*.py",),
         _set("sequence-classification image-classification causal-lm"),
         _set("task"),
+        named_by=("fedpeft/presets/__init__.py",),
     ),
     "optimiser": Sort(
         ("fedpeft/training/optimizers/*.py",),
@@ -316,6 +325,7 @@ SORTS: dict[str, Sort] = {
         _set("accuracy perplexity macro_f1 loss"),
         _set("metric metrics"),
         _set("loss"),  # the key of what a client reports
+        named_by=("fedpeft/tasks/*.py",),
     ),
     "privacy level": Sort(
         ("fedpeft/privacy/levels/*.py", "fedpeft/privacy/levels.py"),
@@ -410,8 +420,12 @@ def names_elsewhere() -> list[str]:
             for what, sort in SORTS.items():
                 if text not in names_of(what) or (text in sort.words and not fields & sort.fields):
                     continue
-                own = any(PurePosixPath(path).match(home) for home in sort.homes)
-                if not (own and (text in defined(module) or text.replace("-", "_") == PurePosixPath(path).stem)):
+                at_home, named = (
+                    any(PurePosixPath(path).match(pattern) for pattern in patterns)
+                    for patterns in (sort.homes, sort.named_by)
+                )
+                own = at_home and (text in defined(module) or text.replace("-", "_") == PurePosixPath(path).stem)
+                if not (own or named):
                     found.add(f"{path}: {what} '{text}'")
     return sorted(found)
 

@@ -83,19 +83,19 @@ def draw(history: History, theme: Theme = LIGHT) -> list[Plot]:
         ``accuracy`` or ``perplexity``, ``loss``, ``aggregation_error``, ``epsilon`` and ``communication``, those that
         have points.
     """
-    figures: list[tuple[str, str, Callable[[Axes], bool]]] = []
+    figures: dict[str, tuple[str, Callable[[Axes], bool]]] = {}
     metric = history.metric
-    if metric is not None and metric != "loss":
-        title = f"Test {metric} over rounds"
-        figures.append((metric, title, lambda axes: _scores(axes, history, metric, theme)))
-    figures.append(("loss", "Loss over rounds", lambda axes: _losses(axes, history, theme)))
-    figures.append(("aggregation_error", "Aggregation error", lambda axes: _errors(axes, history, theme)))
-    figures.append(("epsilon", "Epsilon over rounds, an upper bound", lambda axes: _epsilons(axes, history, theme)))
+    if metric is not None:
+        figures[metric] = (f"Test {metric} over rounds", lambda axes: _scores(axes, history, metric, theme))
+    # in place of the score, where that is the loss
+    figures["loss"] = ("Loss over rounds", lambda axes: _losses(axes, history, theme))
+    figures["aggregation_error"] = ("Aggregation error", lambda axes: _errors(axes, history, theme))
+    figures["epsilon"] = ("Epsilon over rounds, an upper bound", lambda axes: _epsilons(axes, history, theme))
     if metric is not None:
         title = f"Test {metric} over bytes moved"
-        figures.append(("communication", title, lambda axes: _communication(axes, history, metric, theme)))
+        figures["communication"] = (title, lambda axes: _communication(axes, history, metric, theme))
     drawn = []
-    for name, title, fill in figures:
+    for name, (title, fill) in figures.items():
         png = render_figure(title, fill, theme)
         if png is not None:
             drawn.append(Plot(name, title, png))
@@ -202,14 +202,14 @@ def _series(events: Mapping[int, Event], key: str) -> Points:
 
 
 def _domains(history: History, metric: str) -> Mapping[str, Points]:
-    found: dict[str, list[tuple[float, float]]] = {}
+    by_domain: dict[str, list[tuple[float, float]]] = {}
     for at, event in sorted(history.evaluations.items()):
         domains = event.get("domains")
         for name, scores in domains.items() if isinstance(domains, Mapping) else ():
             value = finite(scores.get(metric)) if isinstance(scores, Mapping) else None
             if value is not None:
-                found.setdefault(str(name), []).append((at, value))
-    return found
+                by_domain.setdefault(str(name), []).append((at, value))
+    return by_domain
 
 
 def short_label(name: str, points: Points = (), limit: int = 18) -> str:

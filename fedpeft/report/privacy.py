@@ -30,13 +30,13 @@ def epsilon(value: object) -> str:
 
 def caveats(privacy: PrivacyConfig) -> list[str]:
     """Say in a word or two each why a run gives no guarantee; `fedpeft.privacy.statement.state` says it whole."""
-    found = {
+    reasons = {
         "shuffled batches": privacy.sampling == "shuffle",
         "losses released": privacy.release_metrics,
         "no noise": privacy.noise_multiplier == 0,
         "seeded": privacy.rng != "secure",
     }
-    return [words for words, holds in found.items() if holds]
+    return [words for words, holds in reasons.items() if holds]
 
 
 def guarantee(facts: Facts, privacy: PrivacyConfig) -> str:
@@ -61,7 +61,7 @@ def accountants(facts: Facts) -> str:
     return " and ".join(ANALYTIC if name == "gaussian" else str(name).upper() for name in names)
 
 
-def spread(values: Sequence[float], digits: str = ".4g") -> str:
+def span(values: Sequence[float], digits: str = ".4g") -> str:
     """Write the range of what may differ among clients."""
     low, high = (format(edge(values), digits) for edge in (min, max))
     return low if low == high else f"{low} to {high}"
@@ -86,7 +86,7 @@ def planned_rows(facts: Facts, privacy: PrivacyConfig) -> list[tuple[str, str]]:
     promise = "yes, if randomness stays secret" if facts["guarantee"] else f"none: {'; '.join(facts['reasons'])}"
     return [
         ("privacy", f"{facts['level']} level"),
-        ("noise", f"multiplier {spread(facts['noise_multiplier'])}, {source}"),
+        ("noise", f"multiplier {span(facts['noise_multiplier'])}, {source}"),
         ("", _planned_sums(facts, privacy)),
         *([("clipping", ADAPTIVE)] if privacy.level == "client" and privacy.adaptive_clipping else []),
         ("epsilon", _planned_epsilon(facts, privacy)),
@@ -98,7 +98,7 @@ def planned_rows(facts: Facts, privacy: PrivacyConfig) -> list[tuple[str, str]]:
 
 def _planned_sums(facts: Facts, privacy: PrivacyConfig) -> str:
     """Say how often noise is added, and who is in what it is added to."""
-    total, chance = spread(facts["steps"], "d"), spread(facts["sample_rate"])
+    total, chance = span(facts["steps"], "d"), span(facts["sample_rate"])
     if facts["level"] == "record":
         return f"{total} noised steps a client in all; each row is in each of them with chance {chance}"
     if privacy.cohort == "fixed":
@@ -155,7 +155,7 @@ def ledger_table(facts: Facts) -> RenderableType:
 
 
 def _range(edges: Sequence[float] | None) -> str:
-    return NONE if edges is None else spread(edges)
+    return NONE if edges is None else span(edges)
 
 
 def _rounds(edges: Sequence[int] | None) -> str:

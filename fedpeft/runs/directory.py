@@ -51,7 +51,7 @@ def default_directory(config: RunConfig) -> Path:
 
 def folder_name(client_id: str) -> str:
     """Return a client's id as the name of a file: what comes from a column of rows must not be a path."""
-    name = re.sub(r"[^\w.\- ]", lambda found: quote(found[0], safe=""), client_id)
+    name = re.sub(r"[^\w.\- ]", lambda letter: quote(letter[0], safe=""), client_id)
     try:
         os.fsencode(name)
     except UnicodeEncodeError:  # a locale that lacks its letters
