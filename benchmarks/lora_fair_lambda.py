@@ -19,8 +19,10 @@ from benchmarks.mixed_ranks import LAYER, begun, target, trained
 from fedpeft.adapters.state import ClientUpdate
 from fedpeft.chatter import silence
 from fedpeft.config import configure
-from fedpeft.report.history import History
-from fedpeft.simulations.compare import Job, plan_jobs, run_jobs, split_words
+from fedpeft.runs.history import History
+from fedpeft.simulations.compare import split_words
+from fedpeft.simulations.jobs import Job, plan_jobs
+from fedpeft.simulations.running import run_jobs
 from fedpeft.strategies import STRATEGIES
 from fedpeft.strategies.algebra.factors import round_errors
 

@@ -12,7 +12,9 @@ from pathlib import Path
 
 from fedpeft.chatter import silence
 from fedpeft.config import configure
-from fedpeft.simulations.compare import CENTRALIZED, plan_jobs, run_jobs, split_words, write_comparison
+from fedpeft.simulations.compare import split_words, write_comparison
+from fedpeft.simulations.jobs import CENTRALIZED, plan_jobs
+from fedpeft.simulations.running import run_jobs
 from fedpeft.strategies import STRATEGIES
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "methods.md"

@@ -24,7 +24,9 @@ from fedpeft.adapters.draws import draw_a
 from fedpeft.adapters.state import A_SUFFIX, AdapterState, ClientUpdate, LoraFactors, Role
 from fedpeft.chatter import silence
 from fedpeft.config import configure
-from fedpeft.simulations.compare import plan_jobs, run_jobs, split_words, write_comparison
+from fedpeft.simulations.compare import split_words, write_comparison
+from fedpeft.simulations.jobs import plan_jobs
+from fedpeft.simulations.running import run_jobs
 from fedpeft.strategies import find
 from fedpeft.strategies.base import AdapterStrategy
 

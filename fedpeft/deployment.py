@@ -16,7 +16,6 @@ from typing import Any
 
 import tomli_w
 
-from fedpeft import tasks
 from fedpeft.config import DataConfig, RunConfig, Scalar, from_flat, nest
 from fedpeft.errors import DeploymentError
 
@@ -29,81 +28,6 @@ HEADER = """\
 # A Flower app written by `fedpeft deploy init`. It holds settings only: the code is the installed fedpeft.
 # Start it with `flwr run FOLDER CONNECTION`; --run-config "section.key=value" changes a key that stands below.
 """
-
-
-def init_app(directory: Path, config: RunConfig, out: Path | None) -> str:
-    """Write a run's app folder, and say what to type next.
-
-    Parameters
-    ----------
-    directory : Path
-        The folder to write; must not hold anything.
-    config : RunConfig
-        The run, with rows to read the label names from, or with `data.labels` and `federation.clients`.
-    out : Path, optional
-        The run directory on the SuperLink's machine; ``runs/<name>`` under the current folder if not given.
-
-    Raises
-    ------
-    FedpeftError
-        The folder is not empty, a strategy or option does not exist, or labels or clients cannot be read off the rows.
-    """
-    _check_vacant(directory)
-    if why := config.adapter.start.simulations_only:
-        raise DeploymentError(f"adapter.init = '{config.adapter.init}' works in simulations only: {why}")
-    _refuse_canaries(config)
-    # this reaches up to the strategies, and loads torch; clients import this module for `run_config` alone
-    from fedpeft.resident import resident
-    from fedpeft.runs import default_directory
-    from fedpeft.strategies import find, with_typed_options
-
-    config = with_typed_options(config, rng="secure")
-    if personal := find(config.strategy.name).capabilities.personal:
-        raise DeploymentError(
-            f"strategy '{config.strategy.name}' leaves {', '.join(sorted(personal))} with the clients and works in "
-            "simulations only: a SuperNode would lose it with each restart."
-        )
-    if config.adapter.head == "local":
-        raise DeploymentError(
-            "adapter.head = 'local' works in simulations only: a SuperNode would lose its head with each restart. "
-            "Use 'shared' or 'frozen'."
-        )
-    named = not tasks.of(config).has_labels or config.data.label_names is not None
-    home = resident(config)
-    clients = config.federation.clients or len(home.partition.client_ids)
-    path = write_app(directory, config, out or default_directory(config), None if named else tuple(home.data.labels))
-    own = "'data=\"/path/to/its/rows\"'"
-    share = f"'partition-id=I num-partitions={clients}' (I = 0 .. {clients - 1}), or "
-    return (
-        f"wrote {path}\n"
-        f"start a SuperLink and {clients} SuperNodes, then: flwr run {directory} CONNECTION\n"
-        f"CONNECTION is the SuperLink's name in Flower's config.toml; each SuperNode gets --node-config "
-        f"{share if config.data.source is not None else ''}{own}{_of_privacy(config)}"
-    )
-
-
-def _of_privacy(config: RunConfig) -> str:
-    """Say what a private app promises and what a site may hold it to; warn of what voids it."""
-    privacy = config.privacy
-    if not privacy.is_private:
-        return ""
-    from fedpeft.privacy.levels import level_of
-    from fedpeft.privacy.statement import void
-    from fedpeft.rounding import as_given
-
-    asked = (
-        f"noise multiplier {privacy.noise_multiplier:g}"
-        if privacy.epsilon is None
-        else f"epsilon {as_given(privacy.epsilon)}"
-    )
-    rounds = f"{config.federation.rounds} round" + "s" * (config.federation.rounds > 1)
-    lines = [f"privacy: {privacy.level} level, {asked} over {rounds}, randomness {privacy.rng}"]
-    lines += level_of(privacy).deployed(privacy)
-    reasons = void(privacy)
-    if privacy.rng == "seeded":
-        reasons.append("privacy.rng = 'seeded': noise can be replayed; drop it (a deployment's default is secure)")
-    lines += [f"warning: no guarantee can be given: {reason}" for reason in reasons]
-    return "\n" + "\n".join(lines)
 
 
 def write_app(directory: Path, config: RunConfig, out: Path, labels: tuple[str, ...] | None) -> Path:
@@ -141,10 +65,23 @@ def write_app(directory: Path, config: RunConfig, out: Path, labels: tuple[str, 
         value = getattr(getattr(config, section), key)
         if value is not None:
             config = _update(config, section, **{key: _absolute(value)})
+    app = _app(config, out)
+    path = directory / APP_FILE
+    try:
+        check_empty(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        path.write_text(HEADER + "\n" + tomli_w.dumps(app), encoding="utf-8")
+    except OSError as error:
+        raise DeploymentError(f"cannot write '{path}': {error.strerror}; name a folder that can be made.") from None
+    return path
+
+
+def _app(config: RunConfig, out: Path) -> dict[str, Any]:
+    """Return what the folder's one file holds; raises DeploymentError where a value cannot travel."""
     flat = config.to_flat()
     for name, value in flat.items():
         _check(name, value)
-    app = {
+    return {
         "project": {
             "name": "fedpeft-app",
             "version": version("fedpeft"),
@@ -166,14 +103,6 @@ def write_app(directory: Path, config: RunConfig, out: Path, labels: tuple[str, 
             }
         },
     }
-    path = directory / APP_FILE
-    try:
-        _check_vacant(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        path.write_text(HEADER + "\n" + tomli_w.dumps(app), encoding="utf-8")
-    except OSError as error:
-        raise DeploymentError(f"cannot write '{path}': {error.strerror}; name a folder that can be made.") from None
-    return path
 
 
 def split_run_config(flat: Mapping[str, Scalar]) -> tuple[RunConfig, Path]:
@@ -190,7 +119,7 @@ def split_run_config(flat: Mapping[str, Scalar]) -> tuple[RunConfig, Path]:
     if not isinstance(out, str) or not out:
         raise DeploymentError(f"{OUT} = {out!r} is no run directory; write the app with `fedpeft deploy init`.")
     config = run_config(flat)
-    _refuse_canaries(config)
+    refuse_canaries(config)
     return config, Path(out)
 
 
@@ -199,7 +128,8 @@ def run_config(flat: Mapping[str, Scalar]) -> RunConfig:
     return from_flat({name: value for name, value in flat.items() if name != OUT})
 
 
-def _refuse_canaries(config: RunConfig) -> None:
+def refuse_canaries(config: RunConfig) -> None:
+    """Raise DeploymentError where false rows are to be planted, which sites must not train on."""
     if config.privacy.canaries:
         raise DeploymentError(
             f"privacy.canaries = {config.privacy.canaries} plants false rows and works in simulations only; audit a "
@@ -207,7 +137,8 @@ def _refuse_canaries(config: RunConfig) -> None:
         )
 
 
-def _check_vacant(directory: Path) -> None:
+def check_empty(directory: Path) -> None:
+    """Raise DeploymentError if a folder holds anything."""
     if directory.is_dir() and any(directory.iterdir()):
         raise DeploymentError(f"'{directory}' is not empty, and nothing is overwritten; name a new folder.")
 

@@ -1,1 +1,1 @@
-"""Simulation: Flower's `Grid` in this process (`inline_grid`) and over Ray's workers (`ray_grid`)."""
+"""Simulation: many clients on one machine or a Ray cluster, in one run or in several that are compared."""

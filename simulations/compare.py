@@ -1,89 +1,22 @@
-"""Several methods on the same clients, rows and seeds: one run each, through `simulate`, and the facts of all.
-
-Two rows are bounds rather than methods. `local` never sends anything. `centralized` has all rows in one place.
-"""
+"""Several methods on the same clients, rows and seeds: what words ask for, and the files that hold what came of it."""
 
 from __future__ import annotations
 
-import re
-import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedpeft import tasks
-from fedpeft.config import Layer, RunConfig, cohort_size, nest, resolve
-from fedpeft.errors import ConfigError, FedpeftError, RunDirectoryError, nearest
+from fedpeft.config import nest
+from fedpeft.errors import ConfigError, RunDirectoryError, nearest
 from fedpeft.jsons import strict_json, to_json
-from fedpeft.privacy.statement import read_statement
-from fedpeft.report.comparison import BOUNDS, comparison, comparison_markdown
-from fedpeft.report.formats import duration, finite, number
-from fedpeft.report.history import ERRORS, History, domain_scores, worst
-from fedpeft.report.privacy import epsilon
-from fedpeft.resident import Resident, resident
-from fedpeft.runs import CONFIG, check_vacant, read_config
-from fedpeft.simulations.simulate import ray_grid, simulate
-from fedpeft.strategies import available, with_typed_options
+from fedpeft.report.comparison import comparison_markdown
+from fedpeft.simulations.jobs import CENTRALIZED, Job, Row
+from fedpeft.simulations.judging import comparison
+from fedpeft.simulations.running import Compared
+from fedpeft.strategies import available
 
-CENTRALIZED = "centralized"
 Facts = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of a comparison: a method, or a bound, with options of its own.
-
-    Parameters
-    ----------
-    label : str
-        As it was asked for, such as ``fedit:server_optimizer=adam``.
-    method : str
-        Name of a strategy, or ``centralized``.
-    settings : Layer
-        What is laid over the common configuration.
-    own : frozenset of str
-        Sections of which the row says everything itself, and the common configuration nothing.
-    """
-
-    label: str
-    method: str
-    settings: Layer = field(default_factory=dict)
-    own: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run of a comparison."""
-
-    row: Row
-    seed: int
-    config: RunConfig
-    path: Path
-
-    @property
-    def label(self) -> str:
-        """Its row's."""
-        return self.row.label
-
-    @property
-    def is_done(self) -> bool:
-        """Whether this very run is there and complete."""
-        return self.is_begun and History.read(self.path).state == "completed"
-
-    @property
-    def is_begun(self) -> bool:
-        """Whether this very run is there, complete or not."""
-        return (self.path / CONFIG).is_file() and _same(read_config(self.path), self.config)
-
-
-def _same(one: RunConfig, other: RunConfig) -> bool:
-    """Tell whether two configurations are of one run; the number of workers changes no result."""
-    workers = {"workers": other.simulation.workers}
-    alike = one.model_copy(update={"simulation": one.simulation.model_copy(update=workers)})
-    return alike.to_flat() == other.to_flat()
 
 
 def split_words(words: Iterable[str]) -> tuple[list[Row], list[str]]:
@@ -137,168 +70,6 @@ def read_row(word: str) -> Row:
             raise ConfigError(f"'{setting}' in '{word}' is the same for all rows of a comparison; give it once, apart.")
         settings[setting] = value.strip()
     return Row(word, name, nest(settings))
-
-
-def plan_jobs(rows: Sequence[Row], config: RunConfig, seeds: int, out: Path) -> list[Job]:
-    """Resolve the configuration of every run, and check all of them and where they go, before anything runs.
-
-    Seeds come first, so that model and rows are prepared once a seed.
-
-    Raises
-    ------
-    ConfigError
-        Options that a method does not have.
-    RunDirectoryError
-        A folder that holds something else already.
-    """
-    if seeds < 1:
-        raise ConfigError(f"--seeds {seeds} must be at least 1.")
-    if (out / CONFIG).exists():
-        raise RunDirectoryError(f"'{out}' is a run; give another --out, for a folder of runs.")
-    # what nobody has set is left open: a method may be defined with another kind of adapter. The strategy's options are
-    # its own, and of no other row
-    common = config.model_dump(exclude_none=True, exclude_unset=True) | {"strategy": config.strategy.model_dump()}
-    jobs = []
-    for seed in range(config.run.seed, config.run.seed + seeds):
-        for row in rows:
-            shared = {section: table for section, table in common.items() if section not in row.own}
-            layers = [shared, _method_layer(row, config), row.settings]
-            own = with_typed_options(_scoring_clients(resolve([*layers, {"run": {"seed": seed}}])))
-            jobs.append(Job(row, seed, own, out / re.sub(r"[^\w.=,+-]", "_", row.label) / f"seed-{seed}"))
-    for job in jobs:
-        if not job.is_begun:
-            check_vacant(job.path)
-    return jobs
-
-
-def _scoring_clients(config: RunConfig) -> RunConfig:
-    """Also score each client's own rows, unless the user has decided it: never of private runs, where it is a leak."""
-    if "evaluate_clients" in config.run.model_fields_set or config.privacy.is_private:
-        return config
-    named = config.partition.by is not None and Resident(config).holds_out_test_rows  # so that test rows are named too
-    can = tasks.of(config).has_labels or config.data.domain is not None or named
-    return config.model_copy(update={"run": config.run.model_copy(update={"evaluate_clients": can})})
-
-
-def _method_layer(row: Row, config: RunConfig) -> Layer:
-    """Return what a row's method itself says: for `centralized`, one client with the work of a whole cohort."""
-    layer: Layer = {"strategy": {"name": row.method}}
-    if row.method in BOUNDS and config.adapter.ranks is not None:
-        layer["adapter"] = {"rank": config.adapter.rank}  # which is the largest
-    if row.method != CENTRALIZED:
-        return layer
-    layer |= {
-        "strategy": {"name": "fedit"},
-        "partition": {"scheme": "iid"},
-        "federation": {"clients": 1, "fraction": 1.0, "min_clients": 1},
-    }
-    if (steps := config.train.local_steps) is not None:
-        federation = config.federation
-        clients = federation.clients or len(resident(config).partition.client_ids)
-        cohort = cohort_size(clients, federation.fraction, federation.min_clients)
-        layer["train"] = {"local_steps": steps * cohort}
-    return layer
-
-
-@dataclass
-class Compared:
-    """What a comparison gave.
-
-    Parameters
-    ----------
-    runs : list of dict
-        Facts of each run that is complete.
-    failed : dict of str to str
-        Why the others stopped, by folder.
-    interrupted : bool
-        Whether the user stopped it.
-    """
-
-    runs: list[Facts] = field(default_factory=list)
-    failed: dict[str, str] = field(default_factory=dict)
-    interrupted: bool = False
-
-
-def run_jobs(
-    jobs: Sequence[Job], config: RunConfig, *, tell: Callable[[str], None] = print, verbose: bool = False
-) -> Compared:
-    """Run what is not done yet; an interrupted comparison that is asked for again goes on where it was.
-
-    Parameters
-    ----------
-    jobs : sequence of Job
-        See `plan_jobs`.
-    config : RunConfig
-        What they have in common; names the workers, which all runs share.
-    tell : callable
-        Is told of each run in one line.
-    verbose : bool
-        Let the libraries below speak.
-    """
-    compared = Compared()
-    undone = sum(not job.is_done for job in jobs)
-    started, done = time.monotonic(), 0
-    with (ray_grid(config, verbose=verbose) if undone else None) or nullcontext() as grid:
-        for index, job in enumerate(jobs, 1):
-            name = f"run {index}/{len(jobs)}  {job.label}  seed {job.seed}"
-            if job.is_done:
-                compared.runs.append(run_facts(job))
-                tell(f"{name}  {_score(compared.runs[-1])}  done before")
-                continue
-            begun = time.monotonic()
-            try:
-                if job.is_begun:  # and was interrupted
-                    shutil.rmtree(job.path)
-                outcome = simulate(job.config, job.path, verbose=verbose, grid=grid)
-            except KeyboardInterrupt:
-                compared.interrupted = True
-                break
-            except FedpeftError as error:  # of this row; the others may have cost hours
-                compared.failed[str(job.path)] = str(error)
-                tell(f"{name}  failed: {error}")
-                continue
-            if outcome.reason == "interrupted":
-                compared.interrupted = True
-                break
-            done += 1
-            now = time.monotonic()
-            left = f"  ETA {duration((now - started) / done * (undone - done))}" if undone > done else ""
-            if outcome.reason == "completed":
-                compared.runs.append(run_facts(job))
-                tell(f"{name}  {_score(compared.runs[-1])}  {duration(now - begun)}{left}")
-            else:
-                compared.failed[str(job.path)] = outcome.reason
-                tell(f"{name}  failed: {outcome.error or outcome.reason}{left}")
-    return compared
-
-
-def _score(facts: Facts) -> str:
-    score = f"{facts['metric']} {number(facts['score'])}"
-    return score if facts["epsilon"] is None else f"{score}  epsilon {epsilon(facts['epsilon'])}"
-
-
-def run_facts(job: Job) -> Facts:
-    """Return what a comparison shows of one run."""
-    history = History.read(job.path)
-    metric = tasks.of(job.config).main_metric
-    domains = domain_scores(history.last, metric)
-    federated = job.row.method != CENTRALIZED  # else what moved and merged says nothing
-    statement = read_statement(job.path) or {}
-    clients = (history.last or {}).get("clients")
-    own_rows = clients.get(metric) if isinstance(clients, Mapping) and federated else None
-    return {
-        "label": job.label,
-        "seed": job.seed,
-        "path": str(job.path),
-        "metric": metric,
-        "score": finite((history.last or {}).get(metric)),
-        "own_rows": finite(own_rows.get("mean")) if isinstance(own_rows, Mapping) else None,
-        "worst_domain": domains[worst(domains, metric)] if domains else None,
-        **{key: finite(history.rounds.get(history.done, {}).get(key)) if federated else None for key in ERRORS},
-        "bytes": history.bytes_up + history.bytes_down if federated and history.is_counted else None,
-        "seconds": history.seconds if history.is_counted else None,
-        "epsilon": finite(statement.get("epsilon_max")),
-    }
 
 
 def default_folder(what: str = "compare") -> Path:

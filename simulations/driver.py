@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context, RecordDict
 from torch import Tensor
 
 from fedpeft.clients.app import OWN_PERSONAL, TRUST_REMOTE_CODE
@@ -15,10 +15,10 @@ from fedpeft.presets import provenance
 from fedpeft.privacy.books import Books
 from fedpeft.privacy.levels import level_of
 from fedpeft.privacy.rows import check_rows
-from fedpeft.report.formats import one_line
 from fedpeft.resident import Resident, resident
-from fedpeft.runs import Listener, RunDirectory, folder_name
+from fedpeft.runs import Listener, RunDirectory
 from fedpeft.simulations.charging import Charging
+from fedpeft.simulations.failures import Failures
 from fedpeft.simulations.grids.inline import InlineGrid
 from fedpeft.simulations.grids.ray import RayGrid
 from fedpeft.strategies import find
@@ -26,11 +26,6 @@ from fedpeft.strategies.federation import Insight, build_strategy, exported_byte
 from fedpeft.strategies.rounds.records import Outcome
 from fedpeft.strategies.rounds.report import require_enough
 from fedpeft.wire import to_tensors
-
-WITHHELD = (
-    "The text of the error is withheld, since it may quote rows; privacy.release_metrics=true keeps it, and voids the "
-    "guarantee."
-)
 
 
 def drive(config: RunConfig, out: Path, listener: Listener, grid: InlineGrid | RayGrid) -> Outcome:
@@ -54,77 +49,57 @@ def drive(config: RunConfig, out: Path, listener: Listener, grid: InlineGrid | R
         for note in home.data.notes:
             listener({"event": "warning", "round": 0, "message": note})
     contexts, client_ids = client_contexts(config, home)
-    federation = config.federation
-    require_enough(len(contexts), federation.min_clients)
-    cohort = cohort_size(len(contexts), federation.fraction, federation.min_clients)
-    method = build_strategy(config, home)
-    method.check_cohort(method.options, cohort)
-    rows = {client_ids[node]: client_rows(home, held.node_config).num_examples for node, held in contexts.items()}
-    level.check_counts(config, rows.values())
-    level.check_model(home)  # which every worker does for itself as well
+    rows = {client_ids[node]: client_rows(home, each.node_config).num_examples for node, each in contexts.items()}
+    _check(config, home, client_ids, rows.values())
     adapter_bytes = exported_bytes(find(config.strategy.name), home.adapted)
     directory = RunDirectory(out, config, adapter_bytes, {"presets": provenance(config.presets)})
     for note in home.adapted.notes:
         listener({"event": "note", "message": note})
     grid.contexts = contexts
-    tells = level.tells_metrics(privacy)
-    of_clients = level.hides_cohort and not tells  # then who took part is on no record
-    if isinstance(grid, RayGrid):
-        grid.on_worker_death = lambda node, deaths: listener(
-            {
-                "event": "warning",
-                "message": f"a worker died over {'a client' if of_clients else f'client {client_ids[node]}'} and is "
-                f"replaced ({deaths})",
-            }
-        )
-
-    kept: dict[str, Path] = {}
-    grid.causes.clear()  # of a run before this one
-
-    def keep_traceback(node: int, message: Message, text: str) -> None:
-        name = f"round-{int(message.metadata.group_id or 0):04d}-client-{folder_name(client_ids[node])}"
-        path = directory.write_traceback(name, text if tells else f"{text}{WITHHELD}\n")
-        if path is not None:
-            kept[client_ids[node]] = path
-
-    grid.on_failure, grid.withholds = None if of_clients else keep_traceback, not tells
-    nodes = {client: node for node, client in client_ids.items()}
-
-    def explain(client: str) -> str:
-        """Say why a client raised, to who watches: of private rows, only what cannot quote or count them."""
-        cause = grid.causes.get(nodes[client])
-        told = tells or (cause is not None and cause.quotes_no_row and privacy.public_counts)
-        if cause is None or not told:
-            return ""
-        return one_line(cause.text) + (f" (traceback: {kept[client]})" if client in kept else "")
-
+    failures = Failures(config, directory, grid, client_ids)
+    failures.watch(listener)
     books, grid.on_dispatch = None, None
     if privacy.is_private:
         counts = rows if level.weighs_rows(privacy) else {}
         books = Books(config, directory, counts, largest=max(rows.values(), default=None))
     if books is not None and level.clients_add_noise:
         grid.on_dispatch = Charging(config, home, grid, client_ids, books.ledger, books.run)
-
-    def personal() -> Mapping[str, Mapping[str, Tensor]]:
-        return {
-            client_ids[node]: to_tensors(context.state.array_records[OWN_PERSONAL])
-            for node, context in contexts.items()
-            if OWN_PERSONAL in context.state
-        }
-
     return federate(
         config,
         grid,
         directory,
         listener=listener,
-        insight=Insight(client_ids, personal, explain),
+        insight=Insight(client_ids, lambda: personal_tensors(contexts, client_ids), failures.explain),
         books=books,
     )
 
 
+def _check(config: RunConfig, home: Resident, client_ids: Mapping[int, str], rows: Iterable[int]) -> None:
+    """Refuse what cannot come to its end, before the run directory is made."""
+    federation = config.federation
+    require_enough(len(client_ids), federation.min_clients)
+    cohort = cohort_size(len(client_ids), federation.fraction, federation.min_clients)
+    method = build_strategy(config, home)
+    method.check_cohort(method.options, cohort)
+    level = level_of(config.privacy)
+    level.check_counts(config, rows)
+    level.check_model(home)  # which every worker does for itself as well
+
+
+def personal_tensors(
+    contexts: Mapping[int, Context], client_ids: Mapping[int, str]
+) -> Mapping[str, Mapping[str, Tensor]]:
+    """Return what each client keeps to itself, by client id; nothing of one that has not trained."""
+    return {
+        client_ids[node]: to_tensors(context.state.array_records[OWN_PERSONAL])
+        for node, context in contexts.items()
+        if OWN_PERSONAL in context.state
+    }
+
+
 def client_contexts(config: RunConfig, home: Resident) -> tuple[dict[int, Context], dict[int, str]]:
     """Make one Flower context a client, and name the client of each node; node ids are partition ids plus one."""
-    held = home.partition
+    clients = home.partition.client_ids
     flat = config.to_flat()
     contexts = {
         index + 1: Context(
@@ -132,12 +107,12 @@ def client_contexts(config: RunConfig, home: Resident) -> tuple[dict[int, Contex
             node_id=index + 1,
             node_config={
                 "partition-id": index,
-                "num-partitions": len(held.client_ids),
+                "num-partitions": len(clients),
                 TRUST_REMOTE_CODE: config.model.trust_remote_code,
             },
             state=RecordDict(),
             run_config=dict(flat),
         )
-        for index in range(len(held.client_ids))
+        for index in range(len(clients))
     }
-    return contexts, {index + 1: client for index, client in enumerate(held.client_ids)}
+    return contexts, {index + 1: client for index, client in enumerate(clients)}

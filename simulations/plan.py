@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+from fedpeft import tasks
 from fedpeft.adapters.adapted import AdaptedModel
 from fedpeft.adapters.state import AdapterState, Role, role_of
 from fedpeft.config import RunConfig, cohort_size
 from fedpeft.config.privacy import PrivacyConfig
+from fedpeft.jsons import strict_json
 from fedpeft.privacy.accounting import Charge, spent
 from fedpeft.privacy.levels import level_of
 from fedpeft.privacy.overlap import in_the_clear
 from fedpeft.privacy.rows import public_counts
 from fedpeft.privacy.statement import state
-from fedpeft.report.planned import DryRun
 from fedpeft.resident import Resident, resident
 from fedpeft.rounding import as_given
 from fedpeft.strategies import find, with_typed_options
@@ -24,6 +25,104 @@ from fedpeft.strategies.federation import build_strategy, client_ranks, personal
 from fedpeft.strategies.rounds.exchange import sent_down
 from fedpeft.strategies.rounds.ranks import Ranks
 from fedpeft.strategies.rounds.report import require_enough
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a run would do.
+
+    Parameters
+    ----------
+    config : RunConfig
+        Resolved, the strategy's options spelled out.
+    parameters : int
+        Of the frozen base, its head included.
+    trainable : int
+        What a client trains: factors, and the head unless it is frozen.
+    layers : int
+        Adapted layers.
+    bytes_up, bytes_down : int
+        Array values that one client sends and receives in the whole run, if it is drawn every round and once each.
+    client_rows : mapping of str to int
+        Training rows of each client.
+    test_rows : int
+        Rows of the test split.
+    paper, exact : str
+        The method's, see `fedpeft.strategies.capabilities.Capabilities`.
+    needs_single_factors : bool
+        Whether the server must see single clients' factors.
+    head_parameters : int
+        Of the classifier head; 0 where there is none.
+    device : str
+        Where models would run.
+    changes_rank : bool
+        Whether the method may send another rank than the adapter's, so that bytes are not known before.
+    personal : tuple of str
+        What stays with each client.
+    changes_base : bool
+        Whether clients are also sent what became of the base before the last round, which `bytes_down` leaves out.
+    privacy : mapping, optional
+        What may be said of a private run beforehand, see `plan_privacy`.
+    notes : tuple of str
+        What should be known of base and adapter, and of how the rows were read.
+    """
+
+    config: RunConfig
+    parameters: int
+    trainable: int
+    layers: int
+    bytes_up: int
+    bytes_down: int
+    client_rows: Mapping[str, int]
+    test_rows: int
+    paper: str
+    exact: str
+    needs_single_factors: bool
+    head_parameters: int = 0
+    device: str = "cpu"
+    changes_rank: bool = False
+    personal: tuple[str, ...] = ()
+    changes_base: bool = False
+    privacy: Mapping[str, Any] | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def cohort(self) -> int:
+        """Clients drawn each round."""
+        federation = self.config.federation
+        return cohort_size(len(self.client_rows), federation.fraction, federation.min_clients)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of the whole run, both ways, if no client has to be asked twice."""
+        return (self.bytes_up + self.bytes_down) * self.cohort
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data, for ``--json``."""
+        return {
+            "config": self.config.model_dump(mode="json", exclude_none=True),
+            "task": tasks.named(self.config),
+            "parameters": self.parameters,
+            "trainable": self.trainable,
+            "layers": self.layers,
+            "bytes_up_per_client": self.bytes_up // self.config.federation.rounds,
+            "bytes_down_per_client": self.bytes_down // self.config.federation.rounds,
+            "total_bytes": self.total_bytes,
+            "cohort": self.cohort,
+            "client_rows": dict(self.client_rows),
+            "test_rows": self.test_rows,
+            "paper": self.paper,
+            "exact": self.exact,
+            "needs_single_factors": self.needs_single_factors,
+            "head": self.config.adapter.head if self.head_parameters else None,
+            "head_parameters": self.head_parameters,
+            "device": self.device,
+            "changes_rank": self.changes_rank,
+            "personal": list(self.personal),
+            "changes_base": self.changes_base,
+            "notes": list(self.notes),
+            **({} if self.privacy is None else {"privacy": strict_json(self.privacy)}),
+        }
 
 
 def plan(config: RunConfig) -> DryRun:
@@ -36,16 +135,16 @@ def plan(config: RunConfig) -> DryRun:
     """
     config = with_typed_options(config)
     home = resident(config)
-    adapted, held = home.adapted, home.partition
+    adapted, clients = home.adapted, home.partition.client_ids
     method = find(config.strategy.name)
-    require_enough(len(held.client_ids), config.federation.min_clients)
+    require_enough(len(clients), config.federation.min_clients)
     rounds = range(1, config.federation.rounds + 1)
     names = [name for name in adapted.initial if name not in adapted.personal]
     facts = method.capabilities
-    ranks = _dealt(config, held.client_ids)
+    ranks = _dealt(config, clients)
     up = sum(_volume(adapted, method.exchange(number).sent_up(names, adapted.frozen), ranks) for number in rounds)
     down = sum(_volume(adapted, sent_down(method.exchange, names, adapted.frozen, number), ranks) for number in rounds)
-    cohort = cohort_size(len(held.client_ids), config.federation.fraction, config.federation.min_clients)
+    cohort = cohort_size(len(clients), config.federation.fraction, config.federation.min_clients)
     ready = build_strategy(config, home)
     ready.check_cohort(ready.options, cohort)
     level_of(config.privacy).check_model(home)  # what a run would refuse
@@ -60,7 +159,7 @@ def plan(config: RunConfig) -> DryRun:
         layers=len(adapted.layers),
         bytes_up=up,
         bytes_down=down,
-        client_rows={client: len(rows) for client, rows in zip(held.client_ids, held.indices, strict=True)},
+        client_rows={client: len(rows) for client, rows in zip(clients, home.partition.indices, strict=True)},
         test_rows=len(home.test),
         paper=facts.paper,
         exact=facts.exact,
@@ -118,12 +217,12 @@ def plan_privacy(config: RunConfig, home: Resident) -> dict[str, Any] | None:
     largest = facts["epsilon_max"]
     if privacy.epsilon is not None and largest is not None and largest > privacy.epsilon:
         facts["warnings"].append(_exhaustion(privacy, privacy.epsilon, one_round.values(), rounds))
-    held = list(charges.values())
+    every = list(charges.values())
     return facts | {
         "rng": privacy.rng,
         "calibrated_to": privacy.epsilon if privacy.noise_multiplier is None else None,
         **{
-            key: [min(getattr(charge, key) for charge in held), max(getattr(charge, key) for charge in held)]
+            key: [min(getattr(charge, key) for charge in every), max(getattr(charge, key) for charge in every)]
             for key in ("noise_multiplier", "sample_rate", "steps")
         },
     }

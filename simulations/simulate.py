@@ -61,8 +61,8 @@ def simulate(
     check_vacant(out)
     if grid is not None:
         return _run(config, out, listener, grid)
-    with ray_grid(config, verbose=verbose) or nullcontext() as own:
-        return _run(config, out, listener, own)
+    with ray_grid(config, verbose=verbose) or nullcontext() as started:
+        return _run(config, out, listener, started)
 
 
 def ray_grid(config: RunConfig, *, verbose: bool = False) -> RayGrid | None:

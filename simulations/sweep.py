@@ -12,20 +12,14 @@ from fedpeft.config.privacy import ANY_LEVEL, PrivacyConfig
 from fedpeft.errors import ConfigError
 from fedpeft.jsons import strict_json, to_json
 from fedpeft.privacy.statement import read_statement
-from fedpeft.report.sweep import sweep, sweep_markdown, sweep_plot
+from fedpeft.report.sweep import sweep_markdown, sweep_plot
 from fedpeft.resident import resident
 from fedpeft.rounding import as_given
-from fedpeft.simulations.compare import (
-    Compared,
-    Facts,
-    Job,
-    Row,
-    plan_jobs,
-    read_row,
-    refuse_options,
-    write_files,
-)
+from fedpeft.simulations.compare import read_row, refuse_options, write_files
+from fedpeft.simulations.jobs import Job, Row, plan_jobs
+from fedpeft.simulations.judging import Facts, sweep
 from fedpeft.simulations.plan import plan_privacy
+from fedpeft.simulations.running import Compared
 
 # what a sweep itself sets, and where from
 VARIED = {
@@ -43,7 +37,7 @@ class Point(Row):
 
     Parameters
     ----------
-    label, method, settings, own
+    label, method, settings, sections
         See `Row`.
     adapter : str, optional
         Kind of adapter; that of the configuration, or of the method, if not given.
@@ -66,7 +60,7 @@ def split_epsilons(text: str) -> list[float]:
     ConfigError
         What is no positive number, is named twice, or infinity alone.
     """
-    found: list[float] = []
+    budgets: list[float] = []
     for word in _split(text, "--epsilons"):
         try:
             budget = float(word)
@@ -74,12 +68,12 @@ def split_epsilons(text: str) -> list[float]:
             budget = math.nan
         if not budget > 0:
             raise ConfigError(f"'{word}' in --epsilons is no epsilon; give positive numbers, or inf, such as 1,3,inf.")
-        found.append(budget)
-    if twice := [budget for budget in found if found.count(budget) > 1]:
+        budgets.append(budget)
+    if twice := [budget for budget in budgets if budgets.count(budget) > 1]:
         raise ConfigError(f"epsilon {as_given(twice[0])} is in --epsilons twice; name it once.")
-    if found == [math.inf]:
+    if budgets == [math.inf]:
         raise ConfigError("--epsilons inf trains without privacy alone; add a budget, or use `fedpeft compare`.")
-    return found
+    return budgets
 
 
 def split_strategies(text: str) -> list[str]:
@@ -122,8 +116,8 @@ def private_words(
         if key == "privacy.noise_multiplier":
             raise ConfigError(f"'{word}' fixes the noise, which a sweep calibrates to each epsilon. Drop it.")
     refuse_options(words)
-    own = [f"privacy.level={level or 'record'}", f"privacy.epsilon={min(epsilons)}"]
-    return [*words, *own, *([] if delta is None else [f"privacy.delta={delta}"])]
+    shared = [f"privacy.level={level or 'record'}", f"privacy.epsilon={min(epsilons)}"]
+    return [*words, *shared, *([] if delta is None else [f"privacy.delta={delta}"])]
 
 
 def sweep_points(
@@ -156,13 +150,13 @@ def sweep_points(
                 for budget in budgets:
                     if budget not in epsilons:
                         continue
-                    own = open_run if budget == math.inf else shared | {"epsilon": budget}
+                    section = open_run if budget == math.inf else shared | {"epsilon": budget}
                     points.append(
                         Point(
                             label="_".join(filter(None, (adapter, row.label, f"epsilon={as_given(budget)}"))),
                             method=row.method,
-                            settings=merge([row.settings, kind, {"privacy": own}]),
-                            own=frozenset({"privacy"}),
+                            settings=merge([row.settings, kind, {"privacy": section}]),
+                            sections=frozenset({"privacy"}),
                             adapter=adapter,
                             strategy=row.label,
                             budget=budget,
@@ -193,12 +187,12 @@ def plan_sweep(points: Sequence[Point], config: RunConfig, seeds: int, out: Path
     jobs = plan_jobs(points, config, seeds, out)
     checked = set()
     for job in jobs:
-        own = job.config
+        run = job.config
         # noise is a matter of rows and steps alone, and not of the model
-        mechanism = (own.privacy, own.train, own.federation, own.partition)
-        if own.privacy.is_private and job.seed == jobs[0].seed and mechanism not in checked:
+        mechanism = (run.privacy, run.train, run.federation, run.partition)
+        if run.privacy.is_private and job.seed == jobs[0].seed and mechanism not in checked:
             checked.add(mechanism)
-            plan_privacy(own, resident(own))
+            plan_privacy(run, resident(run))
     return jobs
 
 
@@ -222,8 +216,8 @@ def write_sweep(jobs: Sequence[Job], compared: Compared, out: Path) -> Facts:
         if isinstance(point, Point)
     ]
     seeds = list(dict.fromkeys(job.seed for job in jobs))
-    found = (read_statement(Path(run["path"])) for run in compared.runs)
-    statements = [statement for statement in found if statement is not None]
+    read = (read_statement(Path(run["path"])) for run in compared.runs)
+    statements = [statement for statement in read if statement is not None]
     facts = sweep(asked, seeds, jobs[0].config.federation.rounds, compared.runs, statements)
     facts = dict(strict_json(facts | {"failed": compared.failed}))
     files = {

@@ -10,8 +10,9 @@ from flwr.common.config import flatten_dict, validate_config
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedpeft.cli.app_folder import init_app
 from fedpeft.config import Layer, RunConfig, resolve
-from fedpeft.deployment import CLIENT_APP, OUT, SERVER_APP, init_app, run_config, split_run_config, write_app
+from fedpeft.deployment import CLIENT_APP, OUT, SERVER_APP, run_config, split_run_config, write_app
 from fedpeft.errors import ConfigError, DeploymentError
 
 # what a TOML file and a run config in Flower's messages can hold

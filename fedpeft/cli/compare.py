@@ -43,7 +43,9 @@ def compare(
     """
     quiet(verbose)
     from fedpeft.report.comparison import comparison_table
-    from fedpeft.simulations.compare import default_folder, plan_jobs, run_jobs, split_words, write_comparison
+    from fedpeft.simulations.compare import default_folder, split_words, write_comparison
+    from fedpeft.simulations.jobs import plan_jobs
+    from fedpeft.simulations.running import run_jobs
 
     rows, rest = split_words(words)
     config = asked.config(rest)

@@ -23,6 +23,6 @@ def init(
     """Write a Flower app folder that `flwr run` runs on a SuperLink, with the arguments of simulate."""
     config = asked.config()
     quiet(verbose)
-    from fedpeft.deployment import init_app
+    from fedpeft.cli.app_folder import init_app
 
     print(init_app(directory, config, out))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from fedpeft.config import Layer, RunConfig
-    from fedpeft.simulations.compare import Compared
+    from fedpeft.simulations.running import Compared
 
 INTERRUPTED = 130
 DEFAULT_PRESET = "digits"

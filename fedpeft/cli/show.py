@@ -41,9 +41,11 @@ def partition(
 def strategies(json_lines: Json = False) -> None:
     """List the server's methods and their options."""
     quiet(False)
-    from fedpeft.report.tables import strategies_dict, strategies_table
+    from fedpeft.report.tables import strategies_table
+    from fedpeft.strategies import available
+    from fedpeft.strategies.catalogue import catalogue
 
-    show(strategies_dict(), strategies_table, json_lines)
+    show(catalogue(available()), strategies_table, json_lines)
 
 
 def env(json_lines: Json = False) -> None:
@@ -60,6 +62,7 @@ def runs(
     folder: Annotated[Path, typer.Argument(help="Where run directories are.")] = Path("runs"), json_lines: Json = False
 ) -> None:
     """List runs."""
-    from fedpeft.report.runs import runs_list, runs_table
+    from fedpeft.report.runs import runs_table
+    from fedpeft.runs.listing import list_runs
 
-    show(runs_list(folder), lambda runs: runs_table(runs, folder), json_lines)
+    show(list_runs(folder), lambda runs: runs_table(runs, folder), json_lines)

@@ -32,7 +32,8 @@ def simulate(
     if dry_run:
         _dry_run(config, json_lines)
         return
-    from fedpeft.report.terminal import JsonListener, TerminalListener
+    from fedpeft.report.console import JsonListener
+    from fedpeft.report.terminal import TerminalListener
     from fedpeft.runs import check_vacant
     from fedpeft.strategies import with_typed_options
 
@@ -78,7 +79,7 @@ def _dry_run(config: RunConfig, json_lines: bool) -> None:
     from fedpeft.simulations.plan import plan
 
     planned = plan(config)
-    show(planned.to_dict(), lambda _: dry_run_table(planned), json_lines)
+    show(planned.to_dict(), lambda facts: dry_run_table(facts, planned.config), json_lines)
 
 
 def evaluate(

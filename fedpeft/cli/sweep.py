@@ -54,10 +54,15 @@ def sweep(
     """
     quiet(voice.verbose)
     level = protection.level
-    if level not in ("record", "client"):
-        raise ConfigError(f"--level {level} does not exist; give record or client (--epsilons inf is without privacy).")
+    from fedpeft.config.privacy import PRIVATE_LEVELS
+
+    if level not in PRIVATE_LEVELS:
+        raise ConfigError(
+            f"--level {level} does not exist; give {' or '.join(PRIVATE_LEVELS)} (--epsilons inf is without privacy)."
+        )
     from fedpeft.report.sweep import sweep_table
-    from fedpeft.simulations.compare import default_folder, run_jobs
+    from fedpeft.simulations.compare import default_folder
+    from fedpeft.simulations.running import run_jobs
     from fedpeft.simulations.sweep import (
         plan_sweep,
         private_words,

@@ -15,6 +15,7 @@ from dataclasses import replace
 from fedpeft.adapters.state import ClientUpdate, PrivacyClaim
 from fedpeft.config import RunConfig
 from fedpeft.errors import BudgetSpentError
+from fedpeft.jsons import strict_json
 from fedpeft.privacy.accounting import Charge, merged, spent, upper_bound
 from fedpeft.privacy.budget import Budget, Limit, charged
 from fedpeft.privacy.ledger import EVERYBODY, LEDGER, Entry, Ledger
@@ -22,7 +23,7 @@ from fedpeft.privacy.levels import level_of
 from fedpeft.privacy.overlap import InTheClear
 from fedpeft.privacy.statement import NOTHING, PRIVACY, Facts, state, void
 from fedpeft.rounding import as_given
-from fedpeft.runs import RunDirectory, strict_json
+from fedpeft.runs import RunDirectory
 
 ONE_RUN = (
     "this simulation knows of no other run on these rows: what all of them cost adds up, tries and sweeps included, "

@@ -27,7 +27,8 @@ from fedpeft.config import RunConfig
 from fedpeft.data.partition import Partition
 from fedpeft.data.splits import EncodedSplit
 from fedpeft.errors import ConfigError
-from fedpeft.runs import CANARIES, strict_json
+from fedpeft.jsons import strict_json
+from fedpeft.runs import CANARIES
 from fedpeft.seeds import generator
 from fedpeft.training.evaluation import score
 

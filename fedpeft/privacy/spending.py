@@ -10,12 +10,13 @@ from typing import Any
 from fedpeft.config import RunConfig
 from fedpeft.config.privacy import Accountant
 from fedpeft.errors import ConfigError, LedgerError, RunDirectoryError
+from fedpeft.jsons import strict_json
 from fedpeft.privacy.accounting import spent
 from fedpeft.privacy.ledger import EVERYBODY, LEDGER, Entry, read_entries
 from fedpeft.privacy.levels import level_of
 from fedpeft.privacy.statement import Facts, read_statement, state, void
 from fedpeft.rounding import number
-from fedpeft.runs import CONFIG, read_config, strict_json
+from fedpeft.runs import CONFIG_FILE, read_config
 
 DELTA = 1e-5  # at which a site's ledger is summed up unless another is asked for
 COMPUTED = {
@@ -54,7 +55,7 @@ def read_spending(path: Path, delta: float | None = None, accountant: Accountant
         The ledger cannot be read.
     """
     if path.suffix == ".jsonl" or path.is_file():
-        if path.name != LEDGER or not (path.parent / CONFIG).is_file():
+        if path.name != LEDGER or not (path.parent / CONFIG_FILE).is_file():
             return site_spending(path, DELTA if delta is None else delta, accountant or "prv")
         path = path.parent
     given = {"--delta": delta, "--accountant": accountant}

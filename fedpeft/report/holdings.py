@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from fedpeft.report.formats import NONE, one_line
+from fedpeft.formats import NONE, one_line
 from fedpeft.report.layout import cell, new_table
 
 SHOWN_CLIENTS = 40  # more than that is summarised; --json has them all
@@ -27,18 +27,18 @@ def partition_view(clients: Sequence[Mapping[str, Any]]) -> RenderableType:
         What `fedpeft.data.partition.partition_table` returns: ``client``, ``rows``, and ``labels`` and ``domains``
         (name to number of rows) where there are any.
     """
-    kinds = [kind for kind in ("labels", "domains") if any(held.get(kind) for held in clients)]
+    kinds = [kind for kind in ("labels", "domains") if any(client.get(kind) for client in clients)]
     parts: list[RenderableType] = []
     for kind in kinds or ["rows"]:
         parts += [_holdings(clients, kind), Text()]
     if len(clients) > SHOWN_CLIENTS:
         parts.append(Text(f"{len(clients) - SHOWN_CLIENTS // 2} clients are not shown; --json has them all.", "dim"))
-    return Group(*parts, Text(rows_summary([held["rows"] for held in clients])))
+    return Group(*parts, Text(rows_summary([client["rows"] for client in clients])))
 
 
 def _holdings(clients: Sequence[Mapping[str, Any]], kind: str) -> Table:
     """Lay out rows by label or domain: a column each where they fit, else the most frequent in words."""
-    counted: list[Mapping[str, int]] = [(held.get(kind) or {}) if kind != "rows" else {} for held in clients]
+    counted: list[Mapping[str, int]] = [(client.get(kind) or {}) if kind != "rows" else {} for client in clients]
     names = list(dict.fromkeys(name for counts in counted for name in counts))
     digits = max((len(str(count)) for counts in counted for count in counts.values()), default=1)
     fits = sum(max(cell_len(one_line(name)), digits) + 2 for name in names) <= COUNTS_WIDTH
@@ -47,9 +47,9 @@ def _holdings(clients: Sequence[Mapping[str, Any]], kind: str) -> Table:
     if not fits:
         table.add_column(f"rows of each of {len(names)} {kind}", overflow="fold")
     shown = len(clients) if len(clients) <= SHOWN_CLIENTS else SHOWN_CLIENTS // 2
-    for held, counts in list(zip(clients, counted, strict=True))[:shown]:
+    for client, counts in list(zip(clients, counted, strict=True))[:shown]:
         cells = [_count(counts.get(name, 0)) for name in columns] if fits else [_most(counts, kind)]
-        table.add_row(cell(held["client"], "bold cyan"), str(held["rows"]), *cells)
+        table.add_row(cell(client["client"], "bold cyan"), str(client["rows"]), *cells)
     return table
 
 
@@ -58,10 +58,10 @@ def _count(rows: int) -> Text:
 
 
 def _most(counts: Mapping[str, int], kind: str, limit: int = 6) -> Text:
-    held = sorted(((count, name) for name, count in counts.items() if count), key=lambda pair: (-pair[0], pair[1]))
-    words = [f"{one_line(name, 24)}: {count}" for count, name in held[:limit]]
-    if len(held) > limit:
-        words.append(f"and {len(held) - limit} more {kind}")
+    most = sorted(((count, name) for name, count in counts.items() if count), key=lambda pair: (-pair[0], pair[1]))
+    words = [f"{one_line(name, 24)}: {count}" for count, name in most[:limit]]
+    if len(most) > limit:
+        words.append(f"and {len(most) - limit} more {kind}")
     return Text(", ".join(words) or NONE)
 
 
@@ -71,5 +71,5 @@ def rows_summary(rows: Sequence[int]) -> str:
         return "no clients"
     if len(rows) == 1:
         return f"1 client, {rows[0]} rows"
-    spread = f"{min(rows)} to {max(rows)} each, median {statistics.median(rows):g}"
-    return f"{len(rows)} clients, {sum(rows)} rows: {spread}"
+    each = f"{min(rows)} to {max(rows)} each, median {statistics.median(rows):g}"
+    return f"{len(rows)} clients, {sum(rows)} rows: {each}"

@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from fedpeft.report.formats import NONE, one_line
+from fedpeft.formats import NONE, one_line
 
 
 def new_table(*headers: str, right: Iterable[str] = (), whole: Iterable[str] = (), header: bool = True) -> Table:

@@ -21,9 +21,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from fedpeft.report.formats import finite, number, one_line
-from fedpeft.report.history import ERRORS, Event, History
-from fedpeft.tasks.metrics import METRICS
+from fedpeft.formats import finite, number, one_line
+from fedpeft.runs import Event
+from fedpeft.runs.history import ERRORS, History
+from fedpeft.tasks.metrics import find
 
 SIZE, DPI = (7.0, 4.0), 144  # inches, pixels per inch
 NAMED_DOMAINS = 8  # with more than that lines cannot be told apart, and are drawn alike
@@ -83,19 +84,19 @@ def draw(history: History, theme: Theme = LIGHT) -> list[Plot]:
         The main metric, ``loss``, ``aggregation_error``, ``epsilon`` and ``communication``, those that
         have points.
     """
-    figures: list[tuple[str, str, Callable[[Axes], bool]]] = []
+    figures: dict[str, tuple[str, Callable[[Axes], bool]]] = {}
     metric = history.metric
-    if metric is not None and metric != "loss":
-        title = f"Test {metric} over rounds"
-        figures.append((metric, title, lambda axes: _scores(axes, history, metric, theme)))
-    figures.append(("loss", "Loss over rounds", lambda axes: _losses(axes, history, theme)))
-    figures.append(("aggregation_error", "Aggregation error", lambda axes: _errors(axes, history, theme)))
-    figures.append(("epsilon", "Epsilon over rounds, an upper bound", lambda axes: _epsilons(axes, history, theme)))
+    if metric is not None:
+        figures[metric] = (f"Test {metric} over rounds", lambda axes: _scores(axes, history, metric, theme))
+    # in place of the score, where that is the loss
+    figures["loss"] = ("Loss over rounds", lambda axes: _losses(axes, history, theme))
+    figures["aggregation_error"] = ("Aggregation error", lambda axes: _errors(axes, history, theme))
+    figures["epsilon"] = ("Epsilon over rounds, an upper bound", lambda axes: _epsilons(axes, history, theme))
     if metric is not None:
         title = f"Test {metric} over bytes moved"
-        figures.append(("communication", title, lambda axes: _communication(axes, history, metric, theme)))
+        figures["communication"] = (title, lambda axes: _communication(axes, history, metric, theme))
     drawn = []
-    for name, title, fill in figures:
+    for name, (title, fill) in figures.items():
         png = render_figure(title, fill, theme)
         if png is not None:
             drawn.append(Plot(name, title, png))
@@ -202,14 +203,14 @@ def _series(events: Mapping[int, Event], key: str) -> Points:
 
 
 def _domains(history: History, metric: str) -> Mapping[str, Points]:
-    found: dict[str, list[tuple[float, float]]] = {}
+    by_domain: dict[str, list[tuple[float, float]]] = {}
     for at, event in sorted(history.evaluations.items()):
         domains = event.get("domains")
         for name, scores in domains.items() if isinstance(domains, Mapping) else ():
             value = finite(scores.get(metric)) if isinstance(scores, Mapping) else None
             if value is not None:
-                found.setdefault(str(name), []).append((at, value))
-    return found
+                by_domain.setdefault(str(name), []).append((at, value))
+    return by_domain
 
 
 def short_label(name: str, points: Points = (), limit: int = 18) -> str:
@@ -236,8 +237,8 @@ def draw_line(axes: Axes, points: Points, label: str, theme: Theme, index: int, 
 
 
 def bounded(metric: str) -> bool:
-    """Tell whether a score ends at 1; one that is no metric does not."""
-    return metric in METRICS.all() and METRICS.find(metric).bounds[1] == 1.0
+    """Tell whether a metric ends at 1."""
+    return find(metric).bounds[1] == 1.0
 
 
 def scale_axis(axes: Axes, points: Points, *, bounded: bool = False) -> None:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from fedpeft.formats import NONE, finite, one_line
 from fedpeft.privacy.levels import find_level
-from fedpeft.report.formats import NONE, finite, one_line
 from fedpeft.report.layout import cell, new_table, pairs
 from fedpeft.rounding import as_given, number
 
@@ -31,13 +31,13 @@ def epsilon(value: object) -> str:
 
 def caveats(privacy: PrivacyConfig) -> list[str]:
     """Say in a word or two each why a run gives no guarantee; `fedpeft.privacy.statement.state` says it whole."""
-    found = {
+    reasons = {
         "shuffled batches": privacy.sampling == "shuffle",
         "losses released": privacy.release_metrics,
         "no noise": privacy.noise_multiplier == 0,
         "seeded": privacy.rng != "secure",
     }
-    return [words for words, holds in found.items() if holds]
+    return [words for words, holds in reasons.items() if holds]
 
 
 def guarantee(facts: Facts, privacy: PrivacyConfig) -> str:
@@ -62,7 +62,7 @@ def accountants(facts: Facts) -> str:
     return " and ".join(ANALYTIC if name == "gaussian" else str(name).upper() for name in names)
 
 
-def spread(values: Sequence[float], digits: str = ".4g") -> str:
+def span(values: Sequence[float], digits: str = ".4g") -> str:
     """Write the range of what may differ among clients."""
     low, high = (format(edge(values), digits) for edge in (min, max))
     return low if low == high else f"{low} to {high}"
@@ -86,10 +86,10 @@ def planned_rows(facts: Facts, config: RunConfig) -> list[tuple[str, str]]:
     )
     promise = "yes, if randomness stays secret" if facts["guarantee"] else f"none: {'; '.join(facts['reasons'])}"
     words = find_level(facts["level"]).words(config)
-    sums = words.sums.format(steps=spread(facts["steps"], "d"), chance=spread(facts["sample_rate"]))
+    sums = words.sums.format(steps=span(facts["steps"], "d"), chance=span(facts["sample_rate"]))
     return [
         ("privacy", f"{facts['level']} level"),
-        ("noise", f"multiplier {spread(facts['noise_multiplier'])}, {source}"),
+        ("noise", f"multiplier {span(facts['noise_multiplier'])}, {source}"),
         ("", sums),
         *([("clipping", words.clipping)] if words.clipping else []),
         ("epsilon", _planned_epsilon(facts, config.privacy, words.whose)),
@@ -143,7 +143,7 @@ def ledger_table(facts: Facts) -> RenderableType:
 
 
 def _range(edges: Sequence[float] | None) -> str:
-    return NONE if edges is None else spread(edges)
+    return NONE if edges is None else span(edges)
 
 
 def _rounds(edges: Sequence[int] | None) -> str:

@@ -6,9 +6,7 @@ A column is a budget that was asked for. The epsilon in its cells is what the ru
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -16,13 +14,11 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from fedpeft.report.comparison import BOUNDS
-from fedpeft.report.formats import NONE, finite, number, one_line
+from fedpeft.formats import NONE, finite, number, one_line
 from fedpeft.report.layout import cell, new_table
 from fedpeft.report.plots import LIGHT, Theme, bounded, draw_line, place_legend, render_figure, scale_axis, short_label
-from fedpeft.report.privacy import accountants, epsilon
+from fedpeft.report.privacy import epsilon
 from fedpeft.rounding import as_given
-from fedpeft.runs import read_config
 
 Facts = dict[str, Any]
 UNLIMITED = "no privacy"
@@ -30,122 +26,11 @@ LABEL_WIDTH = 26
 GAP = (math.nan, math.nan)  # where a line is broken
 
 
-def sweep(
-    points: Sequence[Mapping[str, Any]],
-    seeds: Sequence[int],
-    rounds: int,
-    runs: Sequence[Mapping[str, Any]],
-    statements: Sequence[Mapping[str, Any]],
-) -> Facts:
-    """Summarise runs by adapter, strategy and budget.
-
-    Parameters
-    ----------
-    points : sequence of mapping
-        What was asked for, in the order in which it is shown: ``label`` of its runs, ``adapter`` (None where it is left
-        to the method), ``strategy`` and ``budget``, an epsilon, or None for no privacy.
-    seeds : sequence of int
-        What each was to be run with.
-    rounds : int
-        Of each run.
-    runs : sequence of mapping
-        The complete ones; see `fedpeft.simulations.compare.run_facts`.
-    statements : sequence of mapping
-        What the private ones among them state; see `fedpeft.privacy.statement.state`.
-
-    Returns
-    -------
-    dict
-        ``lines``, each of one adapter and strategy with its ``points``, and the ``runs`` that they were made of.
-    """
-    lines: dict[tuple[str | None, str], list[Facts]] = {}
-    labels: dict[tuple[str | None, str], list[str]] = {}
-    for point in points:
-        own = [run for run in runs if run["label"] == point["label"]]
-        scores = [run["score"] for run in own if run["score"] is not None]
-        claims = [run["epsilon"] for run in own]
-        labels.setdefault((point["adapter"], point["strategy"]), []).append(point["label"])
-        lines.setdefault((point["adapter"], point["strategy"]), []).append(
-            {
-                "budget": point["budget"],
-                "runs": len(own),
-                "score": statistics.fmean(scores) if scores else None,
-                "spread": statistics.stdev(scores) if len(scores) > 1 else None,
-                # one run that states none leaves nothing to be said of all
-                "epsilon_max": max(claims) if claims and None not in claims else None,
-            }
-        )
-    budgets = dict.fromkeys(point["budget"] for point in points)
-    facts: Facts = {
-        "metric": runs[0]["metric"] if runs else "score",
-        "rounds": rounds,
-        "seeds": list(seeds),
-        "budgets": sorted(budgets, key=_position_of_budget),
-        "lines": [
-            {
-                "adapter": adapter or _kind_used(runs, labels[adapter, strategy]),
-                "strategy": strategy,
-                "points": sorted(own, key=lambda one: _position_of_budget(one["budget"])),
-            }
-            for (adapter, strategy), own in lines.items()
-        ],
-        "runs": [dict(run) for run in runs],
-    }
-    return facts | {"notes": _notes(facts, statements)}
-
-
-def _kind_used(runs: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> str | None:
-    """Return what kind of adapter the runs of a line had, where it was left to configuration and method."""
-    kinds = dict.fromkeys(
-        read_config(Path(run["path"])).adapter.kind for run in runs if run["label"] in labels and "path" in run
-    )
-    return ", ".join(kinds) or None
-
-
-def _position_of_budget(budget: float | None) -> float:
-    return math.inf if budget is None else budget
-
-
-def _notes(facts: Facts, statements: Sequence[Mapping[str, Any]]) -> list[str]:
-    seeds = facts["seeds"]
-    over = f"means over seeds {seeds[0]} to {seeds[-1]}; ± is the sample standard deviation"
-    notes = [
-        f"After {facts['rounds']} rounds, {over if len(seeds) > 1 else f'seed {seeds[0]}'}. A column is a budget; "
-        "epsilon is what the runs state in their privacy.json, the largest over seeds."
-    ]
-    if statements:
-        notes.append(_assumptions(statements))
-    if None in facts["budgets"]:
-        notes.append(f"{UNLIMITED}: privacy.level = none, epsilon is infinite.")
-    notes.append(
-        "Each epsilon is of one run alone: adapters of several runs on the same rows, or a setting chosen by their "
-        "scores, cost more."
-    )
-    strategies = {line["strategy"].partition(":")[0] for line in facts["lines"]}
-    return notes + [note for name, note in BOUNDS.items() if name in strategies]
-
-
-def _assumptions(statements: Sequence[Mapping[str, Any]]) -> str:
-    """Say on one line what all the epsilons rest on."""
-    one = statements[0]
-    computed = sorted({name for each in statements for name in each.get("computed_by", ())})
-    by = accountants({**one, "computed_by": computed})
-    reasons = dict.fromkeys(reason for each in statements for reason in each["reasons"])
-    warnings = dict.fromkeys(warning for each in statements for warning in each["warnings"])
-    return " ".join(
-        [
-            f"Privacy of level {one['level']} at delta = {one['delta']:g} ({by}); neighbours: {one['adjacency']}.",
-            *([f"No guarantee: {'; '.join(reasons)}."] if reasons else []),
-            *(f"Warning: {warning}." for warning in warnings),
-        ]
-    )
-
-
 # --- the table ---------------------------------------------------------------------------------------------------
 
 
 def sweep_table(facts: Mapping[str, Any]) -> RenderableType:
-    """Lay out what `sweep` returns."""
+    """Lay out what `fedpeft.simulations.judging.sweep` returns."""
     heads = [_head(budget) for budget in facts["budgets"]]
     table = new_table(facts["metric"], *heads, right=heads, whole=heads)
     for line in facts["lines"]:
@@ -176,8 +61,8 @@ def _head(budget: float | None) -> str:
 
 
 def _by_budget(line: Mapping[str, Any], budgets: Sequence[float | None]) -> list[Facts | None]:
-    held = {point["budget"]: point for point in line["points"]}
-    return [held.get(budget) for budget in budgets]
+    points = {point["budget"]: point for point in line["points"]}
+    return [points.get(budget) for budget in budgets]
 
 
 def _cell(point: Facts | None, wanted: int) -> Text:

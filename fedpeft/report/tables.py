@@ -1,73 +1,22 @@
-"""Methods, presets, environment and scores: plain data for ``--json``, and tables that read well at 80 columns."""
+"""Methods, presets, environment and scores as tables that read well at 80 columns."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
-from fedpeft.config.template import keys_of
+from fedpeft.formats import NONE, number, one_line
 from fedpeft.jsons import to_json
-from fedpeft.report.formats import NONE, number, one_line
 from fedpeft.report.layout import as_typed, cell, new_table, pairs
 from fedpeft.tasks.metrics import shown
 
-if TYPE_CHECKING:
-    from fedpeft.strategies.base import AdapterStrategy
 
-Facts = dict[str, Any]
-
-
-def strategies_dict(methods: Mapping[str, type[AdapterStrategy]] | None = None) -> list[Facts]:
-    """Describe methods: name, paper, what they send, when they are exact, and their options.
-
-    Parameters
-    ----------
-    methods : mapping of str to type, optional
-        By name; all that are installed if not given.
-    """
-    if methods is None:
-        from fedpeft.strategies import available
-
-        methods = available()
-    return [
-        {
-            "name": name,
-            "paper": method.capabilities.paper,
-            "sends": method.capabilities.sends,
-            "exact": method.capabilities.exact,
-            "needs_single_factors": method.capabilities.needs_single_factors,
-            "trains": method.capabilities.trains,
-            "personal": sorted(method.capabilities.personal),
-            "head": method.capabilities.head,
-            "mixed_ranks": method.capabilities.mixed_ranks,
-            "changes_base": method.capabilities.changes_base,
-            "kinds": sorted(method.capabilities.kinds),
-            "options": _options(method),
-        }
-        for name, method in methods.items()
-    ]
-
-
-def _options(method: type[AdapterStrategy]) -> list[Facts]:
-    return [
-        {
-            "name": option.name,
-            "default": option.default,
-            "required": option.required,
-            "allowed": option.allowed,
-            "description": option.description,
-        }
-        for option in keys_of(method.Options)
-    ]
-
-
-def strategies_table(methods: Sequence[Facts] | None = None) -> RenderableType:
-    """Lay out what `strategies_dict` returns: the methods side by side, then what is particular to each."""
-    methods = strategies_dict() if methods is None else methods
+def strategies_table(methods: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """Lay out what `fedpeft.strategies.catalogue` returns: methods side by side, then what is particular to each."""
     columns = ("strategy", "paper", "trains", "exact?", "mixed ranks?", "personal?", "sums only?")
     table = new_table(*columns, whole=("strategy",))
     details: list[RenderableType] = []

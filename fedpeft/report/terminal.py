@@ -1,25 +1,20 @@
-"""A run as it is seen in a terminal: a listener that shows progress, and one that prints events as JSON.
+"""A run as it is seen in a terminal while it goes on.
 
-Rounds and the summary are results and go to stdout; the live bar, faults and warnings go to stderr. A reader that goes
-away, or a full disk behind a redirection, ends the output but not the run: the run directory has it all.
+Rounds and the summary are results and go to stdout; the live bar, faults and warnings go to stderr.
 """
 
 from __future__ import annotations
 
-import os
 import re
-import shlex
-import sys
-import textwrap
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TextIO
+from typing import TYPE_CHECKING, Self
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.spinner import Spinner
@@ -27,9 +22,12 @@ from rich.table import Table
 from rich.text import Text
 
 from fedpeft import tasks
-from fedpeft.jsons import to_json
-from fedpeft.report.formats import duration, finite, number, one_line, size
-from fedpeft.report.history import Event, History, domain_scores, worst
+from fedpeft.formats import duration, finite, number, one_line, size
+from fedpeft.report.console import RunConsole, open_console
+from fedpeft.report.privacy import epsilon
+from fedpeft.report.summary import say_summary
+from fedpeft.runs import Event
+from fedpeft.runs.history import History
 
 if TYPE_CHECKING:
     from fedpeft.config import RunConfig
@@ -39,46 +37,6 @@ ETA_ROUNDS = 10  # the pace of this many recent rounds gives the ETA
 NEXT_COMMANDS = ("fedpeft evaluate {run}", "fedpeft runs")
 PRIVATE_COMMANDS = ("fedpeft evaluate {run}", "fedpeft privacy ledger {run}", "fedpeft runs")
 OUT_OF_BUDGET = "its privacy budget"  # how the reason of a fault begins that is none
-PARAGRAPH_WIDTH = 100  # at most, of a statement
-
-
-class RunConsole(Console):
-    """A console whose reader may go away without ending the program."""
-
-    def on_broken_pipe(self) -> None:
-        """Fall silent; rich would exit."""
-        self.quiet = True
-        _discard(self.file)
-
-    def say(self, text: RenderableType) -> None:
-        """Print, a text on one line however long; fall silent where nothing can be written any more."""
-        if isinstance(text, Text):
-            # an encoding that lacks a client id's letters must not end the run
-            plain = text.plain.encode(self.encoding, "backslashreplace").decode(self.encoding)
-            if plain != text.plain:
-                text = Text(plain, text.style)
-        try:
-            self.print(text, soft_wrap=not self.is_interactive, highlight=False)
-        except OSError:
-            self.quiet = True
-            _discard(self.file)
-
-
-def _discard(file: Any) -> None:
-    """Point a dead standard stream at nothing, so that the flush at the interpreter's exit does not fail."""
-    try:
-        descriptor = file.fileno()
-    except (AttributeError, OSError, ValueError):
-        return
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, descriptor)
-    os.close(null)
-
-
-def open_console(*, stderr: bool = False) -> RunConsole:
-    """Return a console on stdout or stderr; interactive on a terminal only, whatever FORCE_COLOR says."""
-    stream = sys.stderr if stderr else sys.stdout
-    return RunConsole(stderr=stderr, force_interactive=None if stream.isatty() else False)
 
 
 @dataclass(frozen=True)
@@ -134,7 +92,7 @@ class TerminalListener:
         self._clock = clock
         self._started = clock()
         self._marks: deque[tuple[int, float]] = deque([(0, self._started)], maxlen=ETA_ROUNDS + 1)
-        self._held: Event | None = None
+        self._unscored: Event | None = None
         self._answered: set[str] = set()
         self._explained: set[tuple[str, str]] = set()
         self._finished = False
@@ -171,7 +129,7 @@ class TerminalListener:
     ) -> None:
         self._stop()
         if not self._finished and (self.history.rounds or self.history.evaluations):
-            self._summarize(None)
+            self._finish(None)
 
     def finish(self, run: Path) -> None:
         """Take the bar away and print the summary.
@@ -182,29 +140,29 @@ class TerminalListener:
             The run directory.
         """
         self._stop()
-        self._summarize(run)
+        self._finish(run)
 
     def __call__(self, event: Event) -> None:
         """Show one event."""
         self.history.add(event)
         kind = event.get("event")
         lines: list[tuple[Event | None, Event | None]] = []
-        if kind in ("round", "end") and self._held is not None:
-            lines.append((self._held, None))  # its evaluation never came
-            self._held = None
+        if kind in ("round", "end") and self._unscored is not None:
+            lines.append((self._unscored, None))  # its evaluation never came
+            self._unscored = None
         if kind in ("client", "fault"):
             self._answered.add(str(event.get("id", event.get("client"))))
         elif kind == "round":
             self._answered.clear()
             if self._due(event["round"]):
-                self._held = event
+                self._unscored = event
             else:
                 self._mark(event["round"])
                 lines.append((event, None))
         elif kind == "evaluate" and event.get("split", "test") == "test":
             self._mark(event["round"])
-            lines.append((self._held, event))
-            self._held = None
+            lines.append((self._unscored, event))
+            self._unscored = None
         self._status = self._new_status()
         if self._live is not None and self._live.is_started and kind != "client":
             self._live.refresh()  # prints below draw the bar again as it was last; of clients there may be thousands
@@ -284,8 +242,6 @@ class TerminalListener:
         """Return what was spent so far in words; nothing where none can be stated."""
         if (spent := finite(round_event.get("epsilon_max"))) is None:
             return ""
-        from fedpeft.report.privacy import epsilon  # which loads SciPy: a private run has it anyway
-
         return f"epsilon {epsilon(spent)}"
 
     # --- the bar -------------------------------------------------------------------------------------------------
@@ -308,7 +264,7 @@ class TerminalListener:
             label = "writing the report"
         elif not history.rounds and not history.evaluations:
             label = "preparing"
-        elif self._held is not None:
+        elif self._unscored is not None:
             label = f"evaluating round {done}/{self.total}"
         else:
             label = f"round {min(done + 1, self.total)}/{self.total}"
@@ -340,116 +296,7 @@ class TerminalListener:
         top.add_row(self._spinner, Text(status.label, "bold"), bar, Text(times, "dim"))
         return Group(top, Text("  " + "  ".join(status.facts), no_wrap=True, overflow="ellipsis"))
 
-    # --- the end -------------------------------------------------------------------------------------------------
-
-    def _summarize(self, run: Path | None) -> None:
+    def _finish(self, run: Path | None) -> None:
         self._finished = True
-        history, out = self.history, self._out
-        spent = f"{history.done} of {self.total} rounds in {duration(self._clock() - self._started)}"
-        if history.state == "completed":
-            out.say(Text(f"completed {spent}", "bold green"))
-        elif history.state == "interrupted":
-            out.say(Text(f"interrupted after {spent}", "bold yellow"))
-        else:
-            # without a last record, the error that is on its way says why
-            reason = f": {one_line(history.end.get('why', history.end.get('reason')), 1000)}" if history.end else ""
-            out.say(Text(f"stopped after {spent}{reason}", "bold red"))
-        for name, value in [*self._facts(), *([("run directory", str(run))] if run is not None else [])]:
-            out.say(Text(f"  {name:<13} {value}"))
-        if statement := self._statement():
-            out.say(Text("statement (privacy.json):"))
-        for line in statement:
-            out.say(Text(f"  {line}"))
-        if run is not None:
-            out.say(Text("next:"))
-            for command in self.next_commands:
-                out.say(Text(f"  {command.replace('{run}', shlex.quote(str(run)))}"))
-
-    def _facts(self) -> list[tuple[str, str]]:
-        """Return the summary's lines: scores before and after, what was moved, what was saved."""
-        history, metric = self.history, self.metric
-        first, last = history.first, history.last
-        facts: list[tuple[str, str]] = []
-        if first is not None and last is not None:
-            facts.append((metric, _change(first, last, first.get(metric), last.get(metric))))
-            before, after = domain_scores(first, metric), domain_scores(last, metric)
-            if after:
-                means = [sum(found.values()) / len(found) if found else None for found in (before, after)]
-                facts.append(("domain mean", _change(first, last, *means)))
-                name = worst(after, metric)
-                facts.append(
-                    ("worst domain", f"{_change(first, last, before.get(name), after[name])}, {one_line(name, 40)}")
-                )
-            spread = last.get("clients", {}).get(metric)
-            if isinstance(spread, dict):
-                mean, tenth = number(spread.get("mean")), number(spread.get("worst_tenth"))
-                facts.append(("clients", f"mean {mean}, worst tenth {tenth}"))
-        if history.is_counted:
-            facts.append(("moved", f"{size(history.bytes_up)} up, {size(history.bytes_down)} down"))
-            facts.append(("rounds took", duration(history.seconds)))
-        if history.privacy is not None:
-            from fedpeft.report.privacy import claim
-
-            facts.append(("privacy", claim(history.privacy, self.config.privacy)))
-        if history.faults:
-            clients = len({str(fault.get("client")) for fault in history.faults})
-            facts.append(("faults", f"{len(history.faults)}, of {clients} client{'s' * (clients > 1)}"))
-        if history.state == "completed":
-            facts.append(("saved", "adapter and records"))
-        elif history.end is not None and history.done:
-            facts.append(("saved", f"the adapter of round {history.done}, and all records"))
-        elif history.end is not None:
-            facts.append(("saved", "the untrained adapter, and all records: no round was completed"))
-        else:
-            facts.append(("saved", "all records"))
-        return facts
-
-    def _statement(self) -> list[str]:
-        """Return the lines of what may be said of the run's privacy."""
-        words = (self.history.privacy or {}).get("statement")
-        if not words:
-            return []
-        width = max(20, min(self._out.width - 2, PARAGRAPH_WIDTH))
-        return textwrap.wrap(one_line(words, 10_000), width, break_long_words=False, break_on_hyphens=False)
-
-
-def _change(first: Event, last: Event, before: object, after: object) -> str:
-    if first is last:
-        return f"{number(after)} (round {last['round']})"
-    return f"{number(before)} -> {number(after)} (round {first['round']} -> {last['round']})"
-
-
-class JsonListener:
-    """Prints each event as one line of JSON, and nothing else.
-
-    The lines are strict JSON: a loss that diverged is null, since JSON knows neither NaN nor infinity.
-
-    Parameters
-    ----------
-    stream : text stream, optional
-        Where to; stdout if not given.
-    """
-
-    def __init__(self, stream: TextIO | None = None) -> None:
-        self._stream: TextIO | None = stream if stream is not None else sys.stdout
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        return None
-
-    def finish(self, run: Path) -> None:
-        """Print nothing: the end was an event."""
-
-    def __call__(self, event: Event) -> None:
-        """Print one event and flush."""
-        if self._stream is None:
-            return
-        try:
-            print(to_json(event), file=self._stream, flush=True)
-        except OSError:
-            _discard(self._stream)
-            self._stream = None
+        seconds = self._clock() - self._started
+        say_summary(self._out, self.history, self.config, seconds, run, self.next_commands)

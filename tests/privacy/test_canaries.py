@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 
 import fedpeft.data.tokens
 import fedpeft.strategies.rounds.records as records
+from fedpeft.cli.app_folder import init_app
 from fedpeft.clients.rows import ClientRows, client_rows
 from fedpeft.config import RunConfig, nest, resolve
 from fedpeft.data.splits import EncodedSplit
-from fedpeft.deployment import init_app, split_run_config, write_app
+from fedpeft.deployment import split_run_config, write_app
 from fedpeft.errors import ConfigError, DeploymentError
 from fedpeft.privacy.audit import audit_run
 from fedpeft.privacy.canaries import Canaries, canaries_of

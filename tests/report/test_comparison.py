@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from fedpeft.report.comparison import comparison, comparison_markdown, comparison_table
+from fedpeft.report.comparison import comparison_markdown, comparison_table
+from fedpeft.simulations.judging import comparison
 from tests.report.printing import printed
 
 

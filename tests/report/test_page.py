@@ -13,8 +13,9 @@ from markupsafe import escape
 
 from fedpeft.config import RunConfig
 from fedpeft.errors import RunDirectoryError
-from fedpeft.report.history import History
-from fedpeft.report.page import loading_code, render, write_report
+from fedpeft.report.loading import loading_code
+from fedpeft.report.page import render, write_report
+from fedpeft.runs.history import History
 
 Events = Callable[..., list[dict[str, Any]]]
 Config = Callable[..., RunConfig]

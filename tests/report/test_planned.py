@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from fedpeft.config import RunConfig
-from fedpeft.report.planned import DryRun, dry_run_table
+from fedpeft.report.planned import dry_run_table
+from fedpeft.simulations.plan import DryRun
 from tests.report.printing import joined, printed
 
 Config = Callable[..., RunConfig]
@@ -22,13 +23,17 @@ def planned(config: RunConfig, **facts: Any) -> DryRun:
     return DryRun(config=config, **(known | facts))
 
 
+def shown(plan: DryRun) -> str:
+    return joined(printed(dry_run_table(plan.to_dict(), plan.config)))
+
+
 def test_a_dry_run_shows_what_would_be_trained_and_moved(config: Config) -> None:
     plan = planned(
         config(federation__rounds=10, federation__fraction=0.5, strategy__name="lora-fair", strategy__solver="cosine")
     )
     assert plan.cohort == 2
     assert plan.total_bytes == 2 * 5_964_480
-    text = joined(printed(dry_run_table(plan)))
+    text = shown(plan)
     for expected in (
         "lora-fair, solver cosine",
         "must see each client's factors",
@@ -50,9 +55,9 @@ def test_a_dry_run_shows_what_would_be_trained_and_moved(config: Config) -> None
     ("head", "words"), [("shared", "averaged"), ("local", "stays with each client"), ("frozen", "left as drawn")]
 )
 def test_a_dry_run_says_what_the_head_does(config: Config, head: str, words: str) -> None:
-    assert words in joined(printed(dry_run_table(planned(config(adapter__head=head)))))
+    assert words in shown(planned(config(adapter__head=head)))
     without = planned(config(adapter__head=head, model__task="causal-lm"), head_parameters=0)
-    assert "none: a causal language model" in joined(printed(dry_run_table(without)))
+    assert "none: a causal language model" in shown(without)
     assert without.to_dict()["head"] is None
 
 
@@ -64,8 +69,12 @@ def test_the_cohort_is_at_least_min_clients_and_at_most_all(config: Config) -> N
 
 def test_bytes_that_depend_on_a_changing_rank_say_so(config: Config) -> None:
     words = "down a round while the rank is 8, which the method may change"
-    assert words in joined(printed(dry_run_table(planned(config(), changes_rank=True))))
-    assert words not in joined(printed(dry_run_table(planned(config()))))
+    assert words in shown(planned(config(), changes_rank=True))
+    assert words not in shown(planned(config()))
+
+
+def test_what_should_be_known_of_base_and_rows_is_said_once(config: Config) -> None:
+    assert shown(planned(config(), notes=("its texts are cut",))).count("its texts are cut") == 1
 
 
 def test_a_private_dry_run_says_what_would_be_spent_and_whether_it_is_a_guarantee(config: Config) -> None:
@@ -74,7 +83,7 @@ def test_a_private_dry_run_says_what_would_be_spent_and_whether_it_is_a_guarante
         "calibrated_to": 3.0, "epsilon_max": 2.99901, "delta": 1e-5, "accountant": "prv", "guarantee": False,
         "reasons": ["it is seeded"], "rng": "seeded", "warnings": ["delta is large"], "computed_by": ["prv"],
     }  # fmt: skip
-    text = joined(printed(dry_run_table(planned(config(), privacy=facts))))
+    text = shown(planned(config(), privacy=facts))
     for expected in (
         "privacy record level",
         "noise multiplier 1.25 to 1.5, calibrated to epsilon 3",
@@ -87,12 +96,12 @@ def test_a_private_dry_run_says_what_would_be_spent_and_whether_it_is_a_guarante
         assert expected in text
     assert planned(config(), privacy=facts | {"epsilon_max": float("inf")}).to_dict()["privacy"]["epsilon_max"] is None
     assert "privacy" not in planned(config()).to_dict()
-    assert "epsilon" not in printed(dry_run_table(planned(config())))
+    assert "epsilon" not in shown(planned(config()))
     spared = config(privacy__level="record", privacy__epsilon=3, privacy__spare_rounds=2)
     words = "if every client takes part in every round (the rest is kept for 2 repeats: privacy.spare_rounds)"
-    assert words in joined(printed(dry_run_table(planned(spared, privacy=facts))))
+    assert words in shown(planned(spared, privacy=facts))
     given = facts | {"calibrated_to": None}  # nothing was calibrated that could keep a rest
-    assert "spare_rounds" not in joined(printed(dry_run_table(planned(spared, privacy=given))))
+    assert "spare_rounds" not in shown(planned(spared, privacy=given))
 
 
 CLIENT_LEVEL = {
@@ -106,7 +115,7 @@ def of_clients(config: Config, facts: dict[str, Any], **settings: object) -> str
     settings |= {"federation__rounds": 12, "federation__fraction": 0.3}
     chosen = config(privacy__level="client", privacy__epsilon=8, **settings)
     rows = {str(client): 10 for client in range(30)}
-    return joined(printed(dry_run_table(planned(chosen, client_rows=rows, privacy=facts))))
+    return shown(planned(chosen, client_rows=rows, privacy=facts))
 
 
 def test_a_poisson_cohort_is_one_on_average_and_epsilon_is_every_clients(config: Config) -> None:

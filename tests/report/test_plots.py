@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fedpeft.report.history import History
 from fedpeft.report.plots import DARK, draw, write_plots
+from fedpeft.runs.history import History
 
 Events = Callable[..., list[dict[str, Any]]]
 
@@ -44,7 +44,7 @@ def test_equal_histories_give_equal_bytes_whatever_the_users_style(events: Event
 
 def test_drawing_leaves_pyplot_alone() -> None:
     code = (
-        "import sys; from fedpeft.report.plots import draw; from fedpeft.report.history import History;"
+        "import sys; from fedpeft.report.plots import draw; from fedpeft.runs.history import History;"
         "draw(History.from_events([{'event': 'evaluate', 'round': 0, 'loss': 1.0}]));"
         "print('matplotlib.pyplot' in sys.modules)"
     )

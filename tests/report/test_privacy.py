@@ -9,7 +9,7 @@ import pytest
 
 from fedpeft.config import RunConfig
 from fedpeft.privacy.statement import state
-from fedpeft.report.privacy import accountants, caveats, claim, epsilon, spread
+from fedpeft.report.privacy import accountants, caveats, claim, epsilon, span
 
 Config = Callable[..., RunConfig]
 
@@ -38,8 +38,8 @@ def test_there_is_a_caveat_for_each_reason_that_a_statement_gives(
 
 
 def test_a_spread_of_equal_values_is_one_value() -> None:
-    assert spread([1.25, 1.25]) == "1.25"
-    assert spread([3, 1, 2], "d") == "1 to 3"
+    assert span([1.25, 1.25]) == "1.25"
+    assert span([3, 1, 2], "d") == "1 to 3"
 
 
 def test_the_accountant_that_is_named_is_the_one_that_computed() -> None:

@@ -13,7 +13,8 @@ from PIL import Image
 
 from fedpeft.config import nest, resolve
 from fedpeft.report.plots import LIGHT
-from fedpeft.report.sweep import _curves, sweep, sweep_markdown, sweep_plot, sweep_table
+from fedpeft.report.sweep import _curves, sweep_markdown, sweep_plot, sweep_table
+from fedpeft.simulations.judging import sweep
 from tests.report.printing import joined, printed
 
 STATEMENT = {

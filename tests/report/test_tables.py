@@ -1,62 +1,9 @@
 from __future__ import annotations
 
-import json
-from typing import Any, ClassVar, Literal
+from typing import Any
 
-from pydantic import Field
-
-from fedpeft.report.tables import environment_table, presets_table, scores_table, strategies_dict, strategies_table
-from tests.report.printing import joined, printed
-
-# --- strategies
-
-
-def test_every_method_is_listed_with_its_facts_and_options() -> None:
-    from fedpeft.strategies import available
-
-    methods = strategies_dict()
-    assert json.loads(json.dumps(methods)) == methods
-    assert [method["name"] for method in methods] == list(available())
-    text = printed(strategies_table())
-    for name, method in available().items():
-        for expected in (name, *method.Options.model_fields):
-            assert expected in text
-        assert joined(method.capabilities.exact) in joined(text)
-
-
-def test_options_show_what_is_allowed_and_the_default() -> None:
-    from fedpeft.strategies.base import AdapterStrategy, StrategyOptions
-    from fedpeft.strategies.capabilities import Capabilities
-
-    class MethodOptions(StrategyOptions):
-        solver: Literal["fast", "exact"] = Field("fast", description="how")
-        tau: float | None = Field(None, gt=0, le=1, description="share kept")
-        folds: int = Field(description="how many", ge=2)
-        strict: bool = True
-
-    class Method(AdapterStrategy):
-        name: ClassVar[str] = "method"
-        capabilities: ClassVar[Capabilities] = Capabilities("arXiv 1", "A", "never", True)
-        Options = MethodOptions
-
-    (described,) = strategies_dict({"method": Method})
-    assert described["needs_single_factors"] is True
-    options = {option.pop("name"): option for option in described["options"]}
-    assert options["solver"] == {"default": "fast", "required": False, "allowed": "fast | exact", "description": "how"}
-    assert options["tau"]["allowed"] == "number > 0, <= 1 or unset"
-    assert options["folds"] == {
-        "default": None,
-        "required": True,
-        "allowed": "whole number >= 2",
-        "description": "how many",
-    }
-    text = joined(printed(strategies_table(strategies_dict({"method": Method}))))
-    assert "fast | exact, default fast. how" in text
-    assert "whole number >= 2, required. how many" in text
-    assert "true or false, default true" in text
-
-
-# --- presets, environment, scores
+from fedpeft.report.tables import environment_table, presets_table, scores_table
+from tests.report.printing import printed
 
 
 def test_presets_are_listed_with_what_they_need() -> None:

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from fedpeft.config import RunConfig
-from fedpeft.report.terminal import JsonListener, RunConsole, TerminalListener, open_console
-from tests.report.conftest import STATEMENT
+from fedpeft.report.console import JsonListener, RunConsole, open_console
+from fedpeft.report.terminal import TerminalListener
+from tests.runs.events import STATEMENT
 
 Events = Callable[..., list[dict[str, Any]]]
 Config = Callable[..., RunConfig]
@@ -371,6 +372,11 @@ def test_json_lines_are_flushed_one_by_one(events: Events) -> None:
 
 def test_the_listeners_load_nothing_heavy() -> None:
     heavy = {"torch", "matplotlib", "numpy", "flwr", "jinja2"}
-    code = f"import sys, fedpeft.report.terminal, fedpeft.report.tables; print({heavy} & set(sys.modules))"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "set()"
+    code = f"""
+import sys, fedpeft.config  # which whoever has a run to listen to has read
+before = set(sys.modules)
+import fedpeft.report.terminal, fedpeft.report.tables
+print({heavy} & (set(sys.modules) - before))
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stdout.strip() == "set()"

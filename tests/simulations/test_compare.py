@@ -11,10 +11,12 @@ import pytest
 
 from fedpeft.config import RunConfig, configure
 from fedpeft.errors import ConfigError, RunDirectoryError
-from fedpeft.report.history import History
 from fedpeft.runs import read_events
-from fedpeft.simulations import compare
-from fedpeft.simulations.compare import Compared, plan_jobs, run_jobs, split_words, write_comparison
+from fedpeft.runs.history import History
+from fedpeft.simulations import running
+from fedpeft.simulations.compare import split_words, write_comparison
+from fedpeft.simulations.jobs import plan_jobs
+from fedpeft.simulations.running import Compared, run_jobs
 from fedpeft.strategies.rounds.records import Outcome
 
 
@@ -117,7 +119,7 @@ def test_runs_are_compared_and_done_ones_are_kept(
     rows, _ = split_words(words)
     jobs = plan_jobs(rows, config, 2, out)
     assert [(job.label, job.seed) for job in jobs[:4]] == [*((word, 5) for word in words), ("centralized", 6)]
-    true_simulate = compare.simulate
+    true_simulate = running.simulate
     begun: list[Path] = []
 
     def stops_at_the_third(own: RunConfig, path: Path, **settings: Any) -> Outcome:
@@ -129,7 +131,7 @@ def test_runs_are_compared_and_done_ones_are_kept(
             outcome.reason = "interrupted"
         return outcome
 
-    monkeypatch.setattr(compare, "simulate", stops_at_the_third)
+    monkeypatch.setattr(running, "simulate", stops_at_the_third)
     told, compared = run(words, config, out, seeds=2)
     assert compared.interrupted
     assert len(compared.runs) == len(told) == 2

@@ -14,7 +14,8 @@ from fedpeft.config import RunConfig
 from fedpeft.config.privacy import PrivacyConfig
 from fedpeft.errors import ConfigError, PrivacyError
 from fedpeft.privacy.statement import PRIVACY, read_statement
-from fedpeft.simulations.compare import Job, run_jobs
+from fedpeft.simulations.jobs import Job
+from fedpeft.simulations.running import run_jobs
 from fedpeft.simulations.sweep import (
     Point,
     plan_sweep,

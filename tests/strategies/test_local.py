@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedpeft.report.history import History
+from fedpeft.runs.history import History
 from fedpeft.simulations.simulate import simulate
 from fedpeft.strategies.local import Local
 from tests.strategies.oracles import make, make_cohort

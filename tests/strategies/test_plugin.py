@@ -9,9 +9,9 @@ import pytest
 from safetensors.torch import load_file
 
 from fedpeft.config import RunConfig
-from fedpeft.report.tables import strategies_dict
 from fedpeft.simulations.simulate import simulate
 from fedpeft.strategies import available
+from fedpeft.strategies.catalogue import catalogue
 from fedpeft.strategies.merging.merge import merge_directories
 
 PLUGIN = '''
@@ -56,7 +56,7 @@ def test_a_method_of_another_package_simulates_is_listed_and_merges(
     text_config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
     assert "root-mean" in available()
-    (facts,) = [each for each in strategies_dict() if each["name"] == "root-mean"]
+    (facts,) = [each for each in catalogue(available()) if each["name"] == "root-mean"]
     assert [option["name"] for option in facts["options"]] == ["power"]
     settings = {"strategy__name": "root-mean", "strategy__power": 0.25}
     runs = [simulate(text_config(**settings, run__seed=seed), tmp_path / f"run{seed}").path for seed in (0, 1)]

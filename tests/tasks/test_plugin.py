@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 
 from fedpeft import tasks
 from fedpeft.config import nest, resolve
-from fedpeft.report.history import History
 from fedpeft.report.page import write_report
 from fedpeft.rescoring import rescore
+from fedpeft.runs.history import History
 from fedpeft.simulations.simulate import simulate
 from fedpeft.tasks import metrics
 from tests.tasks.rows import write_csv

@@ -1,17 +1,17 @@
-"""A run's events folded into what is shown of them, one event at a time."""
+"""A run's events folded into what became of it, one event at a time, and how its scores are judged."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from fedpeft.errors import RunDirectoryError
-from fedpeft.report.formats import finite
+from fedpeft.formats import finite
+from fedpeft.runs.directory import EVENTS_FILE, Event, read_events
 from fedpeft.tasks.metrics import find, shown
 
-Event = dict[str, Any]
 ERRORS = ("aggregation_error", "aggregation_error_of_total")  # relative to the round's step, and to all learned
 
 
@@ -71,13 +71,10 @@ class History:
         OSError
             The file cannot be read.
         """
-        from fedpeft.runs import METRICS as FILE
-        from fedpeft.runs import read_events
-
         try:
             return cls.from_events(read_events(run))
         except UnicodeDecodeError:
-            raise RunDirectoryError(f"'{run / FILE}' is not text; restore it, or remove the run.") from None
+            raise RunDirectoryError(f"'{run / EVENTS_FILE}' is not text; restore it, or remove the run.") from None
 
     def add(self, event: object) -> None:
         """Fold one more event in."""
@@ -176,8 +173,8 @@ class History:
     @property
     def epsilon(self) -> float | None:
         """What was spent on the client that spent most: as stated at the end, or what it is not above so far."""
-        told = self.rounds.get(self.done, {}) if self.privacy is None else self.privacy
-        return finite(told.get("epsilon_max"))
+        latest = self.rounds.get(self.done, {}) if self.privacy is None else self.privacy
+        return finite(latest.get("epsilon_max"))
 
     def _sum(self, key: str) -> int:
         return sum(int(finite(event.get(key)) or 0) for event in self.rounds.values())
@@ -193,8 +190,8 @@ def domain_scores(evaluation: Event | None, metric: str) -> dict[str, float]:
     domains = (evaluation or {}).get("domains")
     if not isinstance(domains, Mapping):
         return {}
-    found = {name: finite(scores.get(metric)) for name, scores in domains.items() if isinstance(scores, Mapping)}
-    return {str(name): value for name, value in found.items() if value is not None}
+    values = {name: finite(scores.get(metric)) for name, scores in domains.items() if isinstance(scores, Mapping)}
+    return {str(name): value for name, value in values.items() if value is not None}
 
 
 def worst(scores: Mapping[str, float], metric: str) -> str:

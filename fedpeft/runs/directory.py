@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import errno
-import importlib.metadata
 import json
 import os
-import platform
 import re
 import shutil
-import subprocess
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,34 +15,16 @@ from urllib.parse import quote
 
 from fedpeft.config import RunConfig, read_toml, resolve
 from fedpeft.errors import RunDirectoryError
-from fedpeft.jsons import strict_json as strict_json
 from fedpeft.jsons import to_json
+from fedpeft.runs.machine import environment
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-CONFIG, ENVIRONMENT, METRICS, ADAPTER, CHECKPOINTS = (
-    "config.toml",
-    "environment.json",
-    "metrics.jsonl",
-    "adapter",
-    "checkpoints",
-)
+CONFIG_FILE, ENVIRONMENT_FILE, EVENTS_FILE = "config.toml", "environment.json", "metrics.jsonl"
+ADAPTER, CHECKPOINTS = "adapter", "checkpoints"
 CANARIES = "canaries.json"  # planted rows, their coins and their scores
 KEPT_CHECKPOINTS = 2
-PACKAGES = (
-    "fedpeft",
-    "torch",
-    "transformers",
-    "peft",
-    "opacus",
-    "flwr",
-    "ray",
-    "datasets",
-    "flwr-datasets",
-    "numpy",
-    "safetensors",
-)
 
 Event = dict[str, Any]
 Listener = Callable[[Event], None]
@@ -56,49 +35,6 @@ class Saveable(Protocol):
 
     def __call__(self, directory: Path) -> None:
         """Write into this folder."""
-
-
-def versions() -> dict[str, str]:
-    """Return the installed versions of the packages that results depend on."""
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
-def source_revision() -> str | None:
-    """Return the git commit that this package is run from, with ``+`` if files differ; None outside a checkout."""
-    folder = Path(__file__).resolve().parents[1]
-    if not (folder / ".git").exists():
-        return None
-    ask = ["git", "-C", str(folder)]
-    try:
-        commit = subprocess.run(
-            [*ask, "rev-parse", "HEAD"], capture_output=True, encoding="utf-8", check=True, timeout=10
-        ).stdout.strip()
-        dirty = subprocess.run(
-            [*ask, "status", "--porcelain"], capture_output=True, encoding="utf-8", check=True, timeout=10
-        ).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return commit + ("+" if dirty else "")
-
-
-def environment() -> dict[str, Any]:
-    """Describe software and hardware."""
-    import torch
-
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cores": os.cpu_count(),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "packages": versions(),
-        "source_revision": source_revision(),
-    }
 
 
 def default_directory(config: RunConfig) -> Path:
@@ -115,7 +51,7 @@ def default_directory(config: RunConfig) -> Path:
 
 def folder_name(client_id: str) -> str:
     """Return a client's id as the name of a file: what comes from a column of rows must not be a path."""
-    name = re.sub(r"[^\w.\- ]", lambda found: quote(found[0], safe=""), client_id)
+    name = re.sub(r"[^\w.\- ]", lambda letter: quote(letter[0], safe=""), client_id)
     try:
         os.fsencode(name)
     except UnicodeEncodeError:  # a locale that lacks its letters
@@ -125,7 +61,7 @@ def folder_name(client_id: str) -> str:
 
 def check_vacant(path: Path) -> None:
     """Refuse a folder that holds something already."""
-    if (path / CONFIG).exists():
+    if (path / CONFIG_FILE).exists():
         raise RunDirectoryError(
             f"'{path}' already holds a run, which is not overwritten; give another --out, or remove it."
         )
@@ -167,10 +103,10 @@ class RunDirectory:
                     f"'{path}' has {free / 1e6:.0f} MB free, and the run may write {needed / 1e6:.0f} MB; "
                     "make room, or give another --out."
                 )
-            (path / CONFIG).write_text(config.to_toml(), encoding="utf-8")
+            (path / CONFIG_FILE).write_text(config.to_toml(), encoding="utf-8")
             facts = environment() | {"seed": config.run.seed} | dict(details or {})
-            (path / ENVIRONMENT).write_text(to_json(facts, indent=2) + "\n", encoding="utf-8")
-            (path / METRICS).touch()
+            (path / ENVIRONMENT_FILE).write_text(to_json(facts, indent=2) + "\n", encoding="utf-8")
+            (path / EVENTS_FILE).touch()
             self._reserve(adapter_bytes * 2 + (1 << 20))
         except OSError as error:
             raise RunDirectoryError(f"cannot write the run directory '{path}': {error.strerror or error}") from None
@@ -193,19 +129,19 @@ class RunDirectory:
         """Add one line to metrics.jsonl and flush it."""
         self._pending.append(to_json(event) + "\n")
         try:
-            with (self.path / METRICS).open("a", encoding="utf-8") as file:
+            with (self.path / EVENTS_FILE).open("a", encoding="utf-8") as file:
                 size = file.tell()
                 try:
                     file.write("".join(self._pending))
                     file.flush()
                 except OSError:
-                    os.truncate(self.path / METRICS, size)  # half a line would spoil the file
+                    os.truncate(self.path / EVENTS_FILE, size)  # half a line would spoil the file
                     raise
             self._pending.clear()
         except OSError as error:
             if len(self._pending) == 1:
                 self._problems.append(
-                    f"cannot write {METRICS} ({error.strerror}); the events are kept and written later"
+                    f"cannot write {EVENTS_FILE} ({error.strerror}); the events are kept and written later"
                 )
 
     def checkpoint(self, server_round: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
@@ -256,14 +192,14 @@ class RunDirectory:
 
 def read_config(path: Path) -> RunConfig:
     """Read the configuration of a finished or running run."""
-    if not (path / CONFIG).is_file():
-        raise RunDirectoryError(f"'{path}' is no run directory: it holds no {CONFIG}. `fedpeft runs` lists runs.")
-    return resolve([read_toml(path / CONFIG)])
+    if not (path / CONFIG_FILE).is_file():
+        raise RunDirectoryError(f"'{path}' is no run directory: it holds no {CONFIG_FILE}. `fedpeft runs` lists runs.")
+    return resolve([read_toml(path / CONFIG_FILE)])
 
 
 def read_events(path: Path) -> list[Event]:
     """Read metrics.jsonl; a last line still being written is left out."""
-    file = path / METRICS
+    file = path / EVENTS_FILE
     if not file.is_file():
         return []
     events = []
@@ -273,3 +209,12 @@ def read_events(path: Path) -> list[Event]:
         except json.JSONDecodeError:
             break
     return events
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object of a run directory; empty where there is none to be read."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}

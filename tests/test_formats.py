@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedpeft.report.formats import duration, finite, number, one_line, size
+from fedpeft.formats import duration, finite, number, one_line, size
 
 
 @pytest.mark.parametrize(

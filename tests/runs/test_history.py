@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from fedpeft.errors import RunDirectoryError
-from fedpeft.report.history import History, domain_scores, worst
+from fedpeft.runs.history import History, domain_scores, worst
 
 Events = Callable[..., list[dict[str, Any]]]
 

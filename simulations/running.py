@@ -1,0 +1,97 @@
+"""The runs of a comparison, one after the other on the same workers; those that are done are not repeated."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedpeft.config import RunConfig
+from fedpeft.errors import FedpeftError
+from fedpeft.formats import duration, number
+from fedpeft.report.privacy import epsilon
+from fedpeft.simulations.jobs import Job
+from fedpeft.simulations.judging import run_facts
+from fedpeft.simulations.simulate import ray_grid, simulate
+
+Facts = dict[str, Any]
+
+
+@dataclass
+class Compared:
+    """What a comparison gave.
+
+    Parameters
+    ----------
+    runs : list of dict
+        Facts of each run that is complete.
+    failed : dict of str to str
+        Why the others stopped, by folder.
+    interrupted : bool
+        Whether the user stopped it.
+    """
+
+    runs: list[Facts] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    interrupted: bool = False
+
+
+def run_jobs(
+    jobs: Sequence[Job], config: RunConfig, *, tell: Callable[[str], None] = print, verbose: bool = False
+) -> Compared:
+    """Run what is not done yet; an interrupted comparison that is asked for again goes on where it was.
+
+    Parameters
+    ----------
+    jobs : sequence of Job
+        See `plan_jobs`.
+    config : RunConfig
+        What they have in common; names the workers, which all runs share.
+    tell : callable
+        Is told of each run in one line.
+    verbose : bool
+        Let the libraries below speak.
+    """
+    compared = Compared()
+    undone = sum(not job.is_done for job in jobs)
+    started, done = time.monotonic(), 0
+    with (ray_grid(config, verbose=verbose) if undone else None) or nullcontext() as grid:
+        for index, job in enumerate(jobs, 1):
+            name = f"run {index}/{len(jobs)}  {job.label}  seed {job.seed}"
+            if job.is_done:
+                compared.runs.append(run_facts(job))
+                tell(f"{name}  {_score(compared.runs[-1])}  done before")
+                continue
+            begun = time.monotonic()
+            try:
+                if job.is_begun:  # and was interrupted
+                    shutil.rmtree(job.path)
+                outcome = simulate(job.config, job.path, verbose=verbose, grid=grid)
+            except KeyboardInterrupt:
+                compared.interrupted = True
+                break
+            except FedpeftError as error:  # of this row; the others may have cost hours
+                compared.failed[str(job.path)] = str(error)
+                tell(f"{name}  failed: {error}")
+                continue
+            if outcome.reason == "interrupted":
+                compared.interrupted = True
+                break
+            done += 1
+            now = time.monotonic()
+            left = f"  ETA {duration((now - started) / done * (undone - done))}" if undone > done else ""
+            if outcome.reason == "completed":
+                compared.runs.append(run_facts(job))
+                tell(f"{name}  {_score(compared.runs[-1])}  {duration(now - begun)}{left}")
+            else:
+                compared.failed[str(job.path)] = outcome.reason
+                tell(f"{name}  failed: {outcome.error or outcome.reason}{left}")
+    return compared
+
+
+def _score(facts: Facts) -> str:
+    score = f"{facts['metric']} {number(facts['score'])}"
+    return score if facts["epsilon"] is None else f"{score}  epsilon {epsilon(facts['epsilon'])}"
