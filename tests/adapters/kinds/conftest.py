@@ -1,0 +1,17 @@
+"""What the kinds need besides a rank on layers of 8 to 24 inputs and outputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+SMALL: dict[str, dict[str, Any]] = {}
+
+
+@pytest.fixture(scope="session")
+def small() -> dict[str, dict[str, Any]]:
+    """Options of the kinds whose defaults are for larger layers, as keyword arguments of a configuration."""
+    return {
+        kind: {f"adapter__{option}": value for option, value in options.items()} for kind, options in SMALL.items()
+    }
