@@ -9,7 +9,8 @@ from typing import Any, cast
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor
 
-from fedpeft.adapters.kinds import Start
+from fedpeft.adapters.kinds import Kind, Start
+from fedpeft.adapters.targets import linear_modules
 from fedpeft.config import RunConfig
 from fedpeft.errors import AdapterError
 from fedpeft.models import BaseModel
@@ -57,9 +58,10 @@ def adapt(base: BaseModel, config: RunConfig, common: Mapping[str, Any]) -> tupl
             alpha=adapter.alpha,
             dropout=adapter.dropout,
             projection_seed=derive_seed(seed, "adapter"),
-            options=adapter.options,
+            options=_options(base, config, common),
             common=common,
         )
+        _check_shapes(base, kind, settings, common)
         start = Start(base.model, settings, batches, str(adapter.init_data), seed, train.optimizer, train.learning_rate)
         prepared = None if init.prepare is None else init.prepare(start)
         with warnings.catch_warnings():
@@ -74,6 +76,26 @@ def adapt(base: BaseModel, config: RunConfig, common: Mapping[str, Any]) -> tupl
     if kind.install is not None:
         kind.install(model, start, prepared)
     return settings, model
+
+
+def _options(base: BaseModel, config: RunConfig, common: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of PEFT's configuration, as users give them and as they follow from the layers."""
+    options: dict[str, Any] = dict(config.adapter.options)
+    if (fit := config.adapter.facts.fit) is not None:
+        options |= fit(base.model, common.get("target_modules", ()), options)
+    return options
+
+
+def _check_shapes(base: BaseModel, kind: Kind, settings: PeftConfig, common: Mapping[str, Any]) -> None:
+    """Raise AdapterError for a layer whose shape the kind's options do not suit."""
+    if kind.misfit is None:
+        return
+    shapes = linear_modules(base)
+    for name in common["target_modules"]:
+        if problem := kind.misfit(settings, *shapes[name]):
+            raise AdapterError(
+                f"adapter.kind = '{kind.name}' does not fit layer '{name}' of shape {shapes[name]}: {problem}."
+            )
 
 
 def public_batches(base: BaseModel, config: RunConfig) -> list[Batch]:
