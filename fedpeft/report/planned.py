@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from fedpeft.config import AdapterConfig
 from fedpeft.jsons import strict_json
 from fedpeft.report.formats import NONE, size
 from fedpeft.report.holdings import rows_summary
@@ -17,7 +16,7 @@ from fedpeft.report.layout import as_typed, cell, new_table, pairs
 from fedpeft.report.privacy import planned_rows
 
 if TYPE_CHECKING:
-    from fedpeft.config import RunConfig
+    from fedpeft.config import AdapterConfig, RunConfig
 
 HEADS = {
     "shared": "averaged over the clients, as the adapter is",
