@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from fedpeft.adapters.kinds.adalora import ADALORA
+from fedpeft.adapters.kinds.adamss import ADAMSS
+from fedpeft.adapters.kinds.delora import DELORA
 from fedpeft.adapters.kinds.eva import EVA
 from fedpeft.adapters.kinds.ffa_lora import FFA_LORA
+from fedpeft.adapters.kinds.frod import FROD
+from fedpeft.adapters.kinds.glora import GLORA
 from fedpeft.adapters.kinds.inits import DEFAULT, GAUSSIAN, OLORA, PISSA
 from fedpeft.adapters.kinds.kind import Head, Init, Kind, Role, Start, Update
 from fedpeft.adapters.kinds.loha import LOHA
@@ -14,7 +18,14 @@ from fedpeft.adapters.kinds.lora_ga import LORA_GA
 from fedpeft.adapters.kinds.lora_sb import LORA_SB, LORA_SB_GRADIENT
 from fedpeft.adapters.kinds.lora_xs import LORA_XS
 from fedpeft.adapters.kinds.miss import MISS
+from fedpeft.adapters.kinds.osf import OSF
+from fedpeft.adapters.kinds.peanut import PEANUT
+from fedpeft.adapters.kinds.psoft import PSOFT
+from fedpeft.adapters.kinds.pvera import PVERA
 from fedpeft.adapters.kinds.randlora import RANDLORA
+from fedpeft.adapters.kinds.tinylora import TINYLORA
+from fedpeft.adapters.kinds.unilora import UNILORA
+from fedpeft.adapters.kinds.vblora import VBLORA
 from fedpeft.adapters.kinds.vera import VERA
 from fedpeft.registry import Registry
 
@@ -36,6 +47,17 @@ KINDS: Registry[Kind] = Registry(
         MISS,
         LOHA,
         LOKR,
+        VBLORA,
+        UNILORA,
+        DELORA,
+        TINYLORA,
+        PVERA,
+        PSOFT,
+        ADAMSS,
+        FROD,
+        GLORA,
+        PEANUT,
+        OSF,
     ),
 )
 INITS: Registry[Init] = Registry(

@@ -6,7 +6,13 @@ from typing import Any
 
 import pytest
 
-SMALL: dict[str, dict[str, Any]] = {}
+SMALL: dict[str, dict[str, Any]] = {
+    "vblora": {"vector_length": 8, "num_vectors": 12},
+    "unilora": {"theta_d_length": 64},
+    "tinylora": {"u": 3},
+    "adamss": {"num_subspaces": 2},
+    "frod": {"sparse_rate": 0.1},
+}
 
 
 @pytest.fixture(scope="session")
