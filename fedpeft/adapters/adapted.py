@@ -8,7 +8,9 @@ from typing import cast
 
 import torch
 from peft import PeftModel, TaskType, get_peft_model_state_dict
+from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from fedpeft.adapters.base_change import BaseWeights, check_plain
@@ -29,20 +31,38 @@ PEFT_TASKS: dict[Task, TaskType | None] = {
 }
 
 
-def _tensors_on_the_wire(model: PeftModel, kind: Kind) -> dict[str, Tensor]:
-    """Return the live parameters and buffers of the adapter under the names that PEFT saves them by."""
-    if kind.live is not None:
-        return dict(kind.live(model))
-    live = {tensor.data_ptr(): tensor for tensor in [*model.parameters(), *model.buffers()]}
+def _tensors_of(model: PeftModel, kind: Kind) -> tuple[dict[str, Tensor], frozenset[str]]:
+    """Return the live tensors of the adapter under the names that PEFT saves them by, and names of those it does not.
+
+    Those are drawn anew wherever the adapter is loaded, such as the places of a sparse update; they count as frozen,
+    so that server and clients find out if theirs differ.
+    """
+    aside = _kept_aside(model)
+    live = {tensor.data_ptr(): tensor for tensor in [*model.parameters(), *model.buffers(), *aside.values()]}
     saved = get_peft_model_state_dict(model, save_embedding_layers=False)
-    tensors = {}
+    tensors = dict(kind.live(model)) if kind.live is not None else {}
     for name in sorted(saved, key=lambda name: (name.count("."), name)):
         # RandLoRA names its one pair of projections for the model, and once more for every layer
         if (tensor := live.pop(saved[name].data_ptr(), None)) is not None:
             for part, called in kind.names.items():
                 name = name.replace(part, called)
             tensors[name] = tensor
-    return tensors
+    unsaved = {name: tensor for name, tensor in aside.items() if tensor.data_ptr() in live}
+    return tensors | unsaved, frozenset(unsaved)
+
+
+def _kept_aside(model: PeftModel) -> dict[str, Tensor]:
+    """Return the tensors that PEFT's layers hold in plain dictionaries, or as buffers that need not be saved."""
+    prefix = str(getattr(model.base_model, "prefix", ""))
+    kept = {}
+    for path, layer in model.named_modules():
+        for attribute in getattr(layer, "other_param_names", ()) if isinstance(layer, BaseTunerLayer) else ():
+            values = getattr(layer, attribute, None)
+            if not isinstance(values, dict | BufferDict) or "default" not in values:
+                continue
+            if isinstance(tensor := values["default"], Tensor):
+                kept[f"{path}.{prefix}{attribute.removeprefix(prefix)}"] = tensor
+    return kept
 
 
 class AdaptedModel:
@@ -89,9 +109,15 @@ class AdaptedModel:
         # the last digits of a decomposition depend on the number of threads
         with seeded(config.run.seed, "adapter"), num_threads(1):
             self.peft_config, self.model = adapt(base, config, common)
-        self._tensors = _tensors_on_the_wire(self.model, self.kind)
+        self._tensors, self._unsaved = _tensors_of(self.model, self.kind)
         for tensor in self._tensors.values():
-            tensor.data = tensor.data.float()
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.float()
+        if self.kind.moved(self.peft_config):
+            self.notes += (
+                f"adapter.kind = '{self.kind.name}' begins at random values, equal at all clients, with which the "
+                "model computes something else than its base",
+            )
         self._layers = [each for each in self.model.modules() if isinstance(each, LoraLayer) and self.kind.resizable]
         self._base_weights = self._weights_of_layers()
         self._check_roles()
@@ -118,7 +144,7 @@ class AdaptedModel:
 
     def _check_roles(self) -> None:
         """Raise AdapterError for a tensor that is neither the kind's own nor of the head."""
-        heads = tuple(f"{PEFT_PREFIX}{head}." for head in self.base.head)
+        heads = tuple(f"{self.kind.prefix}{head}." for head in self.base.head)
         factors = (Role.A, Role.B, Role.R)
         for name in self._tensors:
             role = role_of(name)
@@ -241,7 +267,10 @@ class AdaptedModel:
         if state.factors:  # PEFT would initialise as it is told to whenever it loads, and change its base once more
             settings |= dict.fromkeys(self.kind.begun(self.init)) | self.kind.begun(INITS.find("default"))
         factors = {layer: self._as_plain(layer, f) for layer, f in state.factors.items()}
-        write_adapter(directory, settings, AdapterState(factors, state.dense))
+        dense = {name: tensor for name, tensor in state.dense.items() if name not in self._unsaved}
+        if self.kind.export is not None:
+            dense = dict(self.kind.export(self.model, dense))
+        write_adapter(directory, settings, AdapterState(factors, dense))
         write_labels(directory, labels)
 
     def _as_plain(self, layer: str, f: LoraFactors) -> LoraFactors:

@@ -9,7 +9,9 @@ from typing import Any, cast
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor
 
-from fedpeft.adapters.kinds import Start
+from fedpeft.adapters.kinds import Kind, Start
+from fedpeft.adapters.targets import linear_modules
+from fedpeft.bases import inputs_of
 from fedpeft.config import RunConfig
 from fedpeft.errors import AdapterError
 from fedpeft.models import BaseModel
@@ -57,9 +59,12 @@ def adapt(base: BaseModel, config: RunConfig, common: Mapping[str, Any]) -> tupl
             alpha=adapter.alpha,
             dropout=adapter.dropout,
             projection_seed=derive_seed(seed, "adapter"),
-            options=adapter.options,
+            options=_options(base, config, common),
             common=common,
         )
+        _check_shapes(base, kind, settings, common)
+        if kind.prompts:
+            _check_prompts(base, config, settings)
         start = Start(base.model, settings, batches, str(adapter.init_data), seed, train.optimizer, train.learning_rate)
         prepared = None if init.prepare is None else init.prepare(start)
         with warnings.catch_warnings():
@@ -74,6 +79,44 @@ def adapt(base: BaseModel, config: RunConfig, common: Mapping[str, Any]) -> tupl
     if kind.install is not None:
         kind.install(model, start, prepared)
     return settings, model
+
+
+def _options(base: BaseModel, config: RunConfig, common: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of PEFT's configuration, as users give them and as they follow from the layers."""
+    options: dict[str, Any] = dict(config.adapter.options)
+    if (fit := config.adapter.facts.fit) is not None:
+        options |= fit(base.model, common.get("target_modules", ()), options)
+    return options
+
+
+def _check_shapes(base: BaseModel, kind: Kind, settings: PeftConfig, common: Mapping[str, Any]) -> None:
+    """Raise AdapterError for a layer whose shape the kind's options do not suit."""
+    if kind.misfit is None:
+        return
+    shapes = linear_modules(base)
+    for name in common["target_modules"]:
+        if problem := kind.misfit(settings, *shapes[name]):
+            raise AdapterError(
+                f"adapter.kind = '{kind.name}' does not fit layer '{name}' of shape {shapes[name]}: {problem}."
+            )
+
+
+def _check_prompts(base: BaseModel, config: RunConfig, settings: Any) -> None:
+    """Raise AdapterError where virtual tokens have no text to stand before, or no positions."""
+    kind = f"adapter.kind = '{config.adapter.kind}'"
+    if settings.task_type is None:
+        raise AdapterError(
+            f"{kind} puts virtual tokens before those of a text, and model.task = '{config.task}' has no texts; use "
+            "another adapter.kind, such as lora."
+        )
+    limit, tokens, length = inputs_of(config, base.folder).tokens, settings.num_virtual_tokens, config.data.max_length
+    if tokens < 1:
+        raise AdapterError(f"adapter.num_virtual_tokens = {tokens}: {kind} needs at least 1.")
+    if limit is not None and tokens + length > limit:
+        raise AdapterError(
+            f"adapter.num_virtual_tokens = {tokens} and data.max_length = {length} are more than the {limit} tokens that "
+            f"the model reads; set data.max_length to {max(limit - tokens, 1)} or less."
+        )
 
 
 def public_batches(base: BaseModel, config: RunConfig) -> list[Batch]:

@@ -9,6 +9,7 @@ ADAMSS = Kind(
     config="AdamssConfig",
     update="neither",
     parts=("adamss_",),
+    conv1d=False,
     seed="random_seed",
     settings={"use_asa": False},
     reads_base=True,

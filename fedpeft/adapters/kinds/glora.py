@@ -9,4 +9,5 @@ GLORA = Kind(
     config="GloraConfig",
     update="neither",
     parts=("glora_",),
+    conv1d=False,
 )

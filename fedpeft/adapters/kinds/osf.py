@@ -9,6 +9,6 @@ OSF = Kind(
     config="OSFConfig",
     update="neither",
     parts=("osf_",),
-    rank=("effective_rank",),
+    rank=(),
     reads_base=True,
 )

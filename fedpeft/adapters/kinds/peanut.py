@@ -9,4 +9,5 @@ PEANUT = Kind(
     config="PeanutConfig",
     update="neither",
     parts=("peanut_",),
+    conv1d=False,
 )

@@ -13,6 +13,7 @@ PSOFT = Kind(
     config="PsoftConfig",
     update="neither",
     parts=("psoft_",),
+    conv1d=False,
     alpha="psoft_alpha",
     dropout="psoft_dropout",
     seed="random_seed",

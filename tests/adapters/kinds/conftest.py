@@ -12,12 +12,19 @@ SMALL: dict[str, dict[str, Any]] = {
     "tinylora": {"u": 3},
     "adamss": {"num_subspaces": 2},
     "frod": {"sparse_rate": 0.1},
+    "prompt-tuning": {"num_virtual_tokens": 3, "targets": None},
+    "prefix-tuning": {"num_virtual_tokens": 3, "targets": None},
+    "p-tuning": {"num_virtual_tokens": 3, "targets": None},
+    "c3a": {"block_size": 8},
+    "fourierft": {"n_frequency": 30},
+    "waveft": {"n_frequency": 30},
+    "oft": {"oft_block_size": 4},
+    "road": {"group_size": 8},
+    "supertuning": {"sparsity": 0.8},
 }
 
 
 @pytest.fixture(scope="session")
 def small() -> dict[str, dict[str, Any]]:
     """Options of the kinds whose defaults are for larger layers, as keyword arguments of a configuration."""
-    return {
-        kind: {f"adapter__{option}": value for option, value in options.items()} for kind, options in SMALL.items()
-    }
+    return {kind: {f"adapter__{option}": value for option, value in options.items()} for kind, options in SMALL.items()}
