@@ -114,8 +114,8 @@ def _check_prompts(base: BaseModel, config: RunConfig, settings: Any) -> None:
         raise AdapterError(f"adapter.num_virtual_tokens = {tokens}: {kind} needs at least 1.")
     if limit is not None and tokens + length > limit:
         raise AdapterError(
-            f"adapter.num_virtual_tokens = {tokens} and data.max_length = {length} are more than the {limit} tokens that "
-            f"the model reads; set data.max_length to {max(limit - tokens, 1)} or less."
+            f"adapter.num_virtual_tokens = {tokens} and data.max_length = {length} are more than the {limit} tokens "
+            f"that the model reads; set data.max_length to {max(limit - tokens, 1)} or less."
         )
 
 

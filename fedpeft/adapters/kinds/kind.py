@@ -161,14 +161,14 @@ class Kind:
     reads_base : bool
         Whether it is made from the base's weights, which must then be plain matrices.
     prompts : bool
-        Whether it puts virtual tokens before those of a text, as many as ``num_virtual_tokens`` of PEFT's configuration.
+        Whether it puts ``num_virtual_tokens`` of PEFT's configuration before the tokens of a text.
     prefix : str
         What PEFT puts before the names of the base's modules.
     choose : callable, optional
         Returns the modules to adapt, of a model and ``adapter.targets``; linear layers if not given.
     live : callable, optional
-        Returns tensors of an adapted model by the names that they have here, where PEFT saves copies of them, or what it
-        computes of them; others are found by their names in what PEFT saves.
+        Returns the tensors of an adapted model of which PEFT saves copies, or what it computes of them, by the names
+        that they have here; all others are found among what it saves.
     export : callable, optional
         Returns what PEFT saves, of an adapted model and the tensors by their names here, where the two differ.
     names : mapping of str to str

@@ -1,4 +1,9 @@
-"""OSF: trains W's small singular directions, held orthogonal to the great ones (PEFT's ``OSFConfig``)."""
+"""OSF: trains the small singular directions of W, and holds them orthogonal to the great ones (arXiv 2504.07097).
+
+W is ``U_high S_high V_high + U S V``, of which the second part is trained; gradients along the first are taken out.
+``adapter.effective_rank`` is the number of directions that are kept, half of them if it is not given. The mean of
+factors is not the factors of the mean. PEFT saves no kept part, and computes it of the base wherever it loads.
+"""
 
 from __future__ import annotations
 

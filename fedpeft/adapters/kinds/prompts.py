@@ -6,6 +6,7 @@
 * ``p-tuning`` trains a small network that makes their embeddings (X. Liu et al., arXiv 2103.10385). The network's
   weights are what is averaged; an export holds the embeddings that the mean of networks makes, as PEFT loads them.
 
+PEFT can give keys and values to causal models alone, as transformers is now; texts are classified with the other two.
 The first two train the prompt itself, of which a mean is exact. A causal model gives logits of the virtual tokens as
 well; they are cut off, so that logits and labels have the same positions.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fedpeft.adapters.kinds.kind import Kind, Start
@@ -36,6 +38,10 @@ def _no_modules(model: nn.Module, targets: Sequence[str] | None) -> list[str]:
             f"adapter.targets = {','.join(targets)}: virtual tokens change no module of the model; drop it."
         )
     return []
+
+
+def _at_random(settings: Any) -> bool:
+    return True
 
 
 def _tokens(model: nn.Module, targets: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,11 +88,10 @@ def _of_texts_tokens(model: nn.Module, args: tuple[Any, ...], inputs: dict[str, 
 def _install(model: PeftModel, start: Start, prepared: Any) -> None:
     """Let logits be those of the text's tokens, after a look at whether the model can be prompted at all."""
     model.register_forward_hook(_of_texts_tokens, with_kwargs=True)
-    problem = _problem(model)
-    if problem:
+    if problem := _problem(model):
         raise AdapterError(
-            f"virtual tokens of {start.settings.peft_type} do not work with this model ({type(start.model).__name__}): "
-            f"{problem}. Take another adapter.kind, such as lora."
+            f"adapter.kind: virtual tokens ({type(start.settings).__name__}) do not work with this model "
+            f"({type(start.model).__name__}): {problem}. Take another adapter.kind, such as lora."
         )
 
 
@@ -115,7 +120,7 @@ def _problem(model: Any) -> str:
     if padded.ndim == 3:
         padded = padded[:, :2]
     if (padded - plain).abs().max() > CLOSE * plain.abs().max():
-        return "where texts are padded, it would read its answer from the padding"
+        return "where texts are padded, it reads its answer from the padding, as PEFT runs it"
     return ""
 
 
@@ -128,40 +133,25 @@ PROMPT_TUNING = Kind(
     settings=OF_MODEL,
     merges=False,
     prompts=True,
+    moved=_at_random,
     prefix="base_model.",
     choose=_no_modules,
     fit=_tokens,
     live=_embeddings,
     install=_install,
 )
-PREFIX_TUNING = Kind(
+PREFIX_TUNING = replace(
+    PROMPT_TUNING,
     name="prefix-tuning",
     config="PrefixTuningConfig",
-    update="linear",
-    parts=PARTS,
-    rank=(),
     settings={**OF_MODEL, "prefix_projection": False, "encoder_hidden_size": None},
-    merges=False,
-    prompts=True,
-    prefix="base_model.",
-    choose=_no_modules,
-    fit=_tokens,
-    live=_embeddings,
-    install=_install,
 )
-P_TUNING = Kind(
+P_TUNING = replace(
+    PROMPT_TUNING,
     name="p-tuning",
     config="PromptEncoderConfig",
     update="neither",
-    parts=PARTS,
-    rank=(),
-    settings=OF_MODEL,
-    merges=False,
-    prompts=True,
-    prefix="base_model.",
-    choose=_no_modules,
     fit=_tokens_and_width,
     live=_network,
     export=_as_embeddings,
-    install=_install,
 )
