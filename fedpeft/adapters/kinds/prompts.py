@@ -49,7 +49,7 @@ def _tokens(model: nn.Module, targets: Sequence[str], options: Mapping[str, Any]
 
 
 def _tokens_and_width(model: Any, targets: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
-    width = options.get("encoder_hidden_size") or model.get_input_embeddings().embedding_dim
+    width = options.get("encoder_hidden_size") or model.config.get_text_config().hidden_size
     return {**_tokens(model, targets, options), "encoder_hidden_size": width}
 
 

@@ -45,9 +45,7 @@ def test_logits_of_a_causal_model_are_those_of_the_texts_tokens(kind: str, tiny_
 def test_more_tokens_than_the_model_has_positions_are_one_clear_error(
     kind: str, tiny_llama: Path, pairs_jsonl: Path
 ) -> None:
-    with pytest.raises(
-        AdapterError, match=r"num_virtual_tokens = 3 and data.max_length = 128 are more than the 128 .*125 or"
-    ):
+    with pytest.raises(AdapterError, match=r"= 3 and data.max_length = 128 are more than the 128 .*125 or"):
         _ = causal(tiny_llama, pairs_jsonl, kind, **{"data.max_length": 128}).adapted
     with pytest.raises(AdapterError, match=r"adapter.num_virtual_tokens = -1: .*at least 1"):
         _ = causal(tiny_llama, pairs_jsonl, kind, **{"data.max_length": 40, "adapter.num_virtual_tokens": -1}).adapted
@@ -70,7 +68,7 @@ def test_a_prefix_goes_before_causal_models_alone(text_config: Make) -> None:
 def test_a_classifier_that_would_answer_from_the_padding_is_refused(
     kind: str, text_config: Make, tiny_llama: Path
 ) -> None:
-    with pytest.raises(AdapterError, match=r"LlamaForSequenceClassification\): it reads its answer from the padding"):
+    with pytest.raises(AdapterError, match=r"LlamaForSequenceClassification\): .* reads its answer from the padding"):
         _ = Resident(text_config(adapter__kind=kind, model__name=str(tiny_llama), **SHORT)).adapted
 
 
