@@ -22,7 +22,7 @@ class AdapterConfig(Section):
         "lora",
         description="lora trains A and B; ffa-lora B only, A frozen and shared; lora-xs a square R between singular "
         "vectors of the base's weights, lora-sb one between those of a gradient on public rows; rslora scales by alpha "
-        "/ sqrt(rank); dora, adalora (no rank is pruned), vera, randlora, miss, loha and lokr are as in PEFT",
+        "/ sqrt(rank); all others are PEFT's (of adalora no rank is pruned), each with its own options here",
     )
     init: str = Field(
         "default",

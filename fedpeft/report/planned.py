@@ -16,7 +16,7 @@ from fedpeft.report.layout import as_typed, cell, new_table, pairs
 from fedpeft.report.privacy import planned_rows
 
 if TYPE_CHECKING:
-    from fedpeft.config import RunConfig
+    from fedpeft.config import AdapterConfig, RunConfig
 
 HEADS = {
     "shared": "averaged over the clients, as the adapter is",
@@ -132,17 +132,24 @@ class DryRun:
         }
 
 
+def _kind_in_words(adapter: AdapterConfig, layers: int) -> str:
+    chosen = "of its own choice" if adapter.facts.choose else "query and value"
+    targets = ", ".join(adapter.targets) if adapter.targets else chosen
+    ranks = f"{', '.join(map(str, adapter.ranks))} in turn" if adapter.ranks else str(adapter.rank)
+    numbers = {"rank": f"rank {ranks}", "alpha": f"alpha {adapter.alpha:g}"}
+    own = [said for key, said in numbers.items() if key not in adapter.facts.lacks]
+    return ", ".join([adapter.kind, *own, f"{layers} layers ({targets})"])
+
+
 def dry_run_table(planned: DryRun) -> RenderableType:
     """Lay out what a run would do."""
     config = planned.config
     adapter, train, federation = config.adapter, config.train, config.federation
     options = "".join(f", {name} {as_typed(value)}" for name, value in config.strategy.options.items())
-    targets = ", ".join(adapter.targets) if adapter.targets else "query and value"
     length = _several(train.local_steps, "step") if train.local_steps else _several(train.local_epochs or 1, "epoch")
     sees = "must see each client's factors" if planned.needs_single_factors else "needs sums over clients only"
     if planned.bytes_up == 0:
         sees = "is sent nothing"
-    ranks = f"{', '.join(map(str, adapter.ranks))} in turn" if adapter.ranks else str(adapter.rank)
     share = 100 * planned.trainable / max(1, planned.parameters)
     rows = list(planned.client_rows.values())
     up, down = (moved / federation.rounds for moved in (planned.bytes_up, planned.bytes_down))  # means
@@ -158,10 +165,7 @@ def dry_run_table(planned: DryRun) -> RenderableType:
         ("", f"{planned.paper}; exact: {planned.exact}"),
         ("server", sees),
         ("personal", _stays(planned.personal)),
-        (
-            "adapter",
-            f"{adapter.kind}, rank {ranks}, alpha {adapter.alpha:g}, {planned.layers} layers ({targets})",
-        ),
+        ("adapter", _kind_in_words(adapter, planned.layers)),
         ("trainable", f"{planned.trainable:,} parameters a client ({share:.2g} % of the base)"),
         *(("note", note) for note in planned.notes),
         ("head", f"{planned.head}" + (f" ({planned.head_parameters:,} parameters)" if planned.head_parameters else "")),

@@ -1,27 +1,14 @@
 """GraLoRA: k x k blocks of the weight, each with a LoRA of its own (Y. Jung et al., arXiv 2505.20355).
 
 Block (i, j) of the update is (alpha / (r + h)) B_ij A_ij of rank r / k, so that it has the parameters of LoRA of rank
-r and up to k times its rank. ``adapter.gralora_k`` is k; ``adapter.hybrid_r`` adds a plain LoRA of rank h. Each block
-is a product of two trained factors, so a mean of factors is not the mean of updates.
+r and up to k times its rank. ``adapter.gralora_k`` is k, which must divide r; ``adapter.hybrid_r`` adds a plain LoRA of
+rank h. Each block is a product of two trained factors, so a mean of factors is not the mean of updates.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 from fedpeft.adapters.kinds.blocks import divides
 from fedpeft.adapters.kinds.kind import Kind
-
-_blocks = divides("gralora_k", outputs=True, inputs=True)
-
-
-def misfit(settings: Any, d_out: int, d_in: int) -> str:
-    """Tell whether k divides a layer's sides and the rank."""
-    k, rank = settings.gralora_k, settings.r
-    if k > 0 and rank % k:
-        return f"adapter.gralora_k = {k} must divide adapter.rank = {rank}; set adapter.rank to {rank // k * k or k}"
-    return _blocks(settings, d_out, d_in)
-
 
 GRALORA = Kind(
     name="gralora",
@@ -30,5 +17,5 @@ GRALORA = Kind(
     parts=("gralora_",),
     alpha="alpha",
     dropout="gralora_dropout",
-    misfit=misfit,
+    misfit=divides("gralora_k", outputs=True, inputs=True),
 )

@@ -57,7 +57,7 @@ def test_naming_another_kind_drops_the_options_of_the_one_before() -> None:
     file = nest({"adapter.kind": "vera", "adapter.d_initial": 0.5, "adapter.rank": 4})
     config = resolve([file, nest({"adapter.kind": "lora"})])
     assert (config.adapter.options, config.adapter.rank) == ({}, 4)
-    assert resolve([file, nest({"adapter.alpha": 2.0})]).adapter.options == {"d_initial": 0.5}
+    assert resolve([file, nest({"adapter.dropout": 0.5})]).adapter.options == {"d_initial": 0.5}
 
 
 def test_a_kind_without_a_rank_says_so_and_is_read_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,6 +68,26 @@ def test_a_kind_without_a_rank_says_so_and_is_read_back(monkeypatch: pytest.Monk
     assert "rank" not in config.adapter.model_dump()
     assert RunConfig.from_flat(config.to_flat()) == config
     assert AdapterConfig(kind="rankless").scaling > 0
+
+
+def test_a_kind_without_an_alpha_drops_a_presets_and_refuses_ones_own() -> None:
+    config = resolve([nest({"adapter.alpha": 4.0}), nest({"adapter.kind": "miss"})])  # a preset's
+    assert "alpha" not in config.adapter.model_dump()
+    assert RunConfig.from_flat(config.to_flat()) == config
+    for kind in ("miss", "vera", "ia3"):
+        with pytest.raises(ConfigError, match=rf"adapter\.kind = '{kind}' has no alpha; drop adapter\.alpha"):
+            resolve([nest({"adapter.kind": kind, "adapter.alpha": 4.0})])
+
+
+def test_what_a_kind_fixes_is_no_option_of_its() -> None:
+    for words in (
+        ["adapter.kind=supertuning", "adapter.r=4"],
+        ["adapter.kind=boft", "adapter.boft_n_butterfly_factor=2"],
+    ):
+        with pytest.raises(ConfigError, match=r"adapter\.kind decides it"):
+            resolve([parse_overrides(words)])
+    with pytest.raises(ConfigError, match=r"run\.seed decides it"):
+        resolve([parse_overrides(["adapter.kind=fourierft", "adapter.random_loc_seed=777"])])
 
 
 def test_an_option_that_adds_tensors_to_a_product_is_refused(text_config: Make) -> None:
