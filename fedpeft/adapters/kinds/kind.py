@@ -42,6 +42,11 @@ def drawn_if_asked(settings: Any) -> bool:
     return getattr(settings, "init_weights", True) is False
 
 
+def always(settings: Any) -> bool:
+    """Say of an adapter that it begins at random values, whatever its options."""
+    return True
+
+
 @dataclass(frozen=True)
 class Start:
     """What an adapter begins from.

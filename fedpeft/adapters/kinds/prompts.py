@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from fedpeft.adapters.kinds.kind import Kind, Start
+from fedpeft.adapters.kinds.kind import Kind, Start, always
 from fedpeft.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -38,10 +38,6 @@ def _no_modules(model: nn.Module, targets: Sequence[str] | None) -> list[str]:
             f"adapter.targets = {','.join(targets)}: virtual tokens change no module of the model; drop it."
         )
     return []
-
-
-def _at_random(settings: Any) -> bool:
-    return True
 
 
 def _tokens(model: nn.Module, targets: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,7 +129,7 @@ PROMPT_TUNING = Kind(
     settings=OF_MODEL,
     merges=False,
     prompts=True,
-    moved=_at_random,
+    moved=always,
     prefix="base_model.",
     choose=_no_modules,
     fit=_tokens,

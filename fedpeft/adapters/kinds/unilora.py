@@ -6,7 +6,7 @@ share it; B A is quadratic in theta_d. The vector is one tensor for the whole mo
 
 from __future__ import annotations
 
-from fedpeft.adapters.kinds.kind import Kind
+from fedpeft.adapters.kinds.kind import Kind, always
 
 UNILORA = Kind(
     name="unilora",
@@ -16,4 +16,5 @@ UNILORA = Kind(
     dropout="unilora_dropout",
     seed="proj_seed",
     settings={"save_indices": False},  # whoever knows the seed draws them again
+    moved=always,
 )

@@ -7,7 +7,7 @@ is one tensor for the whole model and travels once; a mean of logits may choose 
 
 from __future__ import annotations
 
-from fedpeft.adapters.kinds.kind import Kind
+from fedpeft.adapters.kinds.kind import Kind, always
 
 VBLORA = Kind(
     name="vblora",
@@ -16,4 +16,5 @@ VBLORA = Kind(
     parts=("vblora_",),
     dropout="vblora_dropout",
     settings={"save_only_topk_weights": False},  # of which no mean could be taken
+    moved=always,
 )
