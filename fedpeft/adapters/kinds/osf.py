@@ -14,6 +14,7 @@ OSF = Kind(
     config="OSFConfig",
     update="neither",
     parts=("osf_",),
+    conv1d=False,  # PEFT leaves such layers as they are, without a word
     rank=(),
     reads_base=True,
 )

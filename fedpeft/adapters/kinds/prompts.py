@@ -98,7 +98,7 @@ def _problem(model: Any) -> str:
     text = model.config.get_text_config()
     pad = getattr(text, "pad_token_id", None) or 0
     ids = [token for token in range(4) if token != pad][:2]
-    on, mode = model.device, model.training
+    on, modes = model.device, [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         plain = model(input_ids=torch.tensor([ids], device=on), attention_mask=torch.ones(1, 2, device=on)).logits
@@ -110,7 +110,8 @@ def _problem(model: Any) -> str:
     except (ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
         return f"PEFT cannot run it: {error}".rstrip(".")
     finally:
-        model.train(mode)
+        for module, training in modes:
+            module.training = training
     if not any(slope is not None and slope.any() for slope in slopes):
         return "it does not look at them"
     if padded.ndim == 3:
