@@ -6,7 +6,7 @@ names its own under an entry point group, such as ``fedpeft.strategies``, and it
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.metadata import entry_points
 from typing import Generic, Protocol, TypeVar, cast
 
@@ -35,10 +35,13 @@ class Registry(Generic[T]):
         Entry point group under which other packages add theirs; an entry names the very object.
     ours : iterable
         Those of this package, in the order in which they are shown.
+    refused : mapping of str to str, optional
+        Names, with ``_`` for ``-``, that users may look for and that there is nothing under, and why; others may take
+        them.
     """
 
-    def __init__(self, what: str, group: str, ours: Iterable[T]) -> None:
-        self.what, self.group = what, group
+    def __init__(self, what: str, group: str, ours: Iterable[T], refused: Mapping[str, str] | None = None) -> None:
+        self.what, self.group, self.refused = what, group, refused or {}
         self.ours: dict[str, T] = {each.name: each for each in ours}
 
     def all(self) -> dict[str, T]:
@@ -61,5 +64,7 @@ class Registry(Generic[T]):
             return self.ours[name]
         every = self.all()
         if name not in every:
+            if why := self.refused.get(name.replace("-", "_")):
+                raise ConfigError(f"{self.what} = '{name}' cannot be had: {why}.")
             raise ConfigError(f"unknown {self.what} '{name}'. {nearest(name, every)}")
         return every[name]

@@ -8,6 +8,7 @@ from typing import cast
 
 import torch
 from peft import PeftModel, TaskType, get_peft_model_state_dict
+from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -31,12 +32,10 @@ def _tensors_of(model: PeftModel, kind: Kind) -> tuple[dict[str, Tensor], frozen
     Those are drawn anew wherever the adapter is loaded, such as the places of a sparse update; they count as frozen,
     so that server and clients find out if theirs differ.
     """
-    if kind.live is not None:
-        return dict(kind.live(model)), frozenset()
     aside = _kept_aside(model)
     live = {tensor.data_ptr(): tensor for tensor in [*model.parameters(), *model.buffers(), *aside.values()]}
     saved = get_peft_model_state_dict(model, save_embedding_layers=False)
-    tensors = {}
+    tensors = dict(kind.live(model)) if kind.live is not None else {}
     for name in sorted(saved, key=lambda name: (name.count("."), name)):
         # RandLoRA names its one pair of projections for the model, and once more for every layer
         if (tensor := live.pop(saved[name].data_ptr(), None)) is not None:
@@ -48,13 +47,15 @@ def _tensors_of(model: PeftModel, kind: Kind) -> tuple[dict[str, Tensor], frozen
 
 
 def _kept_aside(model: PeftModel) -> dict[str, Tensor]:
-    """Return the tensors that PEFT's layers hold as neither parameters nor buffers, but in plain dictionaries."""
+    """Return the tensors that PEFT's layers hold in plain dictionaries, or as buffers that need not be saved."""
     prefix = str(getattr(model.base_model, "prefix", ""))
     kept = {}
     for path, layer in model.named_modules():
         for attribute in getattr(layer, "other_param_names", ()) if isinstance(layer, BaseTunerLayer) else ():
             values = getattr(layer, attribute, None)
-            if isinstance(values, dict) and isinstance(tensor := values.get("default"), Tensor):
+            if not isinstance(values, dict | BufferDict) or "default" not in values:
+                continue
+            if isinstance(tensor := values["default"], Tensor):
                 kept[f"{path}.{prefix}{attribute.removeprefix(prefix)}"] = tensor
     return kept
 
@@ -138,7 +139,7 @@ class AdaptedModel:
 
     def _check_roles(self) -> None:
         """Raise AdapterError for a tensor that is neither the kind's own nor of the head."""
-        heads = tuple(f"{PEFT_PREFIX}{head}." for head in self.base.head)
+        heads = tuple(f"{self.kind.prefix}{head}." for head in self.base.head)
         factors = (Role.A, Role.B, Role.R)
         for name in self._tensors:
             role = role_of(name)
@@ -262,6 +263,8 @@ class AdaptedModel:
             settings |= dict.fromkeys(self.kind.begun(self.init)) | self.kind.begun(INITS.find("default"))
         factors = {layer: self._as_plain(layer, f) for layer, f in state.factors.items()}
         dense = {name: tensor for name, tensor in state.dense.items() if name not in self._unsaved}
+        if self.kind.export is not None:
+            dense = dict(self.kind.export(self.model, dense))
         write_adapter(directory, settings, AdapterState(factors, dense))
         write_labels(directory, labels)
 

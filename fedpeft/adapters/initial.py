@@ -17,6 +17,7 @@ from fedpeft.config import RunConfig, TrainConfig
 from fedpeft.errors import AdapterError
 from fedpeft.models import BaseModel
 from fedpeft.seeds import derive_seed, generator
+from fedpeft.tasks.classes import inputs_of
 from fedpeft.tasks.encoding import encode_rows
 from fedpeft.tasks.losses import mean_loss
 from fedpeft.training.optimizers import OPTIMIZERS
@@ -66,6 +67,8 @@ def adapt(base: BaseModel, config: RunConfig, common: Mapping[str, Any]) -> tupl
             common=common,
         )
         _check_shapes(base, kind, settings, common)
+        if kind.prompts:
+            _check_prompts(base, config, settings)
         loss = partial(mean_loss, tasks.of(config), base.model)
         rows = str(adapter.init_data)
         start = Start(base.model, settings, loss, batches, rows, seed, _first_step(train))
@@ -107,6 +110,24 @@ def _check_shapes(base: BaseModel, kind: Kind, settings: PeftConfig, common: Map
             raise AdapterError(
                 f"adapter.kind = '{kind.name}' does not fit layer '{name}' of shape {shapes[name]}: {problem}."
             )
+
+
+def _check_prompts(base: BaseModel, config: RunConfig, settings: Any) -> None:
+    """Raise AdapterError where virtual tokens have no text to stand before, or no positions."""
+    kind = f"adapter.kind = '{config.adapter.kind}'"
+    if settings.task_type is None:
+        raise AdapterError(
+            f"{kind} puts virtual tokens before those of a text, and model.task = '{tasks.of(config).name}' has no texts; use "
+            "another adapter.kind, such as lora."
+        )
+    limit, tokens, length = inputs_of(config, base.folder).tokens, settings.num_virtual_tokens, config.data.max_length
+    if tokens < 1:
+        raise AdapterError(f"adapter.num_virtual_tokens = {tokens}: {kind} needs at least 1.")
+    if limit is not None and tokens + length > limit:
+        raise AdapterError(
+            f"adapter.num_virtual_tokens = {tokens} and data.max_length = {length} are more than the {limit} tokens "
+            f"that the model reads; set data.max_length to {max(limit - tokens, 1)} or less."
+        )
 
 
 def public_batches(base: BaseModel, config: RunConfig) -> list[Batch]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from fedpeft.adapters.kinds.adalora import ADALORA
+from fedpeft.adapters.kinds.adamss import ADAMSS
 from fedpeft.adapters.kinds.beft import BEFT
 from fedpeft.adapters.kinds.c3a import C3A
 from fedpeft.adapters.kinds.deft import DEFT
+from fedpeft.adapters.kinds.delora import DELORA
 from fedpeft.adapters.kinds.eva import EVA
 from fedpeft.adapters.kinds.ffa_lora import FFA_LORA
 from fedpeft.adapters.kinds.fourierft import FOURIERFT, WAVEFT
+from fedpeft.adapters.kinds.frod import FROD
+from fedpeft.adapters.kinds.glora import GLORA
 from fedpeft.adapters.kinds.gralora import GRALORA
 from fedpeft.adapters.kinds.hira import HIRA
 from fedpeft.adapters.kinds.ia3 import IA3
@@ -23,10 +27,19 @@ from fedpeft.adapters.kinds.lora_sb import LORA_SB, LORA_SB_GRADIENT
 from fedpeft.adapters.kinds.lora_xs import LORA_XS
 from fedpeft.adapters.kinds.miss import MISS
 from fedpeft.adapters.kinds.orthogonal import BOFT, HRA, OFT
+from fedpeft.adapters.kinds.osf import OSF
+from fedpeft.adapters.kinds.peanut import PEANUT
+from fedpeft.adapters.kinds.prompts import P_TUNING, PREFIX_TUNING, PROMPT_TUNING
+from fedpeft.adapters.kinds.psoft import PSOFT
+from fedpeft.adapters.kinds.pvera import PVERA
 from fedpeft.adapters.kinds.randlora import RANDLORA
+from fedpeft.adapters.kinds.refused import REFUSED
 from fedpeft.adapters.kinds.road import ROAD
 from fedpeft.adapters.kinds.shira import SHIRA
 from fedpeft.adapters.kinds.supertuning import SUPERTUNING
+from fedpeft.adapters.kinds.tinylora import TINYLORA
+from fedpeft.adapters.kinds.unilora import UNILORA
+from fedpeft.adapters.kinds.vblora import VBLORA
 from fedpeft.adapters.kinds.vera import VERA
 from fedpeft.registry import Registry
 
@@ -48,6 +61,17 @@ KINDS: Registry[Kind] = Registry(
         MISS,
         LOHA,
         LOKR,
+        VBLORA,
+        UNILORA,
+        DELORA,
+        TINYLORA,
+        PVERA,
+        PSOFT,
+        ADAMSS,
+        FROD,
+        GLORA,
+        PEANUT,
+        OSF,
         GRALORA,
         HIRA,
         SHIRA,
@@ -63,7 +87,11 @@ KINDS: Registry[Kind] = Registry(
         BEFT,
         LN_TUNING,
         DEFT,
+        PROMPT_TUNING,
+        PREFIX_TUNING,
+        P_TUNING,
     ),
+    REFUSED,
 )
 INITS: Registry[Init] = Registry(
     "adapter.init", "fedpeft.inits", (DEFAULT, GAUSSIAN, PISSA, OLORA, EVA, LORA_GA, LORA_SB_GRADIENT)

@@ -42,6 +42,11 @@ def drawn_if_asked(settings: Any) -> bool:
     return getattr(settings, "init_weights", True) is False
 
 
+def always(settings: Any) -> bool:
+    """Say of an adapter that it begins at random values, whatever its options."""
+    return True
+
+
 @dataclass(frozen=True)
 class Start:
     """What an adapter begins from.
@@ -160,10 +165,17 @@ class Kind:
         Whether PEFT can merge it into the base.
     reads_base : bool
         Whether it is made from the base's weights, which must then be plain matrices.
+    prompts : bool
+        Whether it puts ``num_virtual_tokens`` of PEFT's configuration before the tokens of a text.
+    prefix : str
+        What PEFT puts before the names of the base's modules.
     choose : callable, optional
         Returns the modules to adapt, of a model and ``adapter.targets``; linear layers if not given.
     live : callable, optional
-        Returns the tensors of an adapted model by the names that PEFT saves them by, where it saves computed ones.
+        Returns the tensors of an adapted model of which PEFT saves copies, or what it computes of them, by the names
+        that they have here; all others are found among what it saves.
+    export : callable, optional
+        Returns what PEFT saves, of an adapted model and the tensors by their names here, where the two differ.
     names : mapping of str to str
         Parts of PEFT's names that are called otherwise here.
     fit : callable, optional
@@ -194,8 +206,11 @@ class Kind:
     resizable: bool = False
     merges: bool = True
     reads_base: bool = False
+    prompts: bool = False
+    prefix: str = "base_model.model."
     choose: Callable[[nn.Module, Sequence[str] | None], list[str]] | None = None
     live: Callable[[PeftModel], Mapping[str, Tensor]] | None = None
+    export: Callable[[PeftModel, Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None
     names: Mapping[str, str] = field(default_factory=dict)
     fit: Callable[[nn.Module, Sequence[str], Mapping[str, Any]], dict[str, Any]] | None = None
     misfit: Callable[[Any, int, int], str] | None = None

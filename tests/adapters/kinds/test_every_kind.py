@@ -25,9 +25,11 @@ from fedpeft.training.local import train_locally
 
 Make = Callable[..., RunConfig]
 # PEFT computes the updates of these in float32, whatever the layer's type
-IN_FLOAT32 = {"c3a", "boft", "fourierft", "deft"}
+IN_FLOAT32 = {"c3a", "boft", "fourierft", "deft", "adamss"}
+# PEFT gives keys and values to causal models alone
+NOT_HERE = {("prefix-tuning", "bert")}
 # what they freeze follows from the base, or the public rows, alone
-FROM_BASE = {"lora-xs", "supertuning"}
+FROM_BASE = {"lora-xs", "supertuning", "delora", "psoft", "osf", "peanut", "glora"}
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,9 @@ def config_of(model: str, kind: str, small: Any, text: Make, llama: Path, pairs:
 
 
 @pytest.fixture(
-    scope="module", params=[(kind, model) for kind in KINDS.ours for model in ("bert", "llama")], ids="-".join
+    scope="module",
+    params=[(kind, model) for kind in KINDS.ours for model in ("bert", "llama") if (kind, model) not in NOT_HERE],
+    ids="-".join,
 )
 def made(request: pytest.FixtureRequest, small: Any, text_config: Make, tiny_llama: Path, pairs_jsonl: Path) -> Round:
     kind, model = request.param
@@ -109,7 +113,9 @@ def logits(model: Any, home: Resident) -> Tensor:
     inputs = home.data.test.batch(np.arange(6))
     inputs.pop("labels")
     with torch.no_grad():
-        return model(**inputs).logits  # type: ignore[no-any-return]
+        computed: Tensor = model(**inputs).logits
+    # PEFT gives those of virtual tokens too
+    return computed[:, -inputs["input_ids"].shape[1] :] if computed.ndim == 3 else computed
 
 
 def base_of(home: Resident, seed: int | None = None) -> Any:
@@ -132,7 +138,7 @@ def test_only_the_kinds_tensors_and_the_head_are_trained(made: Round) -> None:
     own = [name for name in adapted.trained if role_of(name) is not Role.HEAD]
     assert own
     assert all(any(f".{part}" in f".{name}" for part in made.kind.parts) for name in own)
-    heads = tuple(f"base_model.model.{head}." for head in made.home.adapted.base.head)
+    heads = tuple(f"{made.kind.prefix}{head}." for head in made.home.adapted.base.head)
     assert all(name.startswith(heads) for name in set(adapted.trained) - set(own))
 
 
@@ -152,13 +158,19 @@ def test_the_seed_alone_draws_it(made: Round) -> None:
     assert moved == any("begins at random values" in note for note in one.notes)
     if made.kind.name != "lora-sb":  # whose start is a step of training
         rounding = 1e-4 if made.kind.name == "lora-xs" else 2e-6  # of which R is drawn
-        assert torch.allclose(begun, base, rtol=0, atol=rounding) == (not moved)
+        if made.kind.name in {"vblora", "unilora"}:  # products of two small draws
+            assert moved
+            assert not torch.equal(begun, base)
+        else:
+            assert torch.allclose(begun, base, rtol=0, atol=rounding) == (not moved)
 
 
 def test_a_round_moves_all_that_is_trained_and_nothing_else(made: Round) -> None:
     adapted = made.home.adapted
     for tensors in made.clients:
         for name, before in adapted.initial.items():
+            if made.kind.name == "glora" and ".glora_D." in name:
+                continue  # it multiplies the base's biases, which are zero here
             assert torch.equal(tensors[name], before) == (name in adapted.frozen), name
     factors = made.kind.has_factors or made.kind.name == "dora"
     roles = {role_of(name) for name in adapted.initial}
@@ -194,7 +206,7 @@ def test_peft_merges_it_into_the_base_or_refuses(made: Round, tmp_path: Path) ->
     if made.kind.merges:
         expected = resident_logits(made)
         torch.testing.assert_close(logits(model.merge_and_unload(), made.home), expected, rtol=1e-4, atol=1e-4)
-    elif made.home.config.task == "causal-lm":  # whose layers have no biases to merge into
+    elif not made.home.labels:  # whose layers have no biases to merge into
         with pytest.raises((ValueError, AttributeError, NotImplementedError, TypeError)):
             model.merge_and_unload()
 
@@ -213,6 +225,8 @@ def outputs_of(made: Round) -> Callable[[dict[str, Tensor]], list[Tensor]]:
     def outputs(tensors: dict[str, Tensor]) -> list[Tensor]:
         for name, tensor in tensors.items():
             live[name].data.copy_(tensor)
+        if made.kind.prompts:
+            return [model.get_prompt_embedding_to_save("default")]
         with torch.no_grad():
             return [layer(x) for layer, x in zip(layers, inputs, strict=True)]
 

@@ -29,7 +29,7 @@ def test_every_tensor_of_pefts_tuners_is_a_kinds_or_refused(tuner: object) -> No
                 role_of(name)
 
 
-@pytest.mark.parametrize("name", ["prompt_embeddings", f"{LAYER}.lora_embedding_A", f"{LAYER}.poly_lora_A"])
+@pytest.mark.parametrize("name", ["internal_xlora_classifier", f"{LAYER}.lora_embedding_A", f"{LAYER}.poly_lora_A"])
 def test_what_no_kind_claims_is_never_taken_for_a_head(name: str) -> None:
     with pytest.raises(AdapterError, match=re.escape(f"'{name}'")):
         role_of(name)
