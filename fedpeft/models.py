@@ -81,7 +81,7 @@ def num_threads(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def locate(model: ModelConfig) -> Path:
+def base_folder(model: ModelConfig) -> Path:
     """Find the folder of a base model, fetching it where it is a hub id.
 
     Raises
@@ -141,7 +141,7 @@ def load_base(config: RunConfig, folder: Path, labels: Sequence[str]) -> BaseMod
     config : RunConfig
         Names task, precision and seed.
     folder : Path
-        What `locate` returned.
+        What `base_folder` returned.
     labels : sequence of str
         Label names in the order of their ids; empty where rows have none.
 

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from fedpeft.adapters.kinds import KINDS, Head, Kind, Update
 from fedpeft.adapters.state import Role
 
+# names of our kinds, for texts
+LINEAR = ", ".join(name for name, kind in KINDS.ours.items() if kind.linear)
+FROZEN_A = ", ".join(name for name, kind in KINDS.ours.items() if kind.update == "product" and Role.A in kind.fixed)
+
 
 @dataclass(frozen=True)
 class Merging:
@@ -72,6 +76,9 @@ class Capabilities:
         The ``adapter.head`` of a run that says nothing of it.
     merging : Merging
         How it merges adapters on disk.
+    bound : str
+        What a comparison says of it after its name, where it is no method but a bound that methods lie above or below;
+        empty if it is a method.
     """
 
     paper: str
@@ -89,6 +96,7 @@ class Capabilities:
     kind: str = ""
     head: Head = "shared"
     merging: Merging = Merging()
+    bound: str = ""
 
     @property
     def kinds(self) -> frozenset[str]:
