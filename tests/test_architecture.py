@@ -406,8 +406,8 @@ def defined(module: str) -> frozenset[str]:
 def named_in(text: str, what: str) -> frozenset[str]:
     """Return the names of a sort that stand in a text as words of their own; those that are words must be all of it."""
     sort = SORTS[what]
-    unmistakable = "|".join(map(re.escape, sorted(sort.names - sort.words, key=len, reverse=True)))
-    return frozenset(re.findall(rf"(?<![\w-])(?:{unmistakable})(?![\w-])", text)) | ({text} & sort.words)
+    words = frozenset(re.findall(r"[\w-]+", text))
+    return (words & sort.names - sort.words) | ({text} & sort.names & sort.words)
 
 
 @cache
