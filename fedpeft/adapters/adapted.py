@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from peft import PeftModel, TaskType, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from fedpeft import tasks
@@ -24,11 +25,16 @@ from fedpeft.errors import AdapterError, nearest
 from fedpeft.models import BaseModel, num_threads, seeded
 
 
-def _tensors_on_the_wire(model: PeftModel, kind: Kind) -> dict[str, Tensor]:
-    """Return the live parameters and buffers of the adapter under the names that PEFT saves them by."""
+def _tensors_of(model: PeftModel, kind: Kind) -> tuple[dict[str, Tensor], frozenset[str]]:
+    """Return the live tensors of the adapter under the names that PEFT saves them by, and names of those it does not.
+
+    Those are drawn anew wherever the adapter is loaded, such as the places of a sparse update; they count as frozen,
+    so that server and clients find out if theirs differ.
+    """
     if kind.live is not None:
-        return dict(kind.live(model))
-    live = {tensor.data_ptr(): tensor for tensor in [*model.parameters(), *model.buffers()]}
+        return dict(kind.live(model)), frozenset()
+    aside = _kept_aside(model)
+    live = {tensor.data_ptr(): tensor for tensor in [*model.parameters(), *model.buffers(), *aside.values()]}
     saved = get_peft_model_state_dict(model, save_embedding_layers=False)
     tensors = {}
     for name in sorted(saved, key=lambda name: (name.count("."), name)):
@@ -37,7 +43,20 @@ def _tensors_on_the_wire(model: PeftModel, kind: Kind) -> dict[str, Tensor]:
             for part, called in kind.names.items():
                 name = name.replace(part, called)
             tensors[name] = tensor
-    return tensors
+    unsaved = {name: tensor for name, tensor in aside.items() if tensor.data_ptr() in live}
+    return tensors | unsaved, frozenset(unsaved)
+
+
+def _kept_aside(model: PeftModel) -> dict[str, Tensor]:
+    """Return the tensors that PEFT's layers hold as neither parameters nor buffers, but in plain dictionaries."""
+    prefix = str(getattr(model.base_model, "prefix", ""))
+    kept = {}
+    for path, layer in model.named_modules():
+        for attribute in getattr(layer, "other_param_names", ()) if isinstance(layer, BaseTunerLayer) else ():
+            values = getattr(layer, attribute, None)
+            if isinstance(values, dict) and isinstance(tensor := values.get("default"), Tensor):
+                kept[f"{path}.{prefix}{attribute.removeprefix(prefix)}"] = tensor
+    return kept
 
 
 class AdaptedModel:
@@ -84,9 +103,15 @@ class AdaptedModel:
         # the last digits of a decomposition depend on the number of threads
         with seeded(config.run.seed, "adapter"), num_threads(1):
             self.peft_config, self.model = adapt(base, config, common)
-        self._tensors = _tensors_on_the_wire(self.model, self.kind)
+        self._tensors, self._unsaved = _tensors_of(self.model, self.kind)
         for tensor in self._tensors.values():
-            tensor.data = tensor.data.float()
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.float()
+        if self.kind.moved(self.peft_config):
+            self.notes += (
+                f"adapter.kind = '{self.kind.name}' begins at random values, equal at all clients, with which the "
+                "model computes something else than its base",
+            )
         self._layers = [each for each in self.model.modules() if isinstance(each, LoraLayer) and self.kind.resizable]
         self._base_weights = self._weights_of_layers()
         self._check_roles()
@@ -236,7 +261,8 @@ class AdaptedModel:
         if state.factors:  # PEFT would initialise as it is told to whenever it loads, and change its base once more
             settings |= dict.fromkeys(self.kind.begun(self.init)) | self.kind.begun(INITS.find("default"))
         factors = {layer: self._as_plain(layer, f) for layer, f in state.factors.items()}
-        write_adapter(directory, settings, AdapterState(factors, state.dense))
+        dense = {name: tensor for name, tensor in state.dense.items() if name not in self._unsaved}
+        write_adapter(directory, settings, AdapterState(factors, dense))
         write_labels(directory, labels)
 
     def _as_plain(self, layer: str, f: LoraFactors) -> LoraFactors:

@@ -11,7 +11,8 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor
 
 from fedpeft import tasks
-from fedpeft.adapters.kinds import Start
+from fedpeft.adapters.kinds import Kind, Start
+from fedpeft.adapters.targets import linear_modules
 from fedpeft.config import RunConfig, TrainConfig
 from fedpeft.errors import AdapterError
 from fedpeft.models import BaseModel
@@ -61,9 +62,10 @@ def adapt(base: BaseModel, config: RunConfig, common: Mapping[str, Any]) -> tupl
             alpha=adapter.alpha,
             dropout=adapter.dropout,
             projection_seed=derive_seed(seed, "adapter"),
-            options=adapter.options,
+            options=_options(base, config, common),
             common=common,
         )
+        _check_shapes(base, kind, settings, common)
         loss = partial(mean_loss, tasks.of(config), base.model)
         rows = str(adapter.init_data)
         start = Start(base.model, settings, loss, batches, rows, seed, _first_step(train))
@@ -85,6 +87,26 @@ def adapt(base: BaseModel, config: RunConfig, common: Mapping[str, Any]) -> tupl
 def _first_step(train: TrainConfig) -> Callable[[Tensor], Tensor]:
     first_step = OPTIMIZERS.find(train.optimizer).first_step
     return lambda gradient: first_step(gradient, train.learning_rate)
+
+
+def _options(base: BaseModel, config: RunConfig, common: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of PEFT's configuration, as users give them and as they follow from the layers."""
+    options: dict[str, Any] = dict(config.adapter.options)
+    if (fit := config.adapter.facts.fit) is not None:
+        options |= fit(base.model, common.get("target_modules", ()), options)
+    return options
+
+
+def _check_shapes(base: BaseModel, kind: Kind, settings: PeftConfig, common: Mapping[str, Any]) -> None:
+    """Raise AdapterError for a layer whose shape the kind's options do not suit."""
+    if kind.misfit is None:
+        return
+    shapes = linear_modules(base)
+    for name in common["target_modules"]:
+        if problem := kind.misfit(settings, *shapes[name]):
+            raise AdapterError(
+                f"adapter.kind = '{kind.name}' does not fit layer '{name}' of shape {shapes[name]}: {problem}."
+            )
 
 
 def public_batches(base: BaseModel, config: RunConfig) -> list[Batch]:

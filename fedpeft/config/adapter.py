@@ -22,7 +22,7 @@ class AdapterConfig(Section):
         "lora",
         description="lora trains A and B; ffa-lora B only, A frozen and shared; lora-xs a square R between singular "
         "vectors of the base's weights, lora-sb one between those of a gradient on public rows; rslora scales by alpha "
-        "/ sqrt(rank); dora, adalora (no rank is pruned), vera, randlora, miss, loha and lokr are as in PEFT",
+        "/ sqrt(rank); all others are PEFT's (of adalora no rank is pruned), each with its own options here",
     )
     init: str = Field(
         "default",
@@ -36,7 +36,7 @@ class AdapterConfig(Section):
     ranks: Ranks | None = Field(
         None, description="ranks of the clients, dealt in turn, such as 4,8,16, for methods that merge mixed ranks"
     )
-    alpha: float = Field(16.0, gt=0, description="the update is scaled by alpha / rank; not that of miss and vera")
+    alpha: float = Field(16.0, gt=0, description="the update is scaled by alpha / rank, in kinds that have an alpha")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout before A while training")
     targets: Names | None = Field(
         None, min_length=1, description="module names to adapt, or all-linear; query and value if unset"
@@ -78,8 +78,9 @@ class AdapterConfig(Section):
 
     @model_validator(mode="after")
     def _ranks_agree(self) -> Self:
-        if not self.facts.rank and (given := self.model_fields_set & {"rank", "ranks"}):
-            raise ValueError(f"adapter.kind = '{self.kind}' has no rank; drop adapter.{min(given)}")
+        if given := self.model_fields_set & self.facts.lacks:
+            key = max(given & {"rank", "alpha"}, default=min(given))
+            raise ValueError(f"adapter.kind = '{self.kind}' has no {key.removesuffix('s')}; drop adapter.{key}")
         if self.ranks is not None and self.rank != max(self.ranks):
             raise ValueError(
                 f"adapter.rank = {self.rank} is not the largest of adapter.ranks = {','.join(map(str, self.ranks))}; "
@@ -130,7 +131,7 @@ class AdapterConfig(Section):
     @model_serializer(mode="wrap")
     def _without_what_the_kind_has_not(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = handler(self)
-        return values if self.facts.rank else {name: value for name, value in values.items() if name != "rank"}
+        return {name: value for name, value in values.items() if name not in self.facts.lacks}
 
     @property
     def facts(self) -> Kind:

@@ -90,8 +90,9 @@ def merge(layers: Iterable[Layer]) -> Layer:
 
 
 def _leave_to_the_kind(adapter: dict[str, Any], kind: str) -> None:
-    """Drop what an earlier layer said of another kind: its options, and a rank that this one does not have."""
-    own = AdapterConfig.model_fields.keys() - (set() if KINDS.find(kind).rank else {"rank", "ranks"})
+    """Drop what an earlier layer said of another kind: its options, and what this one has no use for."""
+    facts = KINDS.find(kind)
+    own = AdapterConfig.model_fields.keys() - facts.lacks - ({"targets"} if facts.choose else set())
     for name in adapter.keys() - own:
         del adapter[name]
 

@@ -15,7 +15,7 @@ from fedpeft.report.layout import as_typed, cell, new_table, pairs
 from fedpeft.report.privacy import planned_rows
 
 if TYPE_CHECKING:
-    from fedpeft.config import RunConfig
+    from fedpeft.config import AdapterConfig, RunConfig
 
 HEADS = {
     "shared": "averaged over the clients, as the adapter is",
@@ -55,15 +55,22 @@ def dry_run_table(facts: Mapping[str, Any], config: RunConfig) -> RenderableType
     return Group(*parts, Text(), Text("Nothing was trained and nothing was written.", "dim"))
 
 
+def _kind_in_words(adapter: AdapterConfig, layers: int) -> str:
+    chosen = "of its own choice" if adapter.facts.choose else "query and value"
+    targets = ", ".join(adapter.targets) if adapter.targets else chosen
+    ranks = f"{', '.join(map(str, adapter.ranks))} in turn" if adapter.ranks else str(adapter.rank)
+    numbers = {"rank": f"rank {ranks}", "alpha": f"alpha {adapter.alpha:g}"}
+    own = [said for key, said in numbers.items() if key not in adapter.facts.lacks]
+    return ", ".join([adapter.kind, *own, f"{layers} layers ({targets})"])
+
+
 def _of_model(facts: Mapping[str, Any], config: RunConfig) -> list[tuple[str, object]]:
     """Say what would be trained, on what, and by which method."""
     adapter, strategy = config.adapter, config.strategy
     options = "".join(f", {name} {as_typed(value)}" for name, value in strategy.options.items())
-    targets = ", ".join(adapter.targets) if adapter.targets else "query and value"
     sees = "must see each client's factors" if facts["needs_single_factors"] else "needs sums over clients only"
     if facts["bytes_up_per_client"] == 0:
         sees = "is sent nothing"
-    ranks = f"{', '.join(map(str, adapter.ranks))} in turn" if adapter.ranks else str(adapter.rank)
     share = 100 * facts["trainable"] / max(1, facts["parameters"])
     training = sum(facts["client_rows"].values())
     base = f"{facts['task']}, {facts['parameters']:,} parameters, on {facts['device']}"
@@ -74,7 +81,7 @@ def _of_model(facts: Mapping[str, Any], config: RunConfig) -> list[tuple[str, ob
         ("", f"{facts['paper']}; exact: {facts['exact']}"),
         ("server", sees),
         ("personal", _stays(facts["personal"])),
-        ("adapter", f"{adapter.kind}, rank {ranks}, alpha {adapter.alpha:g}, {facts['layers']} layers ({targets})"),
+        ("adapter", _kind_in_words(adapter, facts["layers"])),
         ("trainable", f"{facts['trainable']:,} parameters a client ({share:.2g} % of the base)"),
         *(("note", note) for note in facts["notes"]),
         ("head", _head(facts)),

@@ -16,6 +16,7 @@ from fedpeft.tasks.encoding import encode
 from tests.data.loading import load_rows
 
 # a section is a row; a folder of notes holds the rows of one label in each text file
+COLUMNS = tasks.find("sequence-classification").columns
 INI = """
 import configparser
 from pathlib import Path
@@ -74,16 +75,14 @@ def rows_ini(tmp_path: Path) -> Path:
 def test_a_file_of_another_packages_format_is_read_encoded_and_hashed(
     plugged: None, rows_ini: Path, tiny_bert: Path
 ) -> None:
-    rows = load_rows(
-        DataConfig(source=str(rows_ini)), tasks.find("sequence-classification").columns, client_column=None, seed=0
-    )
+    rows = load_rows(DataConfig(source=str(rows_ini)), COLUMNS, client_column=None, seed=0)
     assert rows.labels == ("no", "yes")
     assert len(rows.train) + len(rows.test) == 12
     config = configure({"model.name": str(tiny_bert), "data.source": str(rows_ini)})
     assert len(encode(config, tiny_bert).train) == len(rows.train)
-    before = digest(locate(rows_ini).train, config.data, "sequence-classification")
+    before = digest(locate(rows_ini).train, config.data, COLUMNS)
     rows_ini.write_text(rows_ini.read_text().replace("w1 w2", "w1 w9"))
-    assert digest(locate(rows_ini).train, config.data, "sequence-classification") != before
+    assert digest(locate(rows_ini).train, config.data, COLUMNS) != before
 
 
 def test_a_folder_of_such_files_is_divided_by_their_names(plugged: None, rows_ini: Path, tmp_path: Path) -> None:
@@ -101,7 +100,7 @@ def test_a_folder_of_its_own_kind_names_its_columns(plugged: None, tmp_path: Pat
     for label in ("no", "yes"):
         (folder / f"{label}.note").write_text("\n".join(f"{label} {i}" for i in range(6)))
     assert configure({"data.source": str(folder)}).data.text == "text"
-    rows = load_rows(DataConfig(source=str(folder)), "sequence-classification", client_column=None, seed=0)
+    rows = load_rows(DataConfig(source=str(folder)), COLUMNS, client_column=None, seed=0)
     assert rows.labels == ("no", "yes")
 
 

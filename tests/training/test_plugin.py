@@ -13,6 +13,7 @@ from fedpeft.config import RunConfig, from_flat
 from fedpeft.errors import AdapterError, ConfigError
 from fedpeft.resident import Resident
 from fedpeft.simulations.simulate import simulate
+from fedpeft.strategies import with_typed_options
 from fedpeft.training.local import Turn, train_locally
 
 Make = Callable[..., RunConfig]
@@ -111,7 +112,7 @@ def test_an_optimizer_of_pairs_is_refused_where_one_factor_is_frozen(
 
 def test_an_optimizer_that_says_so_is_refused_where_rows_are_private(plugged: None, text_config: Make) -> None:
     with pytest.raises(ConfigError, match=r"is not for privacy.level = 'record': it was never looked at"):
-        text_config(train__optimizer="sign", privacy__level="record", privacy__epsilon=3)
+        with_typed_options(text_config(train__optimizer="sign", privacy__level="record", privacy__epsilon=3))
 
 
 def test_names_that_are_not_there_are_refused_with_the_nearest(text_config: Make) -> None:

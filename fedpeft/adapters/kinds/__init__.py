@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from fedpeft.adapters.kinds.adalora import ADALORA
+from fedpeft.adapters.kinds.beft import BEFT
+from fedpeft.adapters.kinds.c3a import C3A
+from fedpeft.adapters.kinds.deft import DEFT
 from fedpeft.adapters.kinds.eva import EVA
 from fedpeft.adapters.kinds.ffa_lora import FFA_LORA
+from fedpeft.adapters.kinds.fourierft import FOURIERFT, WAVEFT
+from fedpeft.adapters.kinds.gralora import GRALORA
+from fedpeft.adapters.kinds.hira import HIRA
+from fedpeft.adapters.kinds.ia3 import IA3
 from fedpeft.adapters.kinds.inits import DEFAULT, GAUSSIAN, OLORA, PISSA
 from fedpeft.adapters.kinds.kind import Head, Init, Kind, Role, Start, Update
+from fedpeft.adapters.kinds.ln_tuning import LN_TUNING
 from fedpeft.adapters.kinds.loha import LOHA
 from fedpeft.adapters.kinds.lokr import LOKR
 from fedpeft.adapters.kinds.lora import DORA, LORA, RSLORA
@@ -14,7 +22,11 @@ from fedpeft.adapters.kinds.lora_ga import LORA_GA
 from fedpeft.adapters.kinds.lora_sb import LORA_SB, LORA_SB_GRADIENT
 from fedpeft.adapters.kinds.lora_xs import LORA_XS
 from fedpeft.adapters.kinds.miss import MISS
+from fedpeft.adapters.kinds.orthogonal import BOFT, HRA, OFT
 from fedpeft.adapters.kinds.randlora import RANDLORA
+from fedpeft.adapters.kinds.road import ROAD
+from fedpeft.adapters.kinds.shira import SHIRA
+from fedpeft.adapters.kinds.supertuning import SUPERTUNING
 from fedpeft.adapters.kinds.vera import VERA
 from fedpeft.registry import Registry
 
@@ -36,6 +48,21 @@ KINDS: Registry[Kind] = Registry(
         MISS,
         LOHA,
         LOKR,
+        GRALORA,
+        HIRA,
+        SHIRA,
+        SUPERTUNING,
+        C3A,
+        FOURIERFT,
+        WAVEFT,
+        OFT,
+        BOFT,
+        HRA,
+        ROAD,
+        IA3,
+        BEFT,
+        LN_TUNING,
+        DEFT,
     ),
 )
 INITS: Registry[Init] = Registry(

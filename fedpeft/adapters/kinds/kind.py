@@ -37,6 +37,11 @@ def by_root_of_rank(alpha: float, rank: int) -> float:
     return alpha / math.sqrt(rank)
 
 
+def drawn_if_asked(settings: Any) -> bool:
+    """Tell whether an adapter begins at random values, where most of PEFT's begin at what changes nothing."""
+    return getattr(settings, "init_weights", True) is False
+
+
 @dataclass(frozen=True)
 class Start:
     """What an adapter begins from.
@@ -161,6 +166,12 @@ class Kind:
         Returns the tensors of an adapted model by the names that PEFT saves them by, where it saves computed ones.
     names : mapping of str to str
         Parts of PEFT's names that are called otherwise here.
+    fit : callable, optional
+        Returns the fields of PEFT's configuration that follow from a model, the modules to adapt, and users' options.
+    misfit : callable, optional
+        Returns what is wrong with a layer of PEFT's configuration, d_out and d_in, and what to set; empty if nothing.
+    moved : callable
+        Tells of PEFT's configuration whether the adapter, as it begins, changes what the base computes.
     install : callable, optional
         Changes the layers that PEFT has made; the last argument is what `Init.prepare` returned.
     """
@@ -186,6 +197,9 @@ class Kind:
     choose: Callable[[nn.Module, Sequence[str] | None], list[str]] | None = None
     live: Callable[[PeftModel], Mapping[str, Tensor]] | None = None
     names: Mapping[str, str] = field(default_factory=dict)
+    fit: Callable[[nn.Module, Sequence[str], Mapping[str, Any]], dict[str, Any]] | None = None
+    misfit: Callable[[Any, int, int], str] | None = None
+    moved: Callable[[Any], bool] = drawn_if_asked
     install: Callable[[PeftModel, Start, Any], None] | None = None
 
     @property
@@ -202,6 +216,11 @@ class Kind:
     def mixed_ranks(self) -> bool:
         """Whether adapters of different ranks can be merged."""
         return self.update == "product" and not self.fixed
+
+    @property
+    def lacks(self) -> set[str]:
+        """The keys under ``[adapter]`` that mean nothing to it."""
+        return {*(() if self.rank else ("rank", "ranks")), *(() if self.alpha else ("alpha",))}
 
     def begun(self, init: Init) -> dict[str, Any]:
         """Return the fields of PEFT's configuration that say how it begins."""

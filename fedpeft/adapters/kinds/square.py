@@ -31,7 +31,7 @@ def square_kind(name: str, inits: tuple[str, ...], install: Any) -> Kind:
         name=name,
         config=LORA.config,
         update="square",
-        parts=LORA.parts,
+        parts=(*LORA.parts, "lora_R"),
         alpha=LORA.alpha,
         dropout=LORA.dropout,
         init=LORA.init,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fedpeft.adapters.kinds import KINDS
-from fedpeft.config import AdapterConfig, RunConfig, nest, parse_overrides, resolve
+from fedpeft.config import AdapterConfig, RunConfig, from_flat, nest, parse_overrides, resolve
 from fedpeft.errors import AdapterError, ConfigError
 from fedpeft.resident import Resident
 
@@ -19,7 +19,7 @@ Make = Callable[..., RunConfig]
 def test_options_reach_peft_from_words_and_travel_to_sites(text_config: Make) -> None:
     config = text_config(adapter__kind="vera", adapter__d_initial="0.25")
     assert config.adapter.options == {"d_initial": 0.25}
-    assert RunConfig.from_flat(config.to_flat()) == config
+    assert from_flat(config.to_flat()) == config
     settings: Any = Resident(config).adapted.peft_config
     assert settings.d_initial == 0.25
 
@@ -27,7 +27,7 @@ def test_options_reach_peft_from_words_and_travel_to_sites(text_config: Make) ->
 def test_lists_are_read_from_words_and_read_back() -> None:
     config = resolve([parse_overrides(["adapter.kind=lora", "adapter.layers_to_transform=0,1"])])
     assert config.adapter.options == {"layers_to_transform": [0, 1]}
-    assert RunConfig.from_flat(config.to_flat()) == config
+    assert from_flat(config.to_flat()) == config
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_naming_another_kind_drops_the_options_of_the_one_before() -> None:
     file = nest({"adapter.kind": "vera", "adapter.d_initial": 0.5, "adapter.rank": 4})
     config = resolve([file, nest({"adapter.kind": "lora"})])
     assert (config.adapter.options, config.adapter.rank) == ({}, 4)
-    assert resolve([file, nest({"adapter.alpha": 2.0})]).adapter.options == {"d_initial": 0.5}
+    assert resolve([file, nest({"adapter.dropout": 0.5})]).adapter.options == {"d_initial": 0.5}
 
 
 def test_a_kind_without_a_rank_says_so_and_is_read_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,8 +66,28 @@ def test_a_kind_without_a_rank_says_so_and_is_read_back(monkeypatch: pytest.Monk
         resolve([nest({"adapter.kind": "rankless", "adapter.rank": 4})])
     config = resolve([nest({"adapter.rank": 4}), nest({"adapter.kind": "rankless"})])  # a preset's rank
     assert "rank" not in config.adapter.model_dump()
-    assert RunConfig.from_flat(config.to_flat()) == config
+    assert from_flat(config.to_flat()) == config
     assert AdapterConfig(kind="rankless").scaling > 0
+
+
+def test_a_kind_without_an_alpha_drops_a_presets_and_refuses_ones_own() -> None:
+    config = resolve([nest({"adapter.alpha": 4.0}), nest({"adapter.kind": "miss"})])  # a preset's
+    assert "alpha" not in config.adapter.model_dump()
+    assert from_flat(config.to_flat()) == config
+    for kind in ("miss", "vera", "ia3"):
+        with pytest.raises(ConfigError, match=rf"adapter\.kind = '{kind}' has no alpha; drop adapter\.alpha"):
+            resolve([nest({"adapter.kind": kind, "adapter.alpha": 4.0})])
+
+
+def test_what_a_kind_fixes_is_no_option_of_its() -> None:
+    for words in (
+        ["adapter.kind=supertuning", "adapter.r=4"],
+        ["adapter.kind=boft", "adapter.boft_n_butterfly_factor=2"],
+    ):
+        with pytest.raises(ConfigError, match=r"adapter\.kind decides it"):
+            resolve([parse_overrides(words)])
+    with pytest.raises(ConfigError, match=r"run\.seed decides it"):
+        resolve([parse_overrides(["adapter.kind=fourierft", "adapter.random_loc_seed=777"])])
 
 
 def test_an_option_that_adds_tensors_to_a_product_is_refused(text_config: Make) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from fedpeft.adapters.kinds import KINDS, names
 from fedpeft.adapters.state import Role, role_of
 from fedpeft.config import RunConfig
-from fedpeft.errors import AdapterError, ConfigError
+from fedpeft.errors import ConfigError
 from fedpeft.models import load_base
 from fedpeft.resident import Resident, resident
 from fedpeft.runs import read_config, read_events
@@ -90,8 +90,3 @@ def test_it_is_found_by_methods_that_take_any_update_and_refused_by_the_others(
         assert with_typed_options(text_config(adapter__kind=installed, strategy__name=method)).adapter.kind == installed
     with pytest.raises(ConfigError, match=f"'flora' cannot merge.*'{installed}'.*strategy for '{installed}': fedit"):
         with_typed_options(text_config(adapter__kind=installed, strategy__name="flora"))
-
-
-def test_where_it_is_not_installed_its_tensors_are_refused() -> None:
-    with pytest.raises(AdapterError, match="ia3_l"):
-        role_of("base_model.model.bert.encoder.layer.0.attention.self.query.ia3_l")
