@@ -12,7 +12,7 @@ from fedpeft.strategies.rounds.exchange import Exchange
 from fedpeft.strategies.rounds.terms import RunTerms
 
 
-class Facts(Protocol):
+class Described(Protocol):
     """What the machinery asks of a method's record; see `fedpeft.strategies.capabilities.Capabilities`."""
 
     @property
@@ -27,7 +27,7 @@ class Method(Protocol):
     options: Any
 
     @property
-    def capabilities(self) -> Facts: ...  # noqa: D102
+    def capabilities(self) -> Described: ...  # noqa: D102
 
     @classmethod
     def exchange(cls, server_round: int) -> Exchange: ...  # noqa: D102
