@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from fedpeft.adapters.kinds import KINDS, Head, Kind, Update
 from fedpeft.adapters.state import Role
 
+
+def _names(is_such: Callable[[Kind], bool]) -> str:
+    return ", ".join(name for name, kind in KINDS.ours.items() if is_such(kind))
+
+
 # names of our kinds, for texts
-LINEAR = ", ".join(name for name, kind in KINDS.ours.items() if kind.linear)
-FROZEN_A = ", ".join(name for name, kind in KINDS.ours.items() if kind.update == "product" and Role.A in kind.fixed)
+LINEAR_KINDS = _names(lambda kind: kind.linear)
+FROZEN_A_KINDS = _names(lambda kind: kind.update == "product" and Role.A in kind.fixed)
 
 
 @dataclass(frozen=True)
