@@ -18,8 +18,8 @@ from typing import Any
 from fedpeft.chatter import silence
 from fedpeft.config import configure
 from fedpeft.privacy.audit import audit_run
-from fedpeft.privacy.statement import number
 from fedpeft.report.audited import downwards
+from fedpeft.rounding import upwards
 from fedpeft.simulations.simulate import simulate
 
 RECORD = {"privacy.level": "record"}
@@ -83,7 +83,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         claimed = row["claimed_epsilon"]
         cells = (
             row["case"],
-            "none" if claimed is None else number(claimed),
+            "none" if claimed is None else upwards(claimed),
             downwards(row["epsilon_lower_bound"]),
             str(row["guesses"]),
             str(row["correct"]),

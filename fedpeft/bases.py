@@ -59,7 +59,7 @@ def check_folder(folder: Path) -> None:
     )
 
 
-def read_config(config: RunConfig, folder: Path, **settings: Any) -> Any:
+def describe_base(config: RunConfig, folder: Path, **settings: Any) -> Any:
     """Return transformers' configuration of a base.
 
     Parameters

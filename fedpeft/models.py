@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from fedpeft import tasks
-from fedpeft.bases import check_folder, first_line, read_config
+from fedpeft.bases import check_folder, describe_base, first_line
 from fedpeft.config import ModelConfig, RunConfig
 from fedpeft.data.tokens import load_tokenizer
 from fedpeft.errors import ConfigError, ModelError
@@ -81,7 +81,7 @@ def num_threads(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def locate(model: ModelConfig) -> Path:
+def base_folder(model: ModelConfig) -> Path:
     """Find the folder of a base model, fetching it where it is a hub id.
 
     Raises
@@ -141,7 +141,7 @@ def load_base(config: RunConfig, folder: Path, labels: Sequence[str]) -> BaseMod
     config : RunConfig
         Names task, precision and seed.
     folder : Path
-        What `locate` returned.
+        What `base_folder` returned.
     labels : sequence of str
         Label names in the order of their ids; empty where rows have none.
 
@@ -164,7 +164,7 @@ def load_base(config: RunConfig, folder: Path, labels: Sequence[str]) -> BaseMod
     if bf16 and on.type == "cpu":
         options["attn_implementation"] = "eager"  # bf16 attention's fused backward is slower on CPUs than the plain one
     task = tasks.of(config)
-    saved, held = read_config(config, folder), read_config(config, folder, **_of_this_run(task, labels))
+    saved, held = describe_base(config, folder), describe_base(config, folder, **_of_this_run(task, labels))
     model_class(config, held)
     for part in (held, held.get_text_config()):
         for name in BESIDES:

@@ -28,7 +28,7 @@ from fedpeft.config.privacy import Level
 from fedpeft.data.partition import Partition, partition
 from fedpeft.data.sources import places
 from fedpeft.data.splits import EncodedData, EncodedSplit
-from fedpeft.models import load_base, locate
+from fedpeft.models import base_folder, load_base
 from fedpeft.presets import PREFIX, is_preset, materialize
 from fedpeft.tasks.encoding import encode, encode_rows
 
@@ -119,7 +119,7 @@ class Resident:
     @cached_property
     def folder(self) -> Path:
         """Folder of the base model."""
-        return locate(self.config.model)
+        return base_folder(self.config.model)
 
     @cached_property
     def data(self) -> EncodedData:

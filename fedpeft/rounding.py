@@ -8,7 +8,7 @@ from decimal import ROUND_CEILING, Context, Decimal
 EXACT = Context(prec=400, rounding=ROUND_CEILING)  # more digits than any float has before its point
 
 
-def number(epsilon: float, digits: int = 3) -> str:
+def upwards(epsilon: float, digits: int = 3) -> str:
     """Write what was spent, rounded UP.
 
     Parameters

@@ -19,7 +19,7 @@ from fedpeft.errors import DeploymentError
 from fedpeft.presets import provenance
 from fedpeft.privacy.books import Books
 from fedpeft.resident import resident
-from fedpeft.rounding import number
+from fedpeft.rounding import upwards
 from fedpeft.runs import Event, RunDirectory, check_vacant
 from fedpeft.strategies import find, with_typed_options
 from fedpeft.strategies.federation import exported_bytes, federate
@@ -77,4 +77,4 @@ def _log_event(event: Event) -> None:
 def _shown(key: str, value: object) -> str:
     if not isinstance(value, float):
         return str(value)
-    return number(value, digits=4) if "epsilon" in key else f"{value:.4f}"
+    return upwards(value, digits=4) if "epsilon" in key else f"{value:.4f}"

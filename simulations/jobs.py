@@ -1,6 +1,7 @@
 """The runs of a comparison: what each is to do and where, all checked before any begins.
 
-Two rows are bounds rather than methods. `local` never sends anything. `centralized` has all rows in one place.
+Some rows are bounds rather than methods: `centralized` has all rows in one place, and a method's record says whether it
+is one.
 """
 
 from __future__ import annotations
@@ -16,15 +17,19 @@ from fedpeft.errors import ConfigError, RunDirectoryError
 from fedpeft.resident import Resident, resident
 from fedpeft.runs import CONFIG_FILE, check_vacant, read_config
 from fedpeft.runs.history import History
-from fedpeft.strategies import FedIt, with_typed_options
+from fedpeft.strategies import FedIt, available, with_typed_options
 
 CENTRALIZED = "centralized"
-BOUNDS = {
-    CENTRALIZED: "centralized, the upper bound, is no federation: one client holds all rows, and makes as many steps "
-    "a round as the clients of a round together (or as many epochs as each).",
-    "local": "local, the lower bound: every client trains alone and sends nothing; its score is the mean over the "
-    "clients' own models.",
-}
+
+
+def bounds() -> dict[str, str]:
+    """Return what a comparison says of each row that is a bound, by its name."""
+    of_all_rows = (
+        f"{CENTRALIZED}, the upper bound, is no federation: one client holds all rows, and makes as many steps "
+        "a round as the clients of a round together (or as many epochs as each)."
+    )
+    of_methods = {name: method.capabilities.bound for name, method in available().items()}
+    return {CENTRALIZED: of_all_rows} | {name: f"{name}, {bound}" for name, bound in of_methods.items() if bound}
 
 
 @dataclass(frozen=True)
@@ -125,7 +130,7 @@ def _scoring_clients(config: RunConfig) -> RunConfig:
 def _method_layer(row: Row, config: RunConfig) -> Layer:
     """Return what a row's method itself says: for `centralized`, one client with the work of a whole cohort."""
     layer: Layer = {"strategy": {"name": row.method}}
-    if row.method in BOUNDS and config.adapter.ranks is not None:
+    if row.method in bounds() and config.adapter.ranks is not None:
         layer["adapter"] = {"rank": config.adapter.rank}  # which is the largest
     if row.method != CENTRALIZED:
         return layer

@@ -14,7 +14,7 @@ from fedpeft.privacy.statement import read_statement
 from fedpeft.report.privacy import accountants
 from fedpeft.runs import read_config
 from fedpeft.runs.history import ERRORS, History, domain_scores, worst
-from fedpeft.simulations.jobs import BOUNDS, CENTRALIZED, Job
+from fedpeft.simulations.jobs import CENTRALIZED, Job, bounds
 
 Facts = dict[str, Any]
 MEANS = ("own_rows", "worst_domain", *ERRORS, "bytes", "seconds")  # of what a comparison shows of each run
@@ -109,7 +109,7 @@ def _notes_of_methods(facts: Facts) -> list[str]:
             "Epsilon, the largest over seeds, is what each run states in its privacy.json, beside what it rests on."
         )
     methods = {row["method"].partition(":")[0] for row in facts["rows"]}
-    return notes + [note for name, note in BOUNDS.items() if name in methods]
+    return notes + [note for name, note in bounds().items() if name in methods]
 
 
 def sweep(
@@ -195,7 +195,7 @@ def _notes_of_budgets(facts: Facts, statements: Sequence[Mapping[str, Any]]) -> 
         "scores, cost more."
     )
     strategies = {line["strategy"].partition(":")[0] for line in facts["lines"]}
-    return notes + [note for name, note in BOUNDS.items() if name in strategies]
+    return notes + [note for name, note in bounds().items() if name in strategies]
 
 
 def _assumptions(statements: Sequence[Mapping[str, Any]]) -> str:

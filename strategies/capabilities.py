@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from fedpeft.adapters.kinds import KINDS, Head, Kind, Update
 from fedpeft.adapters.state import Role
+
+
+def _names(is_such: Callable[[Kind], bool]) -> str:
+    return ", ".join(name for name, kind in KINDS.ours.items() if is_such(kind))
+
+
+# names of our kinds, for texts
+LINEAR_KINDS = _names(lambda kind: kind.linear)
+FROZEN_A_KINDS = _names(lambda kind: kind.update == "product" and Role.A in kind.fixed)
 
 
 @dataclass(frozen=True)
@@ -72,6 +82,9 @@ class Capabilities:
         The ``adapter.head`` of a run that says nothing of it.
     merging : Merging
         How it merges adapters on disk.
+    bound : str
+        What a comparison says of it after its name, where it is no method but a bound that methods lie above or below;
+        empty if it is a method.
     """
 
     paper: str
@@ -89,6 +102,7 @@ class Capabilities:
     kind: str = ""
     head: Head = "shared"
     merging: Merging = Merging()
+    bound: str = ""
 
     @property
     def kinds(self) -> frozenset[str]:

@@ -22,7 +22,7 @@ from collections.abc import Iterable
 
 from fedpeft.adapters.state import AdapterState, ClientUpdate
 from fedpeft.strategies.averaged import AveragingStrategy
-from fedpeft.strategies.capabilities import Capabilities
+from fedpeft.strategies.capabilities import LINEAR_KINDS, Capabilities
 
 
 class FedIt(AveragingStrategy):
@@ -32,7 +32,7 @@ class FedIt(AveragingStrategy):
     capabilities = Capabilities(
         paper="arXiv 2305.05644",
         sends="Abar, Bbar",
-        exact="only where the update is linear in what is trained (ffa-lora, lora-xs, lora-sb, miss)",
+        exact=f"only where the update is linear in what is trained ({LINEAR_KINDS})",
         needs_single_factors=False,
         updates=None,
     )

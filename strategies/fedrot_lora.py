@@ -39,7 +39,7 @@ from fedpeft.errors import AdapterError
 from fedpeft.strategies.algebra.factors import require_layers
 from fedpeft.strategies.algebra.means import weighted_mean
 from fedpeft.strategies.base import AdapterStrategy, StrategyOptions
-from fedpeft.strategies.capabilities import Capabilities, Merging
+from fedpeft.strategies.capabilities import FROZEN_A_KINDS, Capabilities, Merging
 
 Aligned = Literal["A", "B"]
 
@@ -149,7 +149,7 @@ class FedRotLora(AdapterStrategy):
     capabilities = Capabilities(
         paper="arXiv 2602.23638",
         sends="means of R_k^T A_k and B_k R_k",
-        exact="only where A is frozen (ffa-lora); with lambda = 1, also for clients that differ by rotations",
+        exact=f"only where A is frozen ({FROZEN_A_KINDS}); with lambda = 1, also for clients that differ by rotations",
         needs_single_factors=True,
         merging=Merging(as_round=2),  # an even one, whose rotations align A; the first one rotates nothing
     )

@@ -33,7 +33,7 @@ from fedpeft.strategies.algebra.factors import client_weights, whole_cohort
 from fedpeft.strategies.algebra.means import mean_dense, weighted_mean
 from fedpeft.strategies.algebra.spectra import best_rank
 from fedpeft.strategies.base import AdapterStrategy, StrategyOptions
-from fedpeft.strategies.capabilities import Capabilities, Merging
+from fedpeft.strategies.capabilities import FROZEN_A_KINDS, Capabilities, Merging
 
 Solver = Literal["exact", "randomized"]
 
@@ -53,7 +53,7 @@ class FlexLora(AdapterStrategy):
     capabilities = Capabilities(
         paper="arXiv 2402.11505",
         sends="U sqrt(S), sqrt(S) V^T of the r largest singular values of DW",
-        exact="at r >= the rank of DW, and where A is frozen (ffa-lora); else the nearest product of rank r",
+        exact=f"at r >= the rank of DW, and where A is frozen ({FROZEN_A_KINDS}); else the nearest product of rank r",
         needs_single_factors=True,
         mixed_ranks=True,
         merging=Merging(any_rank=True),

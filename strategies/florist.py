@@ -37,7 +37,7 @@ from fedpeft.strategies.algebra.factors import client_weights, whole_cohort
 from fedpeft.strategies.algebra.means import mean_dense, weighted_mean
 from fedpeft.strategies.algebra.spectra import decompose, truncate
 from fedpeft.strategies.base import AdapterStrategy, StrategyOptions
-from fedpeft.strategies.capabilities import Capabilities, Merging
+from fedpeft.strategies.capabilities import FROZEN_A_KINDS, Capabilities, Merging
 
 
 def kept_rank(S: Tensor, threshold: float) -> int:
@@ -78,7 +78,7 @@ class Florist(AdapterStrategy):
     capabilities = Capabilities(
         paper="arXiv 2506.09199",
         sends="U sqrt(S), sqrt(S) V^T of the singular values that hold tau of DW's energy",
-        exact="at tau = 1, and where A is frozen (ffa-lora)",
+        exact=f"at tau = 1, and where A is frozen ({FROZEN_A_KINDS})",
         needs_single_factors=True,
         changes_rank=True,
         mixed_ranks=True,

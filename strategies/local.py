@@ -28,6 +28,8 @@ class Local(AdapterStrategy):
         updates=None,
         head="local",
         merging=Merging(refused="merges nothing"),
+        bound="the lower bound: every client trains alone and sends nothing; its score is the mean over the clients' "
+        "own models.",
     )
 
     @classmethod

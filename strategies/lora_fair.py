@@ -47,7 +47,7 @@ from fedpeft.adapters.state import AdapterState, ClientUpdate, LoraFactors
 from fedpeft.strategies.algebra.factors import client_weights, stack, stacks
 from fedpeft.strategies.algebra.means import weighted_mean
 from fedpeft.strategies.base import AdapterStrategy, StrategyOptions
-from fedpeft.strategies.capabilities import Capabilities
+from fedpeft.strategies.capabilities import FROZEN_A_KINDS, Capabilities
 
 Solver = Literal["closed-form", "cosine"]
 
@@ -188,7 +188,7 @@ class LoraFair(AdapterStrategy):
     capabilities = Capabilities(
         paper="arXiv 2411.14961",
         sends="Abar, Bbar + dB",
-        exact="only where A is frozen (ffa-lora); else the nearest product whose rows lie in row(Abar)",
+        exact=f"only where A is frozen ({FROZEN_A_KINDS}); else the nearest product whose rows lie in row(Abar)",
         needs_single_factors=True,
     )
     Options = LoraFairOptions

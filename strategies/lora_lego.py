@@ -46,7 +46,7 @@ from fedpeft.strategies.algebra.factors import client_weights, require_layers
 from fedpeft.strategies.algebra.means import mean_dense, weighted_mean
 from fedpeft.strategies.algebra.units import Units, columns_of, inner_products, norms, pool, write_gram
 from fedpeft.strategies.base import AdapterStrategy, StrategyOptions
-from fedpeft.strategies.capabilities import Capabilities, Merging
+from fedpeft.strategies.capabilities import FROZEN_A_KINDS, Capabilities, Merging
 from fedpeft.strategies.rounds.ranks import cut
 
 Reweight = Literal["least-squares", "paper", "none"]
@@ -223,7 +223,7 @@ def refuse_other_rank(rank: int | None, frozen_rank: int) -> None:
     """Raise ConfigError if `strategy.rank` differs from the rank of a frozen A, which is sent back as it is."""
     if rank not in (None, frozen_rank):
         raise ConfigError(
-            f"strategy.rank = {rank}, but a frozen A (adapter.kind = 'ffa-lora') keeps its rank {frozen_rank}; "
+            f"strategy.rank = {rank}, but a frozen A (adapter.kind = '{FROZEN_A_KINDS}') keeps its rank {frozen_rank}; "
             "leave strategy.rank unset"
         )
 
@@ -244,7 +244,7 @@ class LoraLego(AdapterStrategy):
     capabilities = Capabilities(
         paper="arXiv 2409.16167",
         sends="centroids of k clusters of ranks",
-        exact="with least-squares at k = sum of the clients' ranks, and where A is frozen (ffa-lora)",
+        exact=f"with least-squares at k = sum of the clients' ranks, and where A is frozen ({FROZEN_A_KINDS})",
         needs_single_factors=True,
         changes_rank=True,
         mixed_ranks=True,

@@ -85,7 +85,7 @@ class RaFLora(AdapterStrategy):
     capabilities = Capabilities(
         paper="arXiv 2602.13486",
         sends="U sqrt(S), sqrt(S) V^T of the r largest singular directions of the mean by partitions of ranks",
-        exact="as flexlora where all ranks are equal; else it makes up for those who lack a rank",
+        exact="where all ranks are equal, at r >= the rank of DW; else it makes up for those who lack a rank",
         needs_single_factors=True,
         mixed_ranks=True,
         merging=Merging(

@@ -53,7 +53,7 @@ class RoLora(AveragingStrategy):
         if Role.A in adapter.facts.fixed:
             raise ConfigError(
                 f"strategy 'rolora' trains A on even rounds, which adapter.kind = '{adapter.kind}' freezes; "
-                "use adapter.kind = 'lora', or strategy 'fedit'"
+                "use adapter.kind = 'lora', or a strategy that trains B alone"
             )
 
     @classmethod

@@ -16,7 +16,7 @@ from fedpeft.adapters.adapted import AdaptedModel
 from fedpeft.agreement import agree
 from fedpeft.config import RunConfig, nest, resolve
 from fedpeft.errors import DataError, ModelError
-from fedpeft.models import BaseModel, load_base, locate
+from fedpeft.models import BaseModel, base_folder, load_base
 from fedpeft.resident import Resident
 from fedpeft.tasks.encoding import encode_rows
 from fedpeft.tasks.losses import mean_loss
@@ -78,7 +78,7 @@ def configure(folder: Path, task: str = "sequence-classification", **settings: A
 
 def agreed(folder: Path, task: str = "sequence-classification", **settings: Any) -> BaseModel:
     config = configure(folder, task, **settings)
-    loaded = load_base(config, locate(config.model), () if task == "causal-lm" else ("a", "b", "c"))
+    loaded = load_base(config, base_folder(config.model), () if task == "causal-lm" else ("a", "b", "c"))
     agree(loaded, config)
     return loaded
 

@@ -38,7 +38,7 @@ def check_plain(layers: Mapping[str, nn.Module], what: str) -> None:
         raise AdapterError(
             f"{what} needs the base's weights as plain matrices, to change them or to take a part out of them, and "
             f"layer '{name}' ({kind}) {held}. Give a base that is not quantised, or a strategy and an adapter that "
-            "leave the base as it is, such as fedit with adapter.kind = 'lora' and adapter.init = 'default'."
+            "leave the base as it is, as the defaults do."
         )
 
 

@@ -161,7 +161,7 @@ def _cost_table(facts: dict[str, Any]) -> RenderableType:
     from rich.text import Text
 
     from fedpeft.report.layout import pairs
-    from fedpeft.rounding import number
+    from fedpeft.rounding import upwards
 
     infinite = facts["epsilon"] is None
     names = {
@@ -171,7 +171,7 @@ def _cost_table(facts: dict[str, Any]) -> RenderableType:
     }
     rows = [
         ("noise multiplier", f"{facts['noise_multiplier']:.6g}"),
-        ("epsilon", number(math.inf if infinite else facts["epsilon"])),
+        ("epsilon", upwards(math.inf if infinite else facts["epsilon"])),
         ("delta", f"{facts['delta']:g}"),
         ("sample rate", f"{facts['sample_rate']:.6g}"),
         ("steps", str(facts["steps"])),

@@ -22,7 +22,7 @@ def partition(
     """Show who holds what."""
     config = asked.config()
     quiet(verbose)
-    from fedpeft.data.partition import partition_table, plot_partition
+    from fedpeft.data.partition import partition_table
     from fedpeft.report.holdings import partition_view
     from fedpeft.resident import resident
 
@@ -32,6 +32,8 @@ def partition(
         print(f"note: {note}", file=sys.stderr)
     show(table, partition_view, json_lines)
     if plot is not None:
+        from fedpeft.report.plots import plot_partition
+
         try:
             plot_partition(plot, home.partition, home.data.train, home.data.labels)
         except OSError as error:

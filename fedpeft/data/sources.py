@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,11 +154,20 @@ def read_rows(
         but one label.
     """
     wanted = wanted_columns(data, columns, client_column, optional)
-    kinds = {column.name: column.kind for column in columns}
     raw = read(place, wanted) if raw is None else raw
-    numbers = np.arange(1, len(raw) + 1) if only is None else np.asarray(only, dtype=np.int64) + 1
+    numbers = np.arange(1, len(raw) + 1)
     if only is not None:
-        raw = raw.select(only)
+        raw, numbers = raw.select(only), np.asarray(only, dtype=np.int64) + 1
+    cells, features, names = _normalised(place, wanted, {each.name: each.kind for each in columns}, raw, labels)
+    cells["row"], features["row"] = numbers, datasets.Value("int64")
+    info = datasets.DatasetInfo(features=datasets.Features(features))
+    return Table(datasets.Dataset(pa.table(cells), info=info), names)
+
+
+def _normalised(
+    place: Place, wanted: Wanted, kinds: Mapping[str, str], raw: datasets.Dataset, labels: tuple[str, ...] | None
+) -> tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]:
+    """Return cells and types of the wanted columns that are there, and the names of the labels."""
     table: pa.Table = raw.with_format("arrow")[:]
     cells: dict[str, Any] = {}
     features: dict[str, Any] = {}
@@ -167,24 +176,22 @@ def read_rows(
         role = "client" if key == "partition.by" else key.removeprefix("data.")
         if column not in raw.column_names:
             continue
-        kind = kinds.get(role)
-        if kind == "label":
+        if kinds.get(role) == "label":
             cells[role], names = label_ids(place, column, table[column], raw.features[column], labels)
             features[role] = datasets.Value("int64")
-        elif kind == "number":
-            cells[role], features[role] = _numbers(place, column, table[column]), datasets.Value("float64")
-        elif kind == "image":
-            cells[role], features[role] = _images(place, column, table[column]), datasets.Image()
-        elif kind == "text":
-            cells[role], features[role] = _text(place, column, table[column]), datasets.Value("large_string")
+        elif role in kinds:
+            normalised, features[role] = NORMALISED[kinds[role]]
+            cells[role] = normalised(place, column, table[column])
         else:  # a domain or a client
-            codes, values = column_codes(place, column, table[column], raw.features[column])
-            refuse_missing(place, column, codes < 0, "no value")
-            cells[role] = pa.array(values, pa.large_string()).take(pa.array(codes))
+            cells[role] = _names(place, column, table[column], raw.features[column])
             features[role] = datasets.Value("large_string")
-    cells["row"], features["row"] = numbers, datasets.Value("int64")
-    info = datasets.DatasetInfo(features=datasets.Features(features))
-    return Table(datasets.Dataset(pa.table(cells), info=info), names)
+    return cells, features, names
+
+
+def _names(place: Place, column: str, cells: pa.ChunkedArray, feature: Any) -> pa.Array:
+    codes, values = column_codes(place, column, cells, feature)
+    refuse_missing(place, column, codes < 0, "no value")
+    return pa.array(values, pa.large_string()).take(pa.array(codes))
 
 
 def _text(place: Place, column: str, cells: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -228,6 +235,14 @@ def _images(place: Place, column: str, cells: pa.ChunkedArray) -> pa.ChunkedArra
         raise DataError(
             f"column '{column}' of {place} holds {cells.type}. Name a column of images, their bytes or their paths."
         ) from None
+
+
+# a column's cells by its kind, and their type; those of labels need the names too
+NORMALISED: dict[str, tuple[Callable[[Place, str, pa.ChunkedArray], Any], Any]] = {
+    "number": (_numbers, datasets.Value("float64")),
+    "image": (_images, datasets.Image()),
+    "text": (_text, datasets.Value("large_string")),
+}
 
 
 def _resolved(place: Place, paths: Iterable[str]) -> list[Path]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -53,43 +53,29 @@ def encode_texts(config: RunConfig, model_dir: Path, inputs: Inputs, place: Plac
         makes is not what the model can be given.
     """
     tokenizer, pad_token_id = load_tokenizer(config, model_dir)
-    completes = "completion" in rows.column_names
-    max_length = _checked_length(config, inputs, tokenizer, completes=completes)
+    max_length = _checked_length(config, inputs, tokenizer, completes="completion" in rows.column_names)
     tokens: list[NDArray[np.int32]] = []
     types: list[NDArray[np.uint8]] = []
-    lengths: list[int] = []
     prompts: list[int] = []
-    ends = 0 if inputs.end is None else _ends(tokenizer, inputs.end, rows, max_length)
+    ends = None if inputs.end is None else _ends(tokenizer, inputs.end, rows, max_length)
     cuts: Cuts = {"prompt": 0, "whole prompt": 0, "completion": 0}
     for batch in plain_batches(rows, BATCH_ROWS):
         encoded = tokenise(tokenizer, batch, max_length, config.data.truncate or "longest")
         ids = encoded["input_ids"]
         heads = [length for (length,) in encoded.get("prompt_lengths", [[0]] * len(ids))]
-        for row, whole, head in zip(batch["row"], ids, heads, strict=True):
-            # nothing comes before a first token that could tell it
-            if len(whole) <= (max(head, 1) if "prompt_lengths" in encoded else 0):
-                raise DataError(
-                    f"row {row} of {place} becomes no tokens{' that the loss could count' if len(whole) else ''}. "
-                    "Remove it, or write it in other characters."
-                )
-            if inputs.end is not None and ends and whole.count(inputs.end) != ends:
-                raise DataError(
-                    f"row {row} of {place} holds an end token ({tokenizer.convert_ids_to_tokens(inputs.end)!r}) in its "
-                    "own text, and the model takes its scores from the last one of each row. Remove it from the text."
-                )
+        # nothing comes before a first token that could tell it
+        least = [max(head, 1) if "prompt_lengths" in encoded else 0 for head in heads]
+        _check_rows(place, batch["row"], ids, least, tokenizer, ends)
         for (prompt, completion), head in zip(encoded.get("lost", ()), heads, strict=False):
             cuts["prompt"] += prompt > 0 and head > 0
             cuts["whole prompt"] += prompt > 0 and head == 0
             cuts["completion"] += completion > 0
-        lengths += [len(whole) for whole in ids]
         tokens += [np.array(whole, dtype=np.int32) for whole in ids]
         types += [np.array(kinds, dtype=np.uint8) for kinds in encoded.get("token_type_ids", ())]
         if "prompt_lengths" in encoded:
             prompts += heads
-    tensors = {
-        "tokens": torch.from_numpy(np.concatenate(tokens)),
-        "offsets": torch.from_numpy(np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])),
-    }
+    offsets = np.cumsum([0, *map(len, tokens)], dtype=np.int64)
+    tensors = {"tokens": torch.from_numpy(np.concatenate(tokens)), "offsets": torch.from_numpy(offsets)}
     _check_vocabulary(model_dir, inputs, tokenizer, max(pad_token_id, int(tensors["tokens"].max())))
     if types and inputs.types != 0:  # else the model reads none, whatever they are
         tensors["types"] = torch.from_numpy(np.concatenate(types))
@@ -97,6 +83,28 @@ def encode_texts(config: RunConfig, model_dir: Path, inputs: Inputs, place: Plac
     if prompts:
         tensors["prompts"] = torch.tensor(prompts, dtype=torch.int32)
     return Encoding(tensors, pad_token_id, cuts)
+
+
+def _check_rows(
+    place: Place,
+    rows: Sequence[int],
+    ids: list[list[int]],
+    least: Sequence[int],
+    tokenizer: Any,
+    ends: tuple[int, int] | None,
+) -> None:
+    """Raise DataError for a row of which `least` tokens or fewer are left, or that has not so many of the end token."""
+    for row, whole, few in zip(rows, ids, least, strict=True):
+        if len(whole) <= few:
+            raise DataError(
+                f"row {row} of {place} becomes no tokens{' that the loss could count' if len(whole) else ''}. "
+                "Remove it, or write it in other characters."
+            )
+        if ends is not None and whole.count(ends[0]) != ends[1]:
+            raise DataError(
+                f"row {row} of {place} holds an end token ({tokenizer.convert_ids_to_tokens(ends[0])!r}) in its "
+                "own text, and the model takes its scores from the last one of each row. Remove it from the text."
+            )
 
 
 def cut_notes(config: RunConfig, place: Place, count: int, cuts: Cuts) -> tuple[str, ...]:
@@ -159,10 +167,11 @@ def _checked_length(config: RunConfig, inputs: Inputs, tokenizer: Any, *, comple
     return given
 
 
-def _ends(tokenizer: Any, end: int, rows: datasets.Dataset, max_length: int) -> int:
-    """Return how many end tokens the tokenizer adds to a row of its own accord."""
+def _ends(tokenizer: Any, end: int, rows: datasets.Dataset, max_length: int) -> tuple[int, int] | None:
+    """Return the end token and how many of it the tokenizer adds to a row of its own accord; None if it adds none."""
     empty = {name: [""] for name in rows.column_names if name in ("text", "text_pair")}
-    return tokenise(tokenizer, empty, max_length)["input_ids"][0].count(end)
+    count = tokenise(tokenizer, empty, max_length)["input_ids"][0].count(end)
+    return (end, count) if count else None
 
 
 def _check_vocabulary(model_dir: Path, inputs: Inputs, tokenizer: Any, largest: int) -> None:

@@ -39,7 +39,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from fedpeft.errors import PrivacyError
 from fedpeft.privacy.levels import level_of
-from fedpeft.privacy.statement import number, read_statement
+from fedpeft.privacy.statement import read_statement
+from fedpeft.rounding import upwards
 from fedpeft.runs import CANARIES, read_config
 from fedpeft.seeds import generator
 
@@ -243,7 +244,7 @@ def _meaning(found: Bound, claimed: float | None, canaries: int, guesses: int | 
     bound = found.epsilon
     if claimed is not None and bound > claimed:
         return (
-            f"BROKEN: the adapter gives away at least {downwards(bound)}, and {number(claimed)} is claimed. A sound "
+            f"BROKEN: the adapter gives away at least {downwards(bound)}, and {upwards(claimed)} is claimed. A sound "
             "run looks like this once in twenty times at most: repeat it with another --seed, and do not rely on its "
             "guarantee."
         )
@@ -254,7 +255,7 @@ def _meaning(found: Bound, claimed: float | None, canaries: int, guesses: int | 
         tried = f"{canaries} canaries" if guesses is None else f"{guesses} guesses"
         more = "plant more canaries" + ("" if guesses in (None, canaries) else ", or guess at more of them")
         return (
-            f"With {tried} the bound cannot exceed {downwards(found.most)}, so a claim of {number(claimed)} could not "
+            f"With {tried} the bound cannot exceed {downwards(found.most)}, so a claim of {upwards(claimed)} could not "
             f"have been contradicted: {more}."
         )
     return f"The guesses do not contradict the claim, and do not prove it either; {limits}."

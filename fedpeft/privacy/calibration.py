@@ -17,7 +17,7 @@ from fedpeft.privacy.accounting import (
     merged,
     spent_by,
 )
-from fedpeft.rounding import as_given, number
+from fedpeft.rounding import as_given, upwards
 
 LEAST_NOISE, MOST_NOISE = 1e-2, 1e4  # noise multipliers between which `calibrate` looks
 
@@ -84,7 +84,7 @@ def _calibrate(
     already = spent_by(before, delta, accountant).epsilon
     if already > epsilon:
         raise PrivacyError(
-            f"epsilon {number(already)} is spent already at delta {delta:g}, more than the budget of "
+            f"epsilon {upwards(already)} is spent already at delta {delta:g}, more than the budget of "
             f"{as_given(epsilon)}; give a larger budget, or stop."
         )
 
@@ -101,7 +101,7 @@ def _calibrate(
         costs[index] = cost(index)
         low, high = (index, high) if costs[index] > epsilon else (low, index)
         if low == most:
-            more, of_which = (" more", f", of which {number(already)} is spent") if before else ("", "")
+            more, of_which = (" more", f", of which {upwards(already)} is spent") if before else ("", "")
             raise PrivacyError(
                 f"no noise multiplier up to {MOST_NOISE:g} keeps {steps}{more} steps at sample rate {sample_rate:g} "
                 f"within epsilon {as_given(epsilon)} at delta {delta:g}{of_which}; "

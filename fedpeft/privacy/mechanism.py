@@ -21,7 +21,7 @@ from fedpeft.errors import PrivacyError
 from fedpeft.privacy.accounting import Charge, spent
 from fedpeft.privacy.budget import Budget
 from fedpeft.privacy.calibration import calibrate
-from fedpeft.rounding import as_given, number
+from fedpeft.rounding import as_given, upwards
 from fedpeft.training.local import num_steps
 
 
@@ -105,7 +105,7 @@ def require_a_round(config: RunConfig, counts: Iterable[int]) -> None:
     if least > budget.epsilon:
         raise PrivacyError(
             f"privacy.epsilon = {as_given(budget.epsilon)} does not last for one round of any client: with "
-            f"privacy.noise_multiplier = {config.privacy.noise_multiplier} it costs {number(least)} or more. Drop "
+            f"privacy.noise_multiplier = {config.privacy.noise_multiplier} it costs {upwards(least)} or more. Drop "
             "privacy.noise_multiplier to have it calibrated, or raise the budget."
         )
 

@@ -15,7 +15,7 @@ from fedpeft.privacy.accounting import spent
 from fedpeft.privacy.ledger import EVERYBODY, LEDGER, Entry, read_entries
 from fedpeft.privacy.levels import level_of
 from fedpeft.privacy.statement import Facts, read_statement, state, void
-from fedpeft.rounding import number
+from fedpeft.rounding import upwards
 from fedpeft.runs import CONFIG_FILE, read_config
 
 DELTA = 1e-5  # at which a site's ledger is summed up unless another is asked for
@@ -164,7 +164,7 @@ def site_spending(file: Path, delta: float = DELTA, accountant: Accountant = "pr
 
 def _site_paragraph(facts: Mapping[str, Any], runs: int) -> str:
     sentences = [
-        f"Each row that this ledger is for is protected with epsilon = {number(facts['epsilon'])} at delta = "
+        f"Each row that this ledger is for is protected with epsilon = {upwards(facts['epsilon'])} at delta = "
         f"{facts['delta']:g} over all that is in it, {runs} {'run' if runs == 1 else 'runs'}, as though every charge "
         "were on the same rows.",
         *(f"No guarantee: {reason}." for reason in facts["reasons"]),

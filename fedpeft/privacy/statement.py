@@ -15,7 +15,7 @@ from fedpeft.errors import RunDirectoryError
 from fedpeft.privacy.accounting import Charge, Spent, spent
 from fedpeft.privacy.levels import Level, find_level, level_of
 from fedpeft.privacy.overlap import InTheClear
-from fedpeft.rounding import number as number
+from fedpeft.rounding import upwards
 
 PRIVACY = "privacy.json"  # in a run directory
 NOTHING = InTheClear()
@@ -204,7 +204,7 @@ def paragraph(facts: Mapping[str, Any]) -> str:
         return f"No guarantee, and no epsilon: {'; '.join(facts['reasons'])}."
     if not facts["trained"]:
         return "Nobody trained, so that nothing was spent."
-    largest, median = number(facts["epsilon_max"]), number(facts["epsilon_median"])
+    largest, median = upwards(facts["epsilon_max"]), upwards(facts["epsilon_median"])
     sentences = [
         f"Over all rounds, each {unit} is protected with epsilon = {largest} at delta = {facts['delta']:g} in the "
         f"worst case over clients (median {median}): whoever looks at what this run releases for a {unit}, and is "

@@ -11,7 +11,7 @@ from rich.text import Text
 from fedpeft.privacy.audit import downwards
 from fedpeft.privacy.levels import find_level
 from fedpeft.report.layout import pairs
-from fedpeft.rounding import number
+from fedpeft.rounding import upwards
 
 
 def audit_view(facts: Mapping[str, Any]) -> RenderableType:
@@ -19,7 +19,7 @@ def audit_view(facts: Mapping[str, Any]) -> RenderableType:
     claimed, level = facts["claimed_epsilon"], find_level(facts["level"])
     why = "see privacy.json" if level.unit else f"privacy.level = {level.name}"
     rows = [
-        ("claimed epsilon", f"none ({why})" if claimed is None else f"{number(claimed)} for each row"),
+        ("claimed epsilon", f"none ({why})" if claimed is None else f"{upwards(claimed)} for each row"),
         ("delta", f"{facts['delta']:g}"),
         ("canaries", f"{facts['canaries']}, of which {facts['included']} were trained on"),
         ("guesses", f"{facts['guesses']}, of which {facts['correct']} were right"),
@@ -52,13 +52,13 @@ def white_box_view(facts: Mapping[str, Any]) -> RenderableType:
         ),
         (
             "epsilon of such a step",
-            f"at least {downwards(facts['step_epsilon_lower_bound'])}, and {number(facts['claimed_step_epsilon'])} is "
+            f"at least {downwards(facts['step_epsilon_lower_bound'])}, and {upwards(facts['claimed_step_epsilon'])} is "
             f"claimed, at delta {facts['delta']:g}",
         ),
         (
             "epsilon of all rounds",
             f"{downwards(facts['epsilon_lower_bound'])} if every step were so, and "
-            f"{number(facts['planned_epsilon'])} as planned",
+            f"{upwards(facts['planned_epsilon'])} as planned",
         ),
     ]
     return Group(pairs(rows), Text(), Text(facts["meaning"], style="bold red" if facts["violated"] else ""))

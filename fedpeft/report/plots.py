@@ -16,11 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.style
+import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from fedpeft.data.partition import Partition, counts_by_value
+from fedpeft.data.splits import EncodedSplit
 from fedpeft.formats import finite, number, one_line
 from fedpeft.runs import Event
 from fedpeft.runs.history import ERRORS, History
@@ -303,3 +308,61 @@ def _default_style() -> Iterator[None]:
         # a domain's name in letters that the font lacks is drawn as boxes, which is no news to the user
         warnings.filterwarnings("ignore", message=".*missing from font", category=UserWarning)
         yield
+
+
+# --- who holds what ------------------------------------------------------------------------------------------------
+
+
+def plot_partition(path: Path, partition: Partition, train: EncodedSplit, labels: Sequence[str] = ()) -> None:
+    """Draw how many rows of each label, and of each domain, every client holds.
+
+    Parameters
+    ----------
+    path : Path
+        Image to write; its suffix names the format.
+    partition : Partition
+        The partition.
+    train : EncodedSplit
+        The rows that it divides.
+    labels : sequence of str
+        Label names in the order of their ids.
+    """
+    sizes = np.array([[len(rows)] for rows in partition.indices])
+    panels = counts_by_value(partition, train, labels) or [("rows", ("rows",), sizes)]
+    clients = len(partition.client_ids)
+    figure = Figure(figsize=(min(14.0, 5.0 + 0.12 * clients), 3.6 * len(panels)), layout="constrained")
+    FigureCanvasAgg(figure)
+    for panel, (title, names, counts) in enumerate(panels, start=1):
+        axes = figure.add_subplot(len(panels), 1, panel)
+        palette = colormaps["tab10" if len(names) <= 10 else "tab20" if len(names) <= 20 else "viridis"]
+        colours = [palette(index if len(names) <= 20 else index / (len(names) - 1)) for index in range(len(names))]
+        across = np.arange(clients)[:, None] + np.array([-0.42, 0.42, 0.42, -0.42])  # (clients, 4): corners of a bar
+        tops = np.cumsum(counts, axis=1)  # (clients, values)
+        for value, (name, colour) in enumerate(zip(names, colours, strict=True)):
+            top = tops[:, value]
+            base = top - counts[:, value]
+            corners = np.stack([across, np.stack([base, base, top, top], axis=1)], axis=2)  # (clients, 4, 2)
+            # one shape a value: thousands of single bars would take a minute
+            axes.add_collection(PolyCollection(list(corners), facecolors=[colour], label=name), autolim=False)
+        axes.set_ylim(0, 1.05 * tops.max())
+        every = -(-clients // 25)  # as many names as stay legible
+        axes.set_xticks(np.arange(0, clients, every), partition.client_ids[::every])
+        if max(map(len, partition.client_ids)) > 3 and clients > 6:
+            axes.tick_params(axis="x", rotation=60)
+        axes.set_xlim(-0.6, clients - 0.4)
+        axes.set(xlabel="client", ylabel="training rows")
+        axes.spines[["top", "right"]].set_visible(False)
+        if len(names) > 1:
+            # of very many names, the first and the last say what the colours run from and to
+            bars, texts = axes.get_legend_handles_labels()
+            shown = range(len(names)) if len(names) <= 20 else np.linspace(0, len(names) - 1, 8).astype(int)
+            axes.legend(
+                [bars[index] for index in shown],
+                [texts[index] if len(texts[index]) <= 24 else f"{texts[index][:23]}\u2026" for index in shown],
+                title=title,
+                loc="upper left",
+                bbox_to_anchor=(1.0, 1.0),
+                frameon=False,
+                fontsize="small",
+            )
+    figure.savefig(path, dpi=130)

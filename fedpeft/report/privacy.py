@@ -11,7 +11,7 @@ from rich.text import Text
 from fedpeft.formats import NONE, finite, one_line
 from fedpeft.privacy.levels import find_level
 from fedpeft.report.layout import cell, new_table, pairs
-from fedpeft.rounding import as_given, number
+from fedpeft.rounding import as_given, upwards
 
 if TYPE_CHECKING:
     from fedpeft.config import RunConfig
@@ -26,7 +26,7 @@ EVERYONE = "all clients"  # of whom a client-level run keeps one account
 def epsilon(value: object) -> str:
     """Show an epsilon, rounded up; a dash where there is none."""
     known = finite(value)
-    return NONE if known is None else number(known)
+    return NONE if known is None else upwards(known)
 
 
 def caveats(privacy: PrivacyConfig) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from fedpeft import tasks
-from fedpeft.bases import Inputs, number_in, positions, read_config
+from fedpeft.bases import Inputs, describe_base, number_in, positions
 from fedpeft.config import RunConfig
 from fedpeft.errors import ModelError
 from fedpeft.tasks.task import Task
@@ -91,7 +91,7 @@ def inputs_of(config: RunConfig, folder: Path) -> Inputs:
     """
     if not (folder / "config.json").is_file():  # a tokenizer or processor alone, which encodes as well
         return Inputs(None, None, None, 3)
-    described = read_config(config, folder)
+    described = describe_base(config, folder)
     kind = model_class(config, described)
     text, vision = described.get_text_config(), getattr(described, "vision_config", described)
     takes_types = kind is None or "token_type_ids" in inspect.signature(cast(Any, kind).forward).parameters

@@ -10,7 +10,7 @@ import hashlib
 import importlib.metadata
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -316,13 +316,6 @@ def encode_what_can_be(
     def table(only: Sequence[int]) -> datasets.Dataset:
         return read_rows(place, config.data, task.columns, labels=names, optional=DOMAIN, only=only, raw=raw).rows
 
-    def problem(only: Sequence[int]) -> str | None:
-        try:
-            encode_table(config, model_dir, table(only), names or ())
-        except (DataError, ModelError) as error:
-            return str(error).replace(f"row 1 of {place}", f"row {only[0] + 1} of {place}")  # counted among `only`
-        return None
-
     key = _key(
         tolerant=True,
         task=task.name,
@@ -337,19 +330,34 @@ def encode_what_can_be(
         found, noted = _open(folder, task.name), folder / _LEFT_OUT
         if found is None or not noted.is_file():
             raw = read(place, wanted_columns(config.data, task.columns, None, DOMAIN, tolerant=True))
-            count = len(raw)
-            left_out: dict[int, str] = {}
-            for start in range(0, count, _TRIED_AT_ONCE):
-                some = range(start, min(count, start + _TRIED_AT_ONCE))
-                if problem(some) is not None:
-                    tried = {row: problem([row]) for row in some}
-                    left_out |= {row + 1: what for row, what in tried.items() if what is not None}
-            if len(left_out) in (0, count):
+            left_out = _problems(
+                place, len(raw), lambda only: encode_table(config, model_dir, table(only), names or ())
+            )
+            if len(left_out) in (0, len(raw)):
                 raise whole
-            good = [row for row in range(count) if row + 1 not in left_out]
+            good = [row for row in range(len(raw)) if row + 1 not in left_out]
             _make(config, model_dir, place, table(good), names or (), folder)
             noted.write_text(json.dumps(left_out), encoding="utf-8")
             found = _open(folder, task.name)
         assert found is not None, "just written"
         told = json.loads(noted.read_text(encoding="utf-8"))
     return found[0], {int(row): what for row, what in told.items()}
+
+
+def _problems(place: Place, count: int, try_: Callable[[Sequence[int]], object]) -> dict[int, str]:
+    """Return what is wrong with each row that is wrong, by its number from 1."""
+
+    def problem(only: Sequence[int]) -> str | None:
+        try:
+            try_(only)
+        except (DataError, ModelError) as error:
+            return str(error).replace(f"row 1 of {place}", f"row {only[0] + 1} of {place}")  # counted among `only`
+        return None
+
+    problems: dict[int, str] = {}
+    for start in range(0, count, _TRIED_AT_ONCE):
+        some = range(start, min(count, start + _TRIED_AT_ONCE))
+        if problem(some) is not None:
+            tried = {row: problem([row]) for row in some}
+            problems |= {row + 1: what for row, what in tried.items() if what is not None}
+    return problems

@@ -129,7 +129,7 @@ def mean_metrics(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: float(np.mean([each[name] for each in metrics])) for name in metrics[0]}
 
 
-def spread(values: dict[str, dict[str, float]], key: str) -> dict[str, float]:
+def mean_and_worst(values: dict[str, dict[str, float]], key: str) -> dict[str, float]:
     """Summarise one metric over groups: its mean, and the mean of the worst tenth (at least one group)."""
     ordered = np.sort([metrics[key] for metrics in values.values()])
     if find(key).better == "lower":

@@ -92,8 +92,7 @@ def make_optimizer(train: TrainConfig, parameters: Mapping[str, torch.nn.Paramet
     if record.needs_pairs and not _in_pairs(parameters):
         raise AdapterError(
             f"train.optimizer = '{record.name}' steps both factors of a layer together, and here one of them is not "
-            "trained. Use an adapter and a strategy that train both, such as adapter.kind=lora with fedit, or another "
-            "optimizer."
+            "trained. Use an adapter and a strategy that train both, such as the defaults, or another optimizer."
         )
     return record.build(parameters, train.learning_rate, train.options)
 

@@ -149,27 +149,6 @@ def squared_norms(terms: Sequence[LoraFactors | Tensor], sums: Sequence[Mapping[
     return squares
 
 
-def relative_error(factors: Sequence[LoraFactors], weights: Sequence[float], sent: LoraFactors) -> float:
-    """Return |DW - sent| / |DW| of one layer, in the Frobenius norm.
-
-    Parameters
-    ----------
-    factors : sequence of LoraFactors
-        The clients' factors of the layer; ranks and scalings may differ.
-    weights : sequence of float
-        Their weights p_k.
-    sent : LoraFactors
-        What the server sends down in place of DW.
-
-    Returns
-    -------
-    float
-        0 means exact (about 1e-15 in float64), 1 is what sending nothing gives. Where DW is zero there is nothing to be
-        relative to: 0 if `sent` is zero too, else infinity.
-    """
-    return _ratio(*squared_norms([_ideal(factors, weights), sent], [{0: 1, 1: -1}, {0: 1}]))
-
-
 def aggregation_error(
     updates: Iterable[ClientUpdate], sent: Mapping[str, LoraFactors], offset: Mapping[str, LoraFactors] | None = None
 ) -> float:
@@ -189,7 +168,8 @@ def aggregation_error(
     Returns
     -------
     float
-        As `relative_error`, of all layers as one vector.
+        0 means exact (about 1e-15 in float64), 1 is what sending nothing gives. Where DW is zero there is nothing to be
+        relative to: 0 if `sent` is zero too, else infinity.
     """
     cohort = list(updates)
     weights = client_weights(cohort)

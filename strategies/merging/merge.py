@@ -34,7 +34,7 @@ from fedpeft.strategies.algebra.factors import aggregation_error
 from fedpeft.strategies.algebra.spectra import decompose, truncate
 from fedpeft.strategies.base import AdapterStrategy
 from fedpeft.strategies.capabilities import Merging
-from fedpeft.strategies.merging.agreement import check_alike, check_base
+from fedpeft.strategies.merging.alike import check_alike, check_base
 from fedpeft.strategies.registry import available, find
 from fedpeft.strategies.rounds.terms import RunTerms
 

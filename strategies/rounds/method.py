@@ -8,18 +8,26 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor
 
 from fedpeft.adapters.state import AdapterState, ClientUpdate
-from fedpeft.strategies.capabilities import Capabilities
 from fedpeft.strategies.rounds.exchange import Exchange
 from fedpeft.strategies.rounds.terms import RunTerms
+
+
+class Described(Protocol):
+    """What the machinery asks of a method's record; see `fedpeft.strategies.capabilities.Capabilities`."""
+
+    @property
+    def changes_base(self) -> bool: ...  # noqa: D102
 
 
 class Method(Protocol):
     """A federated method, ready for a run on its terms."""
 
     name: ClassVar[str]
-    capabilities: ClassVar[Capabilities]
     terms: RunTerms
     options: Any
+
+    @property
+    def capabilities(self) -> Described: ...  # noqa: D102
 
     @classmethod
     def exchange(cls, server_round: int) -> Exchange: ...  # noqa: D102

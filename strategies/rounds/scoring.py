@@ -13,7 +13,7 @@ from fedpeft.config import RunConfig
 from fedpeft.resident import Resident
 from fedpeft.strategies.rounds.records import Personal
 from fedpeft.tasks.metrics import Scores
-from fedpeft.training.evaluation import client_metrics, mean_metrics, score, spread
+from fedpeft.training.evaluation import client_metrics, mean_and_worst, mean_metrics, score
 from fedpeft.wire import to_tensors
 
 
@@ -67,5 +67,5 @@ class Scoring:
                 clients = client_metrics(models[0], *rows)
             key = tasks.of(self.config).main_metric
             if clients:  # of no client are there test rows, else
-                parts["clients"] = {key: spread(clients, key), "scores": clients}
+                parts["clients"] = {key: mean_and_worst(clients, key), "scores": clients}
         return parts

@@ -15,7 +15,7 @@ from fedpeft.adapters.state import AdapterState, LoraFactors
 from fedpeft.adapters.targets import choose_targets
 from fedpeft.config import RunConfig, nest, resolve
 from fedpeft.errors import AdapterError, ModelError
-from fedpeft.models import load_base, locate
+from fedpeft.models import base_folder, load_base
 from fedpeft.strategies.algebra.base_changes import advance, as_step, exact_sum
 
 Make = Callable[..., RunConfig]
@@ -65,7 +65,7 @@ def adapted(folder: Path, task: str, **settings: object) -> tuple[AdaptedModel, 
     own = {name.replace("__", "."): value for name, value in settings.items()}
     config = resolve([nest({"model.name": str(folder), "model.task": task, "adapter.rank": 2, **own})])
     labels = () if task == "causal-lm" else ("a", "b", "c")
-    return AdaptedModel(load_base(config, locate(config.model), labels), config), config
+    return AdaptedModel(load_base(config, base_folder(config.model), labels), config), config
 
 
 def logits(model: Any, task: str) -> torch.Tensor:

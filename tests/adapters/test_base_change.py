@@ -14,7 +14,7 @@ from fedpeft.adapters.adapted import AdaptedModel
 from fedpeft.adapters.base_change import check_plain
 from fedpeft.config import RunConfig
 from fedpeft.errors import AdapterError
-from fedpeft.models import load_base, locate
+from fedpeft.models import base_folder, load_base
 from fedpeft.resident import Resident
 from fedpeft.simulations.plan import plan
 from fedpeft.strategies import with_typed_options
@@ -42,7 +42,7 @@ class Subclass(torch.Tensor):
 
 def packed(config: RunConfig) -> Any:
     """Return a base whose query layers hold packed weights."""
-    base = load_base(config, locate(config.model), ["a", "b"])
+    base = load_base(config, base_folder(config.model), ["a", "b"])
     for name, module in list(base.model.named_modules()):
         if name.endswith(".query"):
             parent = base.model.get_submodule(name.rpartition(".")[0])

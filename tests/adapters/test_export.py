@@ -19,7 +19,7 @@ from fedpeft.adapters.export import read_adapter, write_adapter
 from fedpeft.adapters.state import AdapterState, LoraFactors
 from fedpeft.config import RunConfig, nest, resolve
 from fedpeft.errors import AdapterError
-from fedpeft.models import BaseModel, load_base, locate
+from fedpeft.models import BaseModel, base_folder, load_base
 from fedpeft.rescoring import rescore
 from fedpeft.simulations.simulate import simulate
 from fedpeft.strategies.algebra.base_changes import advance, as_step, exact_sum
@@ -94,7 +94,7 @@ def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[B
             torch.manual_seed(0)
             build().save_pretrained(folder)
             config = settings(folder, task)
-            loaded[make] = load_base(config, locate(config.model), () if task == CHAT else LABELS)
+            loaded[make] = load_base(config, base_folder(config.model), () if task == CHAT else LABELS)
         return copy.deepcopy(loaded[make]), task
 
     return get

@@ -14,10 +14,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from fedpeft.config import RunConfig, nest, resolve
-from fedpeft.data.partition import Partition, partition, partition_table, plot_partition
+from fedpeft.data.partition import Partition, partition, partition_table
 from fedpeft.data.splits import EncodedSplit
 from fedpeft.errors import PartitionError
 from fedpeft.tasks.encoding import encode
@@ -253,17 +252,6 @@ def test_a_table_counts_rows_by_label_and_domain() -> None:
         {"client": "b", "rows": 2, "labels": {"no": 1, "yes": 1}, "domains": {"n": 1, "s": 1}},
     ]
     assert partition_table(held, rows_of(None, count=4)) == [{"client": "a", "rows": 2}, {"client": "b", "rows": 2}]
-
-
-@pytest.mark.parametrize(("clients", "num_labels"), [(6, 3), (100, 60), (1, 0)])
-def test_a_plot_of_few_and_of_many_clients_is_drawn(tmp_path: Path, clients: int, num_labels: int) -> None:
-    train = rows_of([row % num_labels for row in range(600)] if num_labels else None, count=600)
-    held = partition(configure("iid", clients), train)
-    plot_partition(tmp_path / "plot.png", held, train, tuple(f"label {index}" for index in range(num_labels)))
-    with Image.open(tmp_path / "plot.png") as image:
-        colours = image.convert("RGB").getcolors(maxcolors=1 << 24)
-    assert colours is not None
-    assert len([count for count, _ in colours if count > 200]) > min(num_labels, 20)
 
 
 ELSEWHERE = """

@@ -17,7 +17,7 @@ from fedpeft.privacy.books import Books
 from fedpeft.privacy.ledger import Ledger
 from fedpeft.privacy.mechanism import record_mechanism
 from fedpeft.privacy.statement import state
-from fedpeft.rounding import as_given, number
+from fedpeft.rounding import as_given, upwards
 from fedpeft.runs import RunDirectory
 from fedpeft.server import _log_event
 
@@ -42,7 +42,7 @@ def test_the_worst_client_over_all_rounds_counts(text_config: Make) -> None:
     assert facts["clients"]["c"] == nothing
     assert facts["guarantee"] is True
     assert facts["reasons"] == facts["warnings"] == []
-    assert number(facts["epsilon_max"]) in facts["statement"]
+    assert upwards(facts["epsilon_max"]) in facts["statement"]
     for words in (
         "keeps to the protocol",
         "Poisson",
@@ -85,7 +85,7 @@ def test_an_epsilon_without_end_is_no_guarantee(text_config: Make) -> None:
 
 def test_what_an_attack_may_find_is_said_in_plain_words(text_config: Make) -> None:
     facts = state(secure(text_config), {"a": [Charge(2.824, 0.172, 120)]}, {"a": 186})
-    assert number(facts["epsilon_max"]) == "2.998"
+    assert upwards(facts["epsilon_max"]) == "2.998"
     assert "finds at most 20.1 in 100" in facts["statement"]  # e^2.998 / 100 = 0.2004, rounded up
     facts = state(secure(text_config), {"a": [Charge(0.6, 0.172, 120)]}, {"a": 186})
     assert facts["epsilon_max"] > 20
@@ -164,9 +164,9 @@ def test_rounding_in_bf16_is_named(text_config: Make) -> None:
 
 
 def test_numbers_are_rounded_up() -> None:
-    assert [number(value) for value in (2.9990001, 3.0, 0.0, float("inf"))] == ["3.000", "3.000", "0.000", "infinity"]
-    assert [number(value) for value in (2.999, 3.0000000001, 1e-12)] == ["2.999", "3.001", "0.001"]
-    assert number(3.00004, digits=4) == "3.0001"
+    assert [upwards(value) for value in (2.9990001, 3.0, 0.0, float("inf"))] == ["3.000", "3.000", "0.000", "infinity"]
+    assert [upwards(value) for value in (2.999, 3.0000000001, 1e-12)] == ["2.999", "3.001", "0.001"]
+    assert upwards(3.00004, digits=4) == "3.0001"
     assert [as_given(budget) for budget in (3.0, 0.5, 3.0000004, 200.0)] == ["3", "0.5", "3.0000004", "200"]
 
 

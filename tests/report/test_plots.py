@@ -10,9 +10,12 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from fedpeft.report.plots import DARK, draw, write_plots
+from fedpeft.data.partition import Partition
+from fedpeft.data.splits import EncodedSplit
+from fedpeft.report.plots import DARK, draw, plot_partition, write_plots
 from fedpeft.runs.history import History
 
 Events = Callable[..., list[dict[str, Any]]]
@@ -120,3 +123,16 @@ def test_a_folder_that_cannot_be_written_is_the_callers_problem(events: Events, 
     (tmp_path / "plots").write_text("in the way")
     with pytest.raises(OSError, match="plots"):
         write_plots(History.from_events(events(1)), tmp_path / "plots")
+
+
+@pytest.mark.parametrize(("clients", "num_labels"), [(6, 3), (100, 60), (1, 0)])
+def test_a_plot_of_few_and_of_many_clients_is_drawn(tmp_path: Path, clients: int, num_labels: int) -> None:
+    tensors = {"offsets": torch.arange(601)} | ({"labels": torch.arange(600) % num_labels} if num_labels else {})
+    rows = np.array_split(np.random.default_rng(0).permutation(600), clients)
+    divided = Partition(tuple(map(str, range(clients))), tuple(map(np.sort, rows)))
+    train = EncodedSplit("sequence-classification", tensors, {})
+    plot_partition(tmp_path / "plot.png", divided, train, tuple(f"label {index}" for index in range(num_labels)))
+    with Image.open(tmp_path / "plot.png") as image:
+        colours = image.convert("RGB").getcolors(maxcolors=1 << 24)
+    assert colours is not None
+    assert len([count for count, _ in colours if count > 200]) > min(num_labels, 20)

@@ -15,7 +15,7 @@ from fedpeft.runs import read_events
 from fedpeft.runs.history import History
 from fedpeft.simulations import running
 from fedpeft.simulations.compare import split_words, write_comparison
-from fedpeft.simulations.jobs import plan_jobs
+from fedpeft.simulations.jobs import bounds, plan_jobs
 from fedpeft.simulations.running import Compared, run_jobs
 from fedpeft.strategies.rounds.records import Outcome
 
@@ -185,3 +185,11 @@ def test_workers_that_serve_several_runs_give_the_same_bytes(text_config: Any, t
     for file in files:
         inline, ray = (tmp_path / folder / file / "adapter_model.safetensors" for folder in ("0", "1"))
         assert inline.read_bytes() == ray.read_bytes()
+
+
+def test_a_bound_is_explained_and_a_method_is_not() -> None:
+    assert list(bounds()) == ["centralized", "local"]
+    assert bounds()["local"] == (
+        "local, the lower bound: every client trains alone and sends nothing; its score is the mean over the clients' "
+        "own models."
+    )

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from fedpeft.adapters.kinds import KINDS
 from fedpeft.report.tables import strategies_table
 from fedpeft.strategies import available
 from fedpeft.strategies.base import AdapterStrategy, StrategyOptions
@@ -51,3 +53,8 @@ def test_options_show_what_is_allowed_and_the_default() -> None:
     assert "fast | exact, default fast. how" in text
     assert "whole number >= 2, required. how many" in text
     assert "true or false, default true" in text
+
+
+def test_fedit_says_that_it_is_exact_for_the_linear_kinds_and_for_no_other() -> None:
+    said = re.findall(r"[\w-]+", available()["fedit"].capabilities.exact)
+    assert {name for name in KINDS.ours if name in said} == {name for name, kind in KINDS.ours.items() if kind.linear}

@@ -13,7 +13,7 @@ from fedpeft.config import RunConfig, nest, resolve
 from fedpeft.errors import ConfigError
 from fedpeft.resident import Resident
 from fedpeft.tasks.metrics import Scores, measures_of
-from fedpeft.training.evaluation import client_metrics, score, spread
+from fedpeft.training.evaluation import client_metrics, mean_and_worst, score
 
 Make = Callable[..., RunConfig]
 
@@ -72,9 +72,9 @@ def test_rows_of_no_kind_cannot_be_scored_by_client() -> None:
 
 def test_the_worst_tenth_is_at_least_one_and_lowest_for_accuracy_highest_for_loss() -> None:
     values = {str(i): {"accuracy": i / 20, "loss": i / 20} for i in range(20)}
-    assert spread(values, "accuracy")["worst_tenth"] == pytest.approx(0.5 / 20)
-    assert spread(values, "loss")["worst_tenth"] == pytest.approx(18.5 / 20)
-    assert spread({"a": {"accuracy": 0.3}}, "accuracy") == {"mean": 0.3, "worst_tenth": 0.3}
+    assert mean_and_worst(values, "accuracy")["worst_tenth"] == pytest.approx(0.5 / 20)
+    assert mean_and_worst(values, "loss")["worst_tenth"] == pytest.approx(18.5 / 20)
+    assert mean_and_worst({"a": {"accuracy": 0.3}}, "accuracy") == {"mean": 0.3, "worst_tenth": 0.3}
 
 
 def test_batches_do_not_change_scores(text_config: Make) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from fedpeft.adapters.state import AdapterState, LoraFactors
+from fedpeft.adapters.state import AdapterState, ClientUpdate, LoraFactors
 from fedpeft.errors import AdapterError, TooFewClientsError
 from fedpeft.strategies.algebra import factors as fs
 from tests.strategies.oracles import LAYERS, Cohort, cohorts, dense_error, ideal, make_cohort
@@ -18,6 +19,12 @@ from tests.strategies.oracles import LAYERS, Cohort, cohorts, dense_error, ideal
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def error_of(clients: Sequence[LoraFactors], sent: LoraFactors, rows: Sequence[int] = (1, 1, 1, 1, 1)) -> float:
+    """Return the aggregation error of a single layer."""
+    cohort = [ClientUpdate(str(k), count, {"": f}) for k, (f, count) in enumerate(zip(clients, rows, strict=False))]
+    return fs.aggregation_error(cohort, {"": sent})
 
 
 @settings(max_examples=25, deadline=None)
@@ -62,11 +69,10 @@ def test_the_aggregation_error_equals_the_dense_one(cohort: Cohort) -> None:
     sent = AdapterState({layer: replace(f, scaling=0.7) for layer, f in cohort.updates[0].factors.items()})
     expected = dense_error(cohort.updates, sent)
     assert fs.aggregation_error(cohort.updates, sent.factors) == pytest.approx(expected, abs=1e-12)
-    weights = fs.client_weights(cohort.updates)
     for layer, target in ideal(cohort.updates).items():
-        layer_factors = [u.factors[layer] for u in cohort.updates]
         expected = float((target - sent.factors[layer].product()).norm() / target.norm())
-        assert fs.relative_error(layer_factors, weights, sent.factors[layer]) == pytest.approx(expected, abs=1e-12)
+        alone = fs.aggregation_error(cohort.updates, {layer: sent.factors[layer]})
+        assert alone == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("d_out", [200, 13], ids=["by QR", "by rows"])
@@ -74,7 +80,7 @@ def test_an_exact_method_shows_no_error_beyond_rounding(d_out: int) -> None:
     clients = [LoraFactors(normal(3, 90, seed=k), normal(d_out, 3, seed=k + 9), 2.0) for k in range(5)]
     weights = [0.1, 0.2, 0.3, 0.15, 0.25]
     B, A = fs.stack(clients, weights)
-    assert fs.relative_error(clients, weights, LoraFactors(A, B / 8.0, 8.0)) < 1e-14
+    assert error_of(clients, LoraFactors(A, B / 8.0, 8.0), rows=[10, 20, 30, 15, 25]) < 1e-14
 
 
 def test_the_layers_of_a_state_count_as_one_vector() -> None:
@@ -93,14 +99,14 @@ def test_the_layers_of_a_state_count_as_one_vector() -> None:
 
 def test_where_clients_learned_nothing_only_sending_nothing_is_exact() -> None:
     idle = LoraFactors(normal(2, 5), torch.zeros(30, 2, dtype=torch.float64), 1.0)
-    assert fs.relative_error([idle, idle], [0.5, 0.5], idle) == 0.0
-    assert fs.relative_error([idle], [1.0], replace(idle, B=normal(30, 2))) == math.inf
+    assert error_of([idle, idle], idle) == 0.0
+    assert error_of([idle], replace(idle, B=normal(30, 2))) == math.inf
 
 
 def test_single_precision_adapters_are_measured_in_double() -> None:
     client = LoraFactors(normal(2, 50).float(), normal(60, 2).float(), 1.0)
     twice = replace(client, scaling=1 + 1e-9)
-    assert fs.relative_error([client], [1.0], twice) == pytest.approx(1e-9, rel=1e-4)
+    assert error_of([client], twice) == pytest.approx(1e-9, rel=1e-4)
 
 
 def test_what_an_adapter_began_with_is_no_part_of_the_updates_size() -> None:
