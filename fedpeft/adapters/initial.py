@@ -117,8 +117,8 @@ def _check_prompts(base: BaseModel, config: RunConfig, settings: Any) -> None:
     kind = f"adapter.kind = '{config.adapter.kind}'"
     if settings.task_type is None:
         raise AdapterError(
-            f"{kind} puts virtual tokens before those of a text, and model.task = '{tasks.of(config).name}' has no texts; use "
-            "another adapter.kind, such as lora."
+            f"{kind} puts virtual tokens before those of a text, and model.task = '{tasks.of(config).name}' has no "
+            "texts; use another adapter.kind, such as lora."
         )
     limit, tokens, length = inputs_of(config, base.folder).tokens, settings.num_virtual_tokens, config.data.max_length
     if tokens < 1:
