@@ -68,13 +68,13 @@ def learn(name: str, seed: int, rounds: int, options: dict[str, object] | None =
         seed=seed, scaling=SCALING, scaling_of=lambda rank: SCALING, ranks=RANKS, measure_error=False, **(options or {})
     )
     state = begun(seed, RANK)
-    for method.server_round in range(1, rounds + 1):
+    for server_round in range(1, rounds + 1):
         base = dense(state.base[LAYER]) if LAYER in state.base else torch.zeros_like(wanted)
         updates = [
             ClientUpdate(str(k), 1, {LAYER: trained(_view(method, state, rank), wanted - base)})
             for k, rank in enumerate(RANKS)
         ]
-        state = method.aggregate(iter(updates), state)
+        state = method.aggregate(iter(updates), state, server_round)
     base = dense(state.base[LAYER]) if LAYER in state.base else torch.zeros_like(wanted)
     product = base + state.factors[LAYER].product()
     energy = torch.linalg.svdvals(product).square()

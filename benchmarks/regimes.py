@@ -28,7 +28,6 @@ from fedpeft.simulations.compare import split_words, write_comparison
 from fedpeft.simulations.jobs import plan_jobs
 from fedpeft.simulations.running import run_jobs
 from fedpeft.strategies import find
-from fedpeft.strategies.base import AdapterStrategy
 
 TABLES = ("regression", "digits")
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "regimes.md"
@@ -157,7 +156,7 @@ def run(name: str, problem: Regression, seed: int, options: Mapping[str, Any] | 
     state = AdapterState({LAYER: LoraFactors(A, torch.zeros(problem.d_out, problem.rank).double(), 1.0)})
     errors = []
     for server_round in range(1, problem.rounds + 1):
-        updates = _trained(method, state, problem, targets, C, seed, frozen)
+        updates = _trained(method.exchange(server_round), state, problem, targets, C, seed, frozen)
         state = method.aggregate(iter(updates), state, server_round)
         errors.append(_error(updates, state))
     W = _whole(state)
@@ -190,7 +189,7 @@ def _optimum(targets: Tensor, C: Tensor) -> Tensor:
 
 
 def _trained(
-    method: AdapterStrategy,
+    exchange: Exchange,
     state: AdapterState,
     problem: Regression,
     targets: Tensor,
@@ -199,7 +198,7 @@ def _trained(
     frozen: tuple[str, ...],
 ) -> list[ClientUpdate]:
     """Let all clients do a round's steps, side by side: what is shared is one tensor at first, then one each."""
-    exchange, f = method.exchange(method.server_round), state.factors[LAYER]
+    f = state.factors[LAYER]
     A, B = f.A, f.B
     if Role.A in exchange.drawn:
         A, B = draw_a(seed, exchange.draw, LAYER, *A.shape).double(), torch.zeros_like(B)

@@ -21,7 +21,7 @@ from fedpeft.config import RunConfig, nest, resolve
 from fedpeft.models import load_base
 from fedpeft.resident import Resident
 from fedpeft.strategies.fedit import FedIt
-from fedpeft.training.local import train_locally
+from fedpeft.training.local import Turn, train_locally
 
 Make = Callable[..., RunConfig]
 # PEFT computes the updates of these in float32, whatever the layer's type
@@ -52,10 +52,7 @@ def _train(home: Resident, client: int) -> dict[str, Tensor]:
         home.data.train,
         home.partition.indices[client],
         two_steps,
-        seed=0,
-        client_id=str(client),
-        server_round=1,
-        num_rounds=2,
+        Turn(0, str(client), 1, 2),
     )
     return adapted.tensors(adapted.initial)
 

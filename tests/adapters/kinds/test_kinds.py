@@ -288,7 +288,7 @@ def test_transposed_layers_are_adapted_or_refused(
         moved = {n: t + 0.1 if n in adapted.trained else t for n, t in adapted.initial.items()}
         adapted.load(moved, adapted.scaling)
         after = adapted.model.eval()(tokens).logits
-        assert not torch.allclose(after, base, atol=1e-3)
+        assert not torch.allclose(after, base, atol=1e-4)
         adapted.save(tmp_path, AdapterState.from_tensors(moved, adapted.scaling), ())
         loaded = PeftModel.from_pretrained(load_base(config, gpt2, ()).model, str(tmp_path))
         again = loaded(tokens).logits[:, -tokens.shape[1] :]  # PEFT gives those of virtual tokens too
