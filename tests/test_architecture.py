@@ -338,6 +338,11 @@ EXAMPLES = frozenset(
         ("simulations/compare.py", "strategy", "fedit"),
         ("simulations/compare.py", "strategy", "lora-fair"),
         ("fedpeft/adapters/kinds/lora_sb.py", "adapter kind", "lora-xs"),  # what to use in a deployment instead
+        # what to use in place of what PEFT has and a run cannot train
+        *(
+            ("fedpeft/adapters/kinds/refused.py", "adapter kind", n)
+            for n in ("vblora", "prompt-tuning", "prefix-tuning")
+        ),
     }
 )
 

@@ -119,6 +119,8 @@ def _curves(axes: Axes, facts: Mapping[str, Any], theme: Theme) -> bool:
         )
         lines.append(drawn)
         every += [(at, score + sign * spread) for at, score, spread in known for sign in (1, -1)]
+    if not lines:
+        return False  # where nothing was run there is no metric either
     axes.set_ylabel(facts["metric"])
     axes.set_xlabel("epsilon that the runs state, logarithmic")
     ticks = {math.log10(budget): as_given(budget) for budget in facts["budgets"] if budget is not None}
@@ -132,7 +134,7 @@ def _curves(axes: Axes, facts: Mapping[str, Any], theme: Theme) -> bool:
     scale_axis(axes, every, bounded=bounded(facts["metric"]))
     if len(lines) > 1:
         place_legend(axes, lines)
-    return bool(lines)
+    return True
 
 
 def _place(point: Facts, infinity: float) -> float | None:
