@@ -28,6 +28,7 @@ from fedpeft.simulations.compare import split_words, write_comparison
 from fedpeft.simulations.jobs import plan_jobs
 from fedpeft.simulations.running import run_jobs
 from fedpeft.strategies import find
+from fedpeft.strategies.rounds.exchange import Exchange
 
 TABLES = ("regression", "digits")
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "regimes.md"
