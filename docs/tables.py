@@ -28,7 +28,7 @@ from fedpeft.tasks.metrics import METRICS, measures_of
 from fedpeft.training.optimizers import OPTIMIZERS, SCHEDULES
 
 DOCS = Path(__file__).parent
-PAPER = re.compile(r"arXiv (?P<arxiv>\d{4}\.\d{5})|(?P<venue>\b[A-Z]{4,} \d{4})")
+PAPER = re.compile(r"arXiv\s+(?P<arxiv>\d{4}\.\d{5})|(?P<venue>\b[A-Z]{4,} \d{4})")
 # where a clause ends: at its paper, at what the columns say anyway, or at a full stop
 ENDS = re.compile(r"\s*\((?:[^()]*arXiv|[^()]*[A-Z]{4,} \d{4}|PEFT's)|; (?:not |neither )?linear |\.(?: |$)")
 UPDATES = {"product": "s B A", "square": "s B R A", "linear": "linear", "neither": "neither"}
@@ -114,7 +114,9 @@ def kinds_table() -> str:
         update = UPDATES[kind.update] + (f", {' and '.join(sorted(kind.fixed))} fixed" if kind.fixed else "")
         facts = (update, yes(kind.linear), yes(kind.rank), code(kind.inits), merged_by(kind.name))
         every.append((f"`{kind.name}`", clause, paper, *facts))
-    return rows("| `adapter.kind` | what it is | paper | update | mean exact | has a rank | begins as | merged by |", every)
+    return rows(
+        "| `adapter.kind` | what it is | paper | update | mean exact | has a rank | begins as | merged by |", every
+    )
 
 
 def inits_table() -> str:
