@@ -12,7 +12,6 @@ import pytest
 
 from benchmarks import aggregation, audit, lora_fair_lambda, mixed_ranks
 
-
 ROOT = Path(__file__).resolve().parents[1]
 
 
