@@ -1,6 +1,6 @@
 """What merging one layer costs, beside forming the dense mean of products, a dense SVD and scikit-learn's k-means.
 
-    python benchmarks/aggregation.py [--clients 100 --size 4096 --rank 16] [--quick] [--json FILE]
+    python -m benchmarks.aggregation [--clients 100 --size 4096 --rank 16] [--quick] [--json FILE]
 
 Other work on a machine slows whatever runs at that moment. So contenders take turns, each counts with its best time,
 and figures are ratios within one run. OpenMP's threads wait passively: spinning for one that has no core takes seconds.

@@ -1,6 +1,6 @@
 """What planted rows show of runs whose privacy is known: with budgets, without noise, without clipping, in the clear.
 
-Run it with ``python benchmarks/audit.py``; it takes some minutes on two cores. It prints one table in Markdown, and
+Run it with ``python -m benchmarks.audit``; it takes some minutes on two cores. It prints one table in Markdown, and
 ``--out`` writes it. All runs train alike, long enough to learn rows by heart where nothing keeps them from it. A bound
 above what is claimed would be a bug, and is the exit code 1.
 """

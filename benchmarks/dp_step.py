@@ -1,6 +1,6 @@
 """What a private step costs beside a plain one, on the same batch: all-MiniLM-L6, and the digits' toy ViT.
 
-    python benchmarks/dp_step.py [--turns 40] [--batch-size 16] [--json FILE]
+    python -m benchmarks.dp_step [--turns 40] [--batch-size 16] [--json FILE]
 
 The two take turns within one process, step by step, so that what else the machine does slows both alike; a figure is
 the median over turns of the ratio of one pair. A step is gradient and optimizer step; hooks are attached once, as they

@@ -1,6 +1,6 @@
 """LoRA-FAIR's lambda, over regimes in which its correction is small and large: the tables in docs/methods.md.
 
-Run it with ``python benchmarks/lora_fair_lambda.py``; it takes ten minutes of one core, goes on where it was stopped,
+Run it with ``python -m benchmarks.lora_fair_lambda``; it takes ten minutes of one core, goes on where it was stopped,
 and writes its tables into the document between their marks. Runs are short: the correction is largest in early rounds.
 The last regime is no training of a model: clients of rank 2 regress matrices of rank 8 that differ between them.
 """

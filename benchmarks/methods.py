@@ -1,6 +1,6 @@
 """All methods on the embedded digits, three seeds each, under two kinds of skew: the tables of docs/methods.md.
 
-Run it with ``python benchmarks/methods.py``; it takes a quarter of an hour on two cores, and goes on where it was
+Run it with ``python -m benchmarks.methods``; it takes a quarter of an hour on two cores, and goes on where it was
 stopped. The tables are written into the document between their marks.
 """
 

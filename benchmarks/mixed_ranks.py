@@ -1,6 +1,6 @@
 """What clients of ranks 2, 4 and 8 learn together of a target that needs all eight: the table in docs/methods.md.
 
-Run it with ``python benchmarks/mixed_ranks.py``; it takes seconds. Each client regresses the same target, a matrix with
+Run it with ``python -m benchmarks.mixed_ranks``; it takes seconds. Each client regresses the same target, a matrix with
 eight equal singular values, by gradient descent on its own factors, and the server merges them. A quarter of the
 target's energy lies in its first two directions; where what is learned has much more there, its ranks have collapsed.
 """

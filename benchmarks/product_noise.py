@@ -1,6 +1,6 @@
 """How much noise reaches the product when factors are noised: both, as in LoRA, or B alone, as in FFA-LoRA.
 
-    python benchmarks/product_noise.py [--out docs/product-noise.png]
+    python -m benchmarks.product_noise [--out docs/product-noise.png]
 
 Gaussian noise xA, xB of standard deviation sigma in every entry of the factors makes of their product
 

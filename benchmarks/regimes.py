@@ -1,7 +1,7 @@
 """Two regimes in which methods do separate: the tables of docs/regimes.md.
 
 A regression whose clients share a matrix of a higher rank than their adapters have; and digits with few, long rounds,
-large steps and a frozen head. Run it with ``python benchmarks/regimes.py``; it takes some minutes on two cores, and
+large steps and a frozen head. Run it with ``python -m benchmarks.regimes``; it takes some minutes on two cores, and
 goes on where it was stopped. The tables are written into the document between their marks.
 """
 

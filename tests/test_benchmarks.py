@@ -3,11 +3,29 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from benchmarks import aggregation, audit, lora_fair_lambda, mixed_ranks
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_each_benchmark_says_the_command_that_runs_it_and_pages_name_no_other() -> None:
+    files = [path for path in (ROOT / "benchmarks").glob("*.py") if path.stem != "__init__"]
+    assert all(f"python -m benchmarks.{path.stem}" in path.read_text(encoding="utf-8") for path in files)
+    pages = "".join(path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+    assert set(re.findall(r"python -m benchmarks\.(\w+)", pages)) <= {path.stem for path in files}
+    assert "python benchmarks/" not in pages
+
+
+def test_a_benchmark_that_uses_another_one_starts_as_a_module() -> None:
+    command = [sys.executable, "-m", "benchmarks.regimes", "--help"]
+    assert "--only" in subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
 
 
 def test_the_aggregation_benchmark_has_all_its_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

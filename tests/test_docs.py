@@ -1,22 +1,27 @@
-"""What the pages say exists: links, settings, commands, files, names; and tables are of what there is."""
+"""What the pages say exists: links, settings, commands, files, names; and tables are those of the registries."""
 
 from __future__ import annotations
 
 import ast
+import dataclasses
 import functools
 import importlib
 import re
+import runpy
 import shlex
 import sys
 import tomllib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import peft
 import pytest
 
 from fedpeft.adapters.kinds import KINDS
 from fedpeft.cli import main
 from fedpeft.config import RunConfig
+from fedpeft.config.template import keys
 from fedpeft.strategies import available
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,8 +29,8 @@ PAGES = sorted(
     [*(ROOT / "docs").glob("*.md"), *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md"))]
 )
 EXTEND = ROOT / "docs" / "extend.md"
-GROUPS = ("strategies", "adapters", "tasks", "optimizers", "schedules", "metrics", "formats")
-NOT_YET = {"config", "--version", "--install-completion"}  # shown, and on their way
+GROUPS = ("strategies", "adapters", "inits", "tasks", "optimizers", "schedules", "metrics", "formats")
+TABLES = runpy.run_path(str(ROOT / "docs" / "tables.py"))
 SUFFIXES = ("md", "json", "jsonl", "toml", "csv", "py", "png")  # of files whose names begin as a setting does
 
 CODE = re.compile(r"```\w*\n(.*?)```|(?:^|(?<=\n\n))((?:    [^\n]*\n|\n)+)|`([^`\n]+)`", re.DOTALL)
@@ -56,14 +61,6 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def named(page: Path, mark: str) -> set[str]:
-    """Return the names in the first column of the table between two marks."""
-    table = re.search(rf"<!-- {mark} -->(.*?)<!-- end of {mark} -->", text_of(page), re.DOTALL)
-    assert table is not None, f"{page.name} has no marks for '{mark}'"
-    rows = [row for row in table[1].strip().splitlines()[2:] if row.startswith("|")]
-    return {name for row in rows for name in re.findall(r"`([^`]+)`", row.split("|")[1])}
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_link_between_pages_leads_somewhere(page: Path) -> None:
     for pair in LINK.findall(text_of(page)):
@@ -80,11 +77,13 @@ def test_every_link_between_pages_leads_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_setting_that_is_named_exists(page: Path) -> None:
     options = {key for method in available().values() for key in method.Options.model_fields}
-    known = {section: set(field.annotation.model_fields) for section, field in RunConfig.model_fields.items()}  # type: ignore[union-attr]
+    configs = {getattr(peft, kind.config) for kind in KINDS.ours.values()}
+    peft_options = {option.name for config in configs for option in dataclasses.fields(config)}
+    of_names = {"strategy": options, "adapter": peft_options}  # what depends on the method and on the kind
     for code in code_of(page):
         for section, key in SETTING.findall(code):
-            if key not in SUFFIXES:
-                assert key in known[section] | (options if section == "strategy" else set()), f"{section}.{key}"
+            known = f"{section}.{key}" in keys() or key in of_names.get(section, set())
+            assert known or key in SUFFIXES, f"{section}.{key}"
 
 
 @functools.cache
@@ -108,7 +107,7 @@ def commands(page: Path) -> Iterator[list[str]]:
     for line in lines_of(page):
         for part in line.split("&&"):
             words = shlex.split(part, comments=True) if part.strip().startswith("fedpeft ") else []
-            if words and "..." not in words and not NOT_YET & set(words):
+            if words and "..." not in words:
                 yield words[1:]
 
 
@@ -152,21 +151,56 @@ def test_what_python_code_imports_from_fedpeft_is_there(page: Path) -> None:
 @pytest.mark.parametrize("block", blocks(EXTEND), ids=lambda block: block.splitlines()[0].strip('".'))
 def test_each_worked_example_makes_a_record_that_has_a_name(block: str) -> None:
     namespace: dict[str, object] = {"__name__": "extension"}
-    try:
-        exec(block, namespace)
-    except ImportError as missing:
-        pytest.skip(f"not here yet: {missing}")
+    exec(block, namespace)
     made = list(namespace.values())[-1]
     assert isinstance(getattr(made, "name", None), str)
 
 
-def test_the_table_of_methods_has_a_row_for_each() -> None:
-    rows = re.findall(r"^\| `([a-z-]+)` \| (?:\[|ICLR|-)", text_of(ROOT / "docs" / "methods.md"), re.MULTILINE)
-    assert set(rows) == available().keys()
+@pytest.mark.parametrize("name", TABLES["TABLES"])
+def test_the_tables_of_what_there_is_are_those_of_the_registries(name: str) -> None:
+    text = text_of(ROOT / "docs" / name)
+    assert text == TABLES["with_tables"](name, text), "run: python docs/tables.py"
 
 
-def test_the_table_of_adapter_kinds_has_a_row_for_each() -> None:
-    assert named(ROOT / "docs" / "adapters.md", "adapter kinds") == set(KINDS.ours)
+def test_a_kind_that_is_added_has_a_row_with_what_its_file_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(KINDS.ours, "added", replace(KINDS.find("miss"), name="added", config="ShiraConfig"))
+    assert "| `added` |  | PEFT's `ShiraConfig` | linear | yes | yes |" in TABLES["kinds_table"]()
+    miss = next(row for row in TABLES["kinds_table"]().splitlines() if row.startswith("| `miss` |"))
+    assert "| one matrix of rows that repeat over the inputs | [2409.15371](https://arxiv.org/abs/2409.15371) |" in miss
+
+
+def resolves(name: str) -> bool:
+    """Tell whether a dotted name is a module, or something in one."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        try:
+            thing: object = importlib.import_module(".".join(parts[:end]))
+        except ImportError:
+            continue
+        for part in parts[end:]:
+            if not hasattr(thing, part):
+                return False
+            thing = getattr(thing, part)
+        return True
+    return False
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_name_with_dots_and_every_file_of_ours_is_there(page: Path) -> None:
+    groups = {f"fedpeft.{group}" for group in GROUPS}
+    for code in code_of(page):
+        for name in re.findall(r"(?<![\w./-])fedpeft(?:\.[a-zA-Z_]\w*)+", code):
+            assert name in groups or name.rpartition(".")[2] in SUFFIXES or resolves(name), f"{page.name}: {name}"
+        for name in re.findall(r"(?<![\w./-])(?:fedpeft|strategies|clients|simulations|tests)/[\w/.-]*\w", code):
+            assert (ROOT / name).exists(), f"{page.name}: {name}"
+
+
+def test_what_the_changelog_says_that_names_became_is_there() -> None:
+    moved = re.findall(r"^\| `([^`]+)` \| `(fedpeft[\w.]*)` \|$", text_of(ROOT / "CHANGELOG.md"), re.MULTILINE)
+    assert len(moved) > 10
+    for before, now in moved:
+        assert resolves(now), f"{before} is not now {now}"
+        assert not resolves(before), f"{before} is there still"
 
 
 @pytest.mark.parametrize("name", ["docs/extend.md", "CONTRIBUTING.md"])

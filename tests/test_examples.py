@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from fedpeft.adapters.kinds import KINDS
 from fedpeft.strategies import STRATEGIES
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -21,6 +22,7 @@ SCRIPTS = {
     "first_run": "round 4: accuracy 0.",
     "own_csv": "3 sites, accuracy ",
     "own_strategy": "one-vote: accuracy 0.",
+    "own_adapter_kind": "and averaging it is exact: True",
     "private_run": "guarantee: False\nOver all rounds, each row is protected with epsilon = 2.99",
 }
 NOTEBOOKS = {"compare_methods": "lora-fair", "load_the_adapter": "of 200 rows right"}
@@ -43,7 +45,9 @@ def test_a_script_prints_what_it_is_about(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(STRATEGIES, "one-vote", STRATEGIES["fedit"])  # so that the example's own method leaves with it
+    # so that the examples' own method and kind leave with them
+    monkeypatch.setitem(STRATEGIES, "one-vote", STRATEGIES["fedit"])
+    monkeypatch.setitem(KINDS.ours, "ffa-rslora", KINDS.ours["lora"])
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
     assert SCRIPTS[name] in capsys.readouterr().out
     assert any((tmp_path / "runs").iterdir())
