@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from flwr.app import Message
 
-from fedpeft.adapters.state import AdapterState, ClientUpdate
+from fedpeft.adapters.state import ClientUpdate
 from fedpeft.errors import ConfigError
 
 
@@ -70,9 +70,6 @@ class RoundReport:
         if not losses or any(loss is None for loss, _ in losses):
             return None
         return sum(loss * rows for loss, rows in losses if loss is not None) / sum(rows for _, rows in losses)
-
-
-Observer = Callable[[RoundReport, AdapterState], None]
 
 
 def client_order(client_id: str) -> tuple[bool, int, str]:
