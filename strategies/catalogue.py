@@ -9,6 +9,11 @@ from fedpeft.config.template import keys_of
 from fedpeft.strategies.base import AdapterStrategy
 
 Facts = dict[str, Any]
+CAPABILITIES = (
+    *("paper", "sends", "exact", "needs_single_factors", "trains", "personal", "head", "mixed_ranks"),
+    *("changes_base", "kinds"),
+)
+OF_OPTIONS = ("name", "default", "required", "allowed", "description")
 
 
 def catalogue(methods: Mapping[str, type[AdapterStrategy]]) -> list[Facts]:
@@ -19,33 +24,10 @@ def catalogue(methods: Mapping[str, type[AdapterStrategy]]) -> list[Facts]:
     methods : mapping of str to type
         By name, such as `fedpeft.strategies.available` returns them.
     """
-    return [
-        {
-            "name": name,
-            "paper": method.capabilities.paper,
-            "sends": method.capabilities.sends,
-            "exact": method.capabilities.exact,
-            "needs_single_factors": method.capabilities.needs_single_factors,
-            "trains": method.capabilities.trains,
-            "personal": sorted(method.capabilities.personal),
-            "head": method.capabilities.head,
-            "mixed_ranks": method.capabilities.mixed_ranks,
-            "changes_base": method.capabilities.changes_base,
-            "kinds": sorted(method.capabilities.kinds),
-            "options": _options(method),
-        }
-        for name, method in methods.items()
-    ]
-
-
-def _options(method: type[AdapterStrategy]) -> list[Facts]:
-    return [
-        {
-            "name": option.name,
-            "default": option.default,
-            "required": option.required,
-            "allowed": option.allowed,
-            "description": option.description,
-        }
-        for option in keys_of(method.Options)
-    ]
+    described = []
+    for name, method in methods.items():
+        facts = {key: getattr(method.capabilities, key) for key in CAPABILITIES}
+        facts |= {key: sorted(value) for key, value in facts.items() if isinstance(value, frozenset)}
+        options = [{key: getattr(option, key) for key in OF_OPTIONS} for option in keys_of(method.Options)]
+        described.append({"name": name, **facts, "options": options})
+    return described

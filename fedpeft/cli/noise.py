@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from fedpeft.config.privacy import Accountant
+    from fedpeft.privacy.accounting import Charge, Spent
 
 Delta = Annotated[float, typer.Option(help="Of the guarantee; keep it below 1 / number of records.")]
 AccountantName = Annotated[
@@ -106,14 +107,15 @@ def noise(
 
     chosen = cast("Accountant", accountant)  # which is checked there
     multiplier = calibrate(epsilon, delta, rate, steps, chosen)
-    cost = spent([Charge(multiplier, rate, steps)], delta, chosen)
+    charge = Charge(multiplier, rate, steps)
+    cost = spent([charge], delta, chosen)
     if examples is not None and delta * examples >= 1:
         print(
             f"warning: delta {delta:g} is no less than 1 / {examples} rows, so one row may be given away whole; "
             f"give --delta below 1/{examples}.",
             file=sys.stderr,
         )
-    _show_cost(multiplier, cost.epsilon, delta, cost.accountant, rate, steps, json_lines)
+    _show_cost(charge, cost, delta, json_lines)
 
 
 def epsilon_command(
@@ -133,25 +135,17 @@ def epsilon_command(
 
     charge = Charge(noise_multiplier, sample_rate, steps)
     cost = spent([charge], delta, cast("Accountant", accountant))
-    _show_cost(noise_multiplier, cost.epsilon, delta, cost.accountant, sample_rate, steps, json_lines)
+    _show_cost(charge, cost, delta, json_lines)
 
 
-def _show_cost(
-    noise_multiplier: float,
-    epsilon: float,
-    delta: float,
-    accountant: str,
-    sample_rate: float,
-    steps: int,
-    json_lines: bool,
-) -> None:
+def _show_cost(charge: Charge, cost: Spent, delta: float, json_lines: bool) -> None:
     facts = {
-        "noise_multiplier": noise_multiplier,
-        "epsilon": epsilon if math.isfinite(epsilon) else None,  # infinity is no JSON
+        "noise_multiplier": charge.noise_multiplier,
+        "epsilon": cost.epsilon if math.isfinite(cost.epsilon) else None,  # infinity is no JSON
         "delta": delta,
-        "accountant": accountant,
-        "sample_rate": sample_rate,
-        "steps": steps,
+        "accountant": cost.accountant,
+        "sample_rate": charge.sample_rate,
+        "steps": charge.steps,
     }
     show(facts, _cost_table, json_lines)
 

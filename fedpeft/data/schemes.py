@@ -58,16 +58,13 @@ def divide(config: RunConfig, scheme: str, count: int, rows: int, labels: Rows |
     from flwr_datasets import partitioner as flower
 
     order = generator(seed, "order").permutation(rows)  # Flower's schemes take rows as they come
-    settings = config.partition
-    if scheme == "dirichlet":
+    if scheme in BY_LABEL:
         assert labels is not None
-        return [order[part] for part in _dirichlet(config, count, labels[order], seed)]
-    if scheme == "pathological":
-        assert labels is not None
-        return [order[part] for part in _pathological(config, count, labels[order], seed)]
-    if scheme == "shard":
-        assert labels is not None
-        return _shard(settings.shards_per_client, count, order[np.argsort(labels[order], kind="stable")], seed)
+        if scheme == "shard":
+            by_label = order[np.argsort(labels[order], kind="stable")]
+            return _shard(config.partition.shards_per_client, count, by_label, seed)
+        deal = {"dirichlet": _dirichlet, "pathological": _pathological}[scheme]
+        return [order[part] for part in deal(config, count, labels[order], seed)]
     sized: dict[str, Callable[[], Any]] = {
         "iid": lambda: flower.IidPartitioner(num_partitions=count),
         "linear": lambda: flower.LinearPartitioner(num_partitions=count),

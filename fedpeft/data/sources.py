@@ -20,24 +20,14 @@ from fedpeft.data.columns import Column
 from fedpeft.data.formats import FORMATS
 from fedpeft.data.formats.cells import is_text, not_read, stored, text_or_number
 from fedpeft.data.labels import column_codes, label_ids
-from fedpeft.data.locations import Location, locate, places, test_place
+from fedpeft.data.locations import Location as Location
+from fedpeft.data.locations import locate as locate
+from fedpeft.data.locations import places as places
+from fedpeft.data.locations import test_place as test_place
 from fedpeft.data.readers import read
 from fedpeft.errors import DataError
 from fedpeft.places import Place, Wanted, files_in, refuse_missing, unreadable
 from fedpeft.seeds import generator
-
-__all__ = [
-    "Location",
-    "Table",
-    "digest",
-    "hold_out",
-    "linked_files",
-    "locate",
-    "places",
-    "read_rows",
-    "test_place",
-    "wanted_columns",
-]
 
 
 @dataclass(frozen=True)

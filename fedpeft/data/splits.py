@@ -87,24 +87,20 @@ class EncodedSplit:
     notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
-        return len(self._index)
+        return len(self.indices_stored)
 
     @cached_property
-    def _index(self) -> NDArray[np.int64]:
+    def indices_stored(self) -> NDArray[np.int64]:
+        """Which of the stored rows these are, shape ``(n,)``."""
         if self.rows is not None:
             return self.rows
         stored = len(self.tensors["pixels"]) if "pixels" in self.tensors else len(self.tensors["offsets"]) - 1
         return np.arange(stored, dtype=np.int64)
 
-    @property
-    def indices_stored(self) -> NDArray[np.int64]:
-        """Which of the stored rows these are, shape ``(n,)``."""
-        return self._index
-
     @cached_property
     def labels(self) -> Tensor | None:
         """Label ids, shape ``(n,)``, int64; None where rows have none."""
-        return self.tensors["labels"][torch.from_numpy(self._index)] if "labels" in self.tensors else None
+        return self.tensors["labels"][torch.from_numpy(self.indices_stored)] if "labels" in self.tensors else None
 
     @cached_property
     def domains(self) -> tuple[str, ...] | None:
@@ -120,14 +116,14 @@ class EncodedSplit:
         if column not in self.tensors:
             return None
         names = self.names[column]
-        return tuple(names[code] for code in self.tensors[column].numpy()[self._index])
+        return tuple(names[code] for code in self.tensors[column].numpy()[self.indices_stored])
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each row, shape ``(n,)``; ones for images."""
         if "offsets" not in self.tensors:
             return np.ones(len(self), dtype=np.int64)
-        lengths: NDArray[np.int64] = np.diff(self.tensors["offsets"].numpy())[self._index]
+        lengths: NDArray[np.int64] = np.diff(self.tensors["offsets"].numpy())[self.indices_stored]
         return lengths
 
     @property
@@ -137,7 +133,7 @@ class EncodedSplit:
 
     def take(self, indices: Sequence[int] | NDArray[np.integer[Any]]) -> EncodedSplit:
         """Return some of the rows, without copying what is stored."""
-        return replace(self, rows=self._index[np.asarray(indices, dtype=np.int64)])
+        return replace(self, rows=self.indices_stored[np.asarray(indices, dtype=np.int64)])
 
     def append(self, more: Mapping[str, Tensor]) -> EncodedSplit:
         """Return these rows with others behind them.
@@ -156,7 +152,7 @@ class EncodedSplit:
             before = self.tensors.get("more_pixels", self.tensors["pixels"][:0])
             tensors |= {"pixels": self.tensors["pixels"], "more_pixels": torch.cat([before, more["pixels"]])}
             stored, count = len(self.tensors["pixels"]) + len(before), len(more["pixels"])
-        return replace(self, tensors=tensors, rows=np.concatenate([self._index, stored + np.arange(count)]))
+        return replace(self, tensors=tensors, rows=np.concatenate([self.indices_stored, stored + np.arange(count)]))
 
     def batch(self, indices: Sequence[int] | NDArray[np.integer[Any]]) -> dict[str, Tensor]:
         """Return a model's inputs for some rows.
@@ -174,7 +170,7 @@ class EncodedSplit:
             ``(b, C, H, W)``, float32. ``labels``: ``(b,)``, ids or numbers, or for prompts ``(b, t)``, the tokens with
             -100 on prompt and padding.
         """
-        index = torch.from_numpy(self._index[np.asarray(indices, dtype=np.int64)])  # (b,)
+        index = torch.from_numpy(self.indices_stored[np.asarray(indices, dtype=np.int64)])  # (b,)
         inputs = self._pixels(index) if "pixels" in self.tensors else self._texts(index)
         for name in ("labels", "targets"):
             if name in self.tensors:

@@ -16,7 +16,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,12 +28,10 @@ from fedpeft.data.partition import Partition
 from fedpeft.data.splits import EncodedSplit
 from fedpeft.errors import ConfigError
 from fedpeft.jsons import strict_json
+from fedpeft.resident import Resident
 from fedpeft.runs import CANARIES
 from fedpeft.seeds import generator
 from fedpeft.training.evaluation import score
-
-if TYPE_CHECKING:
-    from fedpeft.resident import Resident
 
 TRIES = 1000  # draws of another completion, before all are taken to be alike
 

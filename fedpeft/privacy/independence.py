@@ -34,7 +34,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import datasets
 import numpy as np
@@ -50,12 +50,10 @@ from fedpeft.data.tokens import load_tokenizer
 from fedpeft.errors import PrivacyError
 from fedpeft.models import torch_seed
 from fedpeft.privacy.dp_sgd import RowEngine, advice, layer_of
+from fedpeft.resident import Resident
 from fedpeft.seeds import derive_seed, generator
 from fedpeft.tasks.encoding import encode_table
 from fedpeft.training.local import training_mode
-
-if TYPE_CHECKING:
-    from fedpeft.resident import Resident
 
 # relative to the norm of a row's gradient of one tensor, by train.precision
 EXACT = {"fp32": 1e-5, "bf16": 1e-2}

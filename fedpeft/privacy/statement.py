@@ -214,7 +214,7 @@ def paragraph(facts: Mapping[str, Any]) -> str:
         f"Against: {facts['adversary']}.",
         f"Mechanism: {facts['mechanism']}.",
         f"Sampling: {facts['sampling']}.",
-        f"Accountant: {_accountants(facts)}, composed over every step that was charged, repeats included.",
+        f"Accountant: {accountants(facts)}, composed over every step that was charged, repeats included.",
         f"Public: {', '.join(facts['public'])}.",
         f"Assumed: Gaussians in floating point are as good as real ones, {level.assumed}and the clients run this code.",
         *(f"Warning: {warning}." for warning in facts["warnings"]),
@@ -234,10 +234,11 @@ def _found(facts: Mapping[str, Any], wrong: float = 0.01) -> str:
     return f"{math.ceil(1000 * min(right, 1.0) - 1e-9) / 10:g}"
 
 
-def _accountants(facts: Mapping[str, Any]) -> str:
+def accountants(facts: Mapping[str, Any]) -> str:
     """Name who computed the numbers: RDP where PRV overflows, the exact formula where all take part in every step."""
-    names = {"gaussian": "the analytic Gaussian"}
-    return " and ".join(names.get(name, name.upper()) for name in facts["computed_by"] or [facts["accountant"]])
+    computed = facts.get("computed_by") or [facts["accountant"]]
+    names = [computed] if isinstance(computed, str) else computed
+    return " and ".join("the analytic Gaussian" if name == "gaussian" else str(name).upper() for name in names)
 
 
 def read_statement(run: Path) -> Facts | None:

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from fedpeft.formats import NONE, duration, number, one_line, size
-from fedpeft.report.layout import cell, new_table
+from fedpeft.report.layout import cell, markdown_table, new_table, with_spread
 from fedpeft.report.privacy import epsilon
 
 OF_TOTAL = "of total"
@@ -24,7 +24,7 @@ def _columns(facts: Mapping[str, Any]) -> dict[str, list[str]]:
             row["method"] if row["runs"] == wanted else f"{row['method']} ({row['runs']} of {wanted} runs)"
             for row in rows
         ],
-        facts["metric"]: [_with_spread(row) for row in rows],
+        facts["metric"]: [with_spread(row) for row in rows],
         "epsilon": [epsilon(row["epsilon"]) for row in rows],
         "own rows": [number(row["own_rows"]) for row in rows],
         "worst domain": [number(row["worst_domain"]) for row in rows],
@@ -34,10 +34,6 @@ def _columns(facts: Mapping[str, Any]) -> dict[str, list[str]]:
         "time": [duration(row["seconds"]) for row in rows],
     }
     return {name: cells for name, cells in columns.items() if name == "method" or set(cells) != {NONE}}
-
-
-def _with_spread(row: Mapping[str, Any]) -> str:
-    return number(row["score"]) + ("" if row["spread"] is None else f" ± {row['spread']:.4f}")
 
 
 def comparison_table(facts: Mapping[str, Any]) -> RenderableType:
@@ -64,8 +60,7 @@ def comparison_markdown(facts: Mapping[str, Any]) -> str:
     """Write the same table as Markdown."""
     columns = _columns(facts)
     lines = [list(columns), ["---", *["---:"] * (len(columns) - 1)], *_across(columns)]
-    table = "\n".join("| " + " | ".join(one_line(each).replace("|", "\\|") for each in line) + " |" for line in lines)
-    return "\n\n".join([table, *facts["notes"]]) + "\n"
+    return "\n\n".join([markdown_table(lines), *facts["notes"]]) + "\n"
 
 
 def _across(columns: Mapping[str, Sequence[str]]) -> Iterable[list[str]]:

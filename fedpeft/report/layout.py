@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Literal
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from fedpeft.formats import NONE, one_line
+from fedpeft.formats import NONE, number, one_line
 
 
 def new_table(*headers: str, right: Iterable[str] = (), whole: Iterable[str] = (), header: bool = True) -> Table:
@@ -39,6 +39,16 @@ def pairs(facts: Iterable[tuple[str, object]]) -> Table:
     for name, value in facts:
         table.add_row(Text(f"{name} ", "bold"), cell(value))
     return table
+
+
+def markdown_table(lines: Iterable[Iterable[str]]) -> str:
+    """Write cells as a table of Markdown, the line of dashes among them."""
+    return "\n".join("| " + " | ".join(one_line(each).replace("|", "\\|") for each in line) + " |" for line in lines)
+
+
+def with_spread(facts: Mapping[str, Any]) -> str:
+    """Return a mean score, and its spread over seeds where there are several."""
+    return number(facts["score"]) + ("" if facts["spread"] is None else f" ± {facts['spread']:.4f}")
 
 
 def as_typed(value: object) -> str:

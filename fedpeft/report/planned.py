@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from fedpeft.config import AdapterConfig, RunConfig
 from fedpeft.formats import NONE, size
 from fedpeft.privacy.levels import level_of
 from fedpeft.report.holdings import rows_summary
 from fedpeft.report.layout import as_typed, cell, new_table, pairs
 from fedpeft.report.privacy import planned_rows
-
-if TYPE_CHECKING:
-    from fedpeft.config import AdapterConfig, RunConfig
 
 HEADS = {
     "shared": "averaged over the clients, as the adapter is",

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from fedpeft.config import RunConfig
+from fedpeft.config.privacy import PrivacyConfig
 from fedpeft.formats import NONE, finite, one_line
 from fedpeft.privacy.levels import find_level
+from fedpeft.privacy.statement import accountants
 from fedpeft.report.layout import cell, new_table, pairs
 from fedpeft.rounding import as_given, upwards
 
-if TYPE_CHECKING:
-    from fedpeft.config import RunConfig
-    from fedpeft.config.privacy import PrivacyConfig
-
 Facts = Mapping[str, Any]
 LONGEST = 10_000  # characters of a statement
-ANALYTIC = "the analytic Gaussian"  # where everybody takes part in every step
 EVERYONE = "all clients"  # of whom a client-level run keeps one account
 
 
@@ -53,13 +51,6 @@ def claim(facts: Facts, privacy: PrivacyConfig) -> str:
         return f"no epsilon can be stated; {guarantee(facts, privacy)}"
     spent = f"epsilon {epsilon(facts['epsilon_max'])} at delta {privacy.delta:g} ({privacy.level})"
     return spent if facts.get("guarantee") else f"{spent}, {guarantee(facts, privacy)}"
-
-
-def accountants(facts: Facts) -> str:
-    """Name who computed a statement's epsilon: mostly, but not always, the accountant that was asked for."""
-    computed = facts.get("computed_by") or [facts["accountant"]]
-    names = [computed] if isinstance(computed, str) else computed
-    return " and ".join(ANALYTIC if name == "gaussian" else str(name).upper() for name in names)
 
 
 def span(values: Sequence[float], digits: str = ".4g") -> str:

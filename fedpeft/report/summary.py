@@ -6,19 +6,16 @@ import shlex
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.text import Text
 
 from fedpeft import tasks
+from fedpeft.config import RunConfig
 from fedpeft.formats import duration, number, one_line, size
 from fedpeft.report.console import RunConsole
 from fedpeft.report.privacy import claim
 from fedpeft.runs import Event
 from fedpeft.runs.history import History, domain_scores, worst
-
-if TYPE_CHECKING:
-    from fedpeft.config import RunConfig
 
 PARAGRAPH_WIDTH = 100  # at most, of a statement
 

@@ -14,8 +14,8 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from fedpeft.formats import NONE, finite, number, one_line
-from fedpeft.report.layout import cell, new_table
+from fedpeft.formats import NONE, finite, one_line
+from fedpeft.report.layout import cell, markdown_table, new_table, with_spread
 from fedpeft.report.plots import LIGHT, Theme, bounded, draw_line, place_legend, render_figure, scale_axis, short_label
 from fedpeft.report.privacy import epsilon
 from fedpeft.rounding import as_given
@@ -52,8 +52,7 @@ def sweep_markdown(facts: Mapping[str, Any]) -> str:
         points = _by_budget(line, facts["budgets"])
         cells = [", ".join(_words(point, len(facts["seeds"]))) for point in points]
         lines.append([line["adapter"] or NONE, line["strategy"], *cells])
-    table = "\n".join("| " + " | ".join(one_line(each).replace("|", "\\|") for each in line) + " |" for line in lines)
-    return "\n\n".join([f"Test {facts['metric']}:", table, *facts["notes"]]) + "\n"
+    return "\n\n".join([f"Test {facts['metric']}:", markdown_table(lines), *facts["notes"]]) + "\n"
 
 
 def _head(budget: float | None) -> str:
@@ -74,7 +73,7 @@ def _words(point: Facts | None, wanted: int) -> list[str]:
     """Return a score, the epsilon that goes with it, and how many runs they are of if not of all."""
     if point is None or not point["runs"]:
         return [NONE]
-    words = [number(point["score"]) + ("" if point["spread"] is None else f" ± {point['spread']:.4f}")]
+    words = [with_spread(point)]
     if point["budget"] is not None:
         words.append(f"epsilon {epsilon(point['epsilon_max'])}")
     return words + ([f"{point['runs']} of {wanted} runs"] if point["runs"] < wanted else [])

@@ -11,8 +11,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from rich.console import Group, RenderableType
 from rich.live import Live
@@ -22,15 +21,13 @@ from rich.table import Table
 from rich.text import Text
 
 from fedpeft import tasks
+from fedpeft.config import RunConfig, cohort_size
 from fedpeft.formats import duration, finite, number, one_line, size
 from fedpeft.report.console import RunConsole, open_console
 from fedpeft.report.privacy import epsilon
 from fedpeft.report.summary import say_summary
 from fedpeft.runs import Event
 from fedpeft.runs.history import History
-
-if TYPE_CHECKING:
-    from fedpeft.config import RunConfig
 
 BAR_WIDTH = 36
 ETA_ROUNDS = 10  # the pace of this many recent rounds gives the ETA
@@ -124,9 +121,7 @@ class TerminalListener:
             self._live.start(refresh=True)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self._stop()
         if not self._finished and (self.history.rounds or self.history.evaluations):
             self._finish(None)
@@ -240,9 +235,8 @@ class TerminalListener:
 
     def _epsilon(self, round_event: Event) -> str:
         """Return what was spent so far in words; nothing where none can be stated."""
-        if (spent := finite(round_event.get("epsilon_max"))) is None:
-            return ""
-        return f"epsilon {epsilon(spent)}"
+        spent = finite(round_event.get("epsilon_max"))
+        return "" if spent is None else f"epsilon {epsilon(spent)}"
 
     # --- the bar -------------------------------------------------------------------------------------------------
 
@@ -254,8 +248,7 @@ class TerminalListener:
         federation = self.config.federation
         if federation.clients is None:
             return None
-        drawn = max(1, federation.min_clients, round(federation.fraction * federation.clients))
-        return min(federation.clients, drawn)
+        return cohort_size(federation.clients, federation.fraction, federation.min_clients)
 
     def _new_status(self) -> _Moment:
         history = self.history

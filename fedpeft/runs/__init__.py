@@ -2,38 +2,18 @@
 
 from __future__ import annotations
 
-from fedpeft.runs.directory import (
-    ADAPTER,
-    CANARIES,
-    CONFIG_FILE,
-    ENVIRONMENT_FILE,
-    EVENTS_FILE,
-    Event,
-    Listener,
-    RunDirectory,
-    check_vacant,
-    default_directory,
-    folder_name,
-    read_config,
-    read_events,
-    read_object,
-)
-from fedpeft.runs.machine import environment
-
-__all__ = [
-    "ADAPTER",
-    "CANARIES",
-    "CONFIG_FILE",
-    "ENVIRONMENT_FILE",
-    "EVENTS_FILE",
-    "Event",
-    "Listener",
-    "RunDirectory",
-    "check_vacant",
-    "default_directory",
-    "environment",
-    "folder_name",
-    "read_config",
-    "read_events",
-    "read_object",
-]
+from fedpeft.runs.directory import ADAPTER as ADAPTER
+from fedpeft.runs.directory import CANARIES as CANARIES
+from fedpeft.runs.directory import CONFIG_FILE as CONFIG_FILE
+from fedpeft.runs.directory import ENVIRONMENT_FILE as ENVIRONMENT_FILE
+from fedpeft.runs.directory import EVENTS_FILE as EVENTS_FILE
+from fedpeft.runs.directory import Event as Event
+from fedpeft.runs.directory import Listener as Listener
+from fedpeft.runs.directory import RunDirectory as RunDirectory
+from fedpeft.runs.directory import check_vacant as check_vacant
+from fedpeft.runs.directory import default_directory as default_directory
+from fedpeft.runs.directory import folder_name as folder_name
+from fedpeft.runs.directory import read_config as read_config
+from fedpeft.runs.directory import read_events as read_events
+from fedpeft.runs.directory import read_object as read_object
+from fedpeft.runs.machine import environment as environment

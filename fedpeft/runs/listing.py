@@ -5,17 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fedpeft import tasks
+from fedpeft.config import RunConfig
 from fedpeft.errors import FedpeftError, RunDirectoryError
 from fedpeft.formats import finite, one_line
 from fedpeft.presets import PREFIX, is_preset
 from fedpeft.runs.directory import CONFIG_FILE, EVENTS_FILE, read_config
 from fedpeft.runs.history import History
-
-if TYPE_CHECKING:
-    from fedpeft.config import RunConfig
 
 Facts = dict[str, Any]
 ABANDONED_SECONDS = 3600.0  # at least this long without an event, and a run without an end is no longer called running

@@ -147,6 +147,15 @@ class SimulationGrid(Grid):
         self._pushed: dict[str, Message] = {}
         speak_for(self._run.run_id, SERVER_NODE_ID)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End what clients work in, where that is something besides this process."""
+
     def set_run(self, run: Run) -> None:
         """Set the run that messages belong to; number 1 if this is never called."""
         self._run = run

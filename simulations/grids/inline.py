@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterator, Mapping
-from types import TracebackType
-from typing import Self
 
 from flwr.app import ArrayRecord, Context, Message, RecordDict
 from flwr.app.message import make_message
@@ -40,14 +38,6 @@ class InlineGrid(SimulationGrid):
         self._app = load_app(app) if isinstance(app, str) else app
         self._threads = threads
         self._shared = SharedRecords()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        pass
 
     def _exchange(self, messages: Iterator[Message], timeout: float | None) -> Iterator[Message]:
         deadline = None if timeout is None else time.monotonic() + timeout

@@ -8,8 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import ray
 from flwr.app import ArrayRecord, Context, Error, Message, RecordDict
@@ -188,26 +187,14 @@ class RayGrid(SimulationGrid):
         if workers < 1 or threads_per_worker < 1:
             raise ValueError(f"workers = {workers} and threads_per_worker = {threads_per_worker} must be at least 1")
         self.on_worker_death: Callable[[int, int], None] | None = None
-        self._app = app
-        self._workers = workers
-        self._threads = threads_per_worker
-        self._gpus = gpus_per_worker
-        self._store_bytes = store_bytes
-        self._verbose = verbose
+        self._app, self._store_bytes, self._verbose = app, store_bytes, verbose
+        self._workers, self._threads, self._gpus = workers, threads_per_worker, gpus_per_worker
         self._refs: Newest[ObjectRef] = Newest(4)
         self._dispatcher: Dispatcher[Message, ParcelledAnswer] | None = None
         self._failure: BaseException | None = None
         self._up = threading.Event()
         self._leaving = threading.Event()
         self._thread: threading.Thread | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def start(self) -> None:
         """Begin to start Ray and the workers, and return at once; what fails is raised at first use."""

@@ -27,7 +27,7 @@ from fedpeft.strategies.averaging.private_mean import PrivateMean
 from fedpeft.strategies.rounds.answers import Answers, known_clients
 from fedpeft.strategies.rounds.exchange import Exchange
 from fedpeft.strategies.rounds.method import Method
-from fedpeft.strategies.rounds.outgoing import Outgoing, Terms
+from fedpeft.strategies.rounds.outgoing import Outgoing
 from fedpeft.strategies.rounds.ranks import Ranks, cut
 from fedpeft.strategies.rounds.report import Fault, RoundReport, client_order, require_enough
 from fedpeft.strategies.rounds.updates import RefusedUpdateError, read_update
@@ -82,10 +82,7 @@ class Loop:
         self.client_ids = dict(terms.client_ids)
         self._ranks = Ranks(terms.ranks, terms.scaling_at) if terms.ranks else None
         self._private = None if terms.client_privacy is None else PrivateMean(terms.client_privacy, terms.seed)
-        self._outgoing = Outgoing(
-            AdapterState.from_tensors(tensors, terms.scaling),
-            Terms(method.exchange, method.view, terms.scaling_at, method.client_settings, self._frozen),
-        )
+        self._outgoing = Outgoing(AdapterState.from_tensors(tensors, terms.scaling), method)
         self._sent: list[Message] = []
         self._started = 0.0
 

@@ -2,39 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
-
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
 from fedpeft.adapters.state import AdapterState
 from fedpeft.strategies.rounds.exchange import Deliveries, Exchange
+from fedpeft.strategies.rounds.method import Method
 from fedpeft.wire import NUM_ROUNDS, TrainOrder, to_record
-
-
-@dataclass(frozen=True)
-class Terms:
-    """What a method says of what it sends.
-
-    Parameters
-    ----------
-    exchange : callable
-        What a round trains, keeps and sends.
-    view : callable
-        The adapter as a client of a rank gets it, from the whole, the rank and its scaling.
-    scaling : callable
-        What a client of a rank multiplies its product with; rank 0 is the adapter's own.
-    settings : callable
-        What a client of a rank is told besides.
-    frozen : collection of str
-        Names that nobody trains.
-    """
-
-    exchange: Callable[[int], Exchange]
-    view: Callable[[AdapterState, int, float], AdapterState]
-    scaling: Callable[[int], float]
-    settings: Callable[[int], Mapping[str, float]]
-    frozen: Collection[str]
 
 
 class Outgoing:
@@ -44,12 +17,12 @@ class Outgoing:
     ----------
     state : AdapterState
         As the run begins with it.
-    terms : Terms
-        The method's.
+    method : Method
+        Says what a round sends, and to clients of which rank.
     """
 
-    def __init__(self, state: AdapterState, terms: Terms) -> None:
-        self._terms = terms
+    def __init__(self, state: AdapterState, method: Method) -> None:
+        self._method, self._terms = method, method.terms
         self._views = {0: state}  # what clients of a rank get; rank 0 is the whole
         self._held: dict[int, Deliveries] = {}  # by rank
         self._records: dict[int, ArrayRecord] = {}
@@ -93,7 +66,7 @@ class Outgoing:
     def view(self, rank: int) -> AdapterState:
         """Return the adapter as clients of a rank get it."""
         if rank not in self._views:
-            self._views[rank] = self._terms.view(self._views[0], rank, self._terms.scaling(rank))
+            self._views[rank] = self._method.view(self._views[0], rank, self._terms.scaling_at(rank))
         return self._views[rank]
 
     def delivered(self, client: str) -> None:
@@ -108,12 +81,12 @@ class Outgoing:
 
     @property
     def _exchange(self) -> Exchange:
-        return self._terms.exchange(self._round)
+        return self._method.exchange(self._round)
 
     def _held_by(self, rank: int) -> Deliveries:
         if rank not in self._held:
             tensors = self.view(rank).to_tensors()
-            self._held[rank] = Deliveries(tensors, self._terms.exchange(1), self._terms.frozen)
+            self._held[rank] = Deliveries(tensors, self._method.exchange(1), frozenset(self._terms.frozen))
         return self._held[rank]
 
     def _content_of(self, rank: int, names: frozenset[str]) -> RecordDict:
@@ -126,14 +99,14 @@ class Outgoing:
                 sent,
                 server_round=self._round,
                 num_rounds=int(self._config[NUM_ROUNDS]),  # type: ignore[arg-type]
-                scaling=self._terms.scaling(rank),
+                scaling=self._terms.scaling_at(rank),
                 held_hash=self._held_by(rank).held_hash(names, exchange),
                 rank=rank,
                 draw=exchange.draw,
                 trained=exchange.trained,
                 personal=exchange.personal,
                 kept=exchange.kept,
-                settings={**self._config, **self._terms.settings(rank)},
+                settings={**self._config, **self._method.client_settings(rank)},
             )
             self._contents[rank, names] = order.to_record()
         return self._contents[rank, names]

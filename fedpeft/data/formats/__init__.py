@@ -13,22 +13,10 @@ from fedpeft.data.formats.hub import HUB
 from fedpeft.data.formats.images import IMAGE_FOLDER
 from fedpeft.data.formats.json_rows import JSON
 from fedpeft.data.formats.parquet import PARQUET
-from fedpeft.data.formats.record import Format
+from fedpeft.data.formats.record import Format as Format
 from fedpeft.data.formats.saved import SAVED
 from fedpeft.places import TEST_PARTS, at, divided_name
 from fedpeft.registry import Registry
-
-__all__ = [
-    "FORMATS",
-    "PACKED",
-    "Format",
-    "by_suffix",
-    "file_format",
-    "folder_format",
-    "implied_columns",
-    "readable",
-    "tables_in",
-]
 
 FORMATS: Registry[Format] = Registry(
     "format of rows", "fedpeft.formats", (CSV, JSON, PARQUET, IMAGE_FOLDER, SAVED, HUB)

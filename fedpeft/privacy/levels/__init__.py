@@ -6,16 +6,12 @@ for this project's experts to sign.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from fedpeft.config.privacy import PrivacyConfig
 from fedpeft.errors import PrivacyError, nearest
 from fedpeft.privacy.levels.client import ClientLevel
 from fedpeft.privacy.levels.level import Level, Words
 from fedpeft.privacy.levels.none import NoLevel
 from fedpeft.privacy.levels.record import RecordLevel
-
-if TYPE_CHECKING:
-    from fedpeft.config.privacy import PrivacyConfig
 
 __all__ = ["LEVELS", "Level", "Words", "find_level", "level_of"]
 

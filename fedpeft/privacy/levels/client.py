@@ -5,7 +5,7 @@ The server is trusted: it sees single updates, and who took part.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from fedpeft.privacy.levels.level import Level, Words
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from fedpeft.config.privacy import PrivacyConfig
     from fedpeft.privacy.accounting import Charge
     from fedpeft.privacy.client_mechanism import ClientPrivacy
-    from fedpeft.resident import Resident
 
 ADJACENCY = {
     "poisson": "add or remove one client with all its rows; the number of clients is public",
@@ -25,7 +24,11 @@ ADAPTIVE = "adaptive: the norm follows a noised quantile of the updates' norms, 
 
 
 class ClientLevel(Level):
-    """Each client with all its rows, against everybody but the server."""
+    """Each client with all its rows, against everybody but the server.
+
+    It refuses nothing itself: whether a method can work on a noised sum is known where methods are, the server charges
+    each round before it begins, and an update is clipped whole, whatever it is of.
+    """
 
     name = "client"
     adversary = (
@@ -38,15 +41,6 @@ class ClientLevel(Level):
     def charge(self, config: RunConfig, num_examples: int) -> Charge:
         """Return what a round costs every client, whatever its rows."""
         return self.server_mechanism(config).charge(config.federation.fraction)
-
-    def check(self, config: RunConfig) -> None:
-        """Refuse nothing here: whether a method can work on a noised sum is known where methods are."""
-
-    def check_counts(self, config: RunConfig, counts: Iterable[int]) -> None:
-        """Refuse nothing: the server charges each round before it begins."""
-
-    def check_model(self, home: Resident) -> None:
-        """Refuse nothing: an update is clipped whole, whatever it is of."""
 
     def lists_clients(self, privacy: PrivacyConfig) -> bool:
         """All clients have spent the same."""

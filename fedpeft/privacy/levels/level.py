@@ -113,16 +113,13 @@ class Level(ABC):
             No noise meets the budget.
         """
 
-    @abstractmethod
-    def check(self, config: RunConfig) -> None:
+    def check(self, config: RunConfig) -> None:  # noqa: B027
         """Raise ConfigError for what the mechanism would not cover, or could not do."""
 
-    @abstractmethod
-    def check_counts(self, config: RunConfig, counts: Iterable[int]) -> None:
+    def check_counts(self, config: RunConfig, counts: Iterable[int]) -> None:  # noqa: B027
         """Raise PrivacyError where the budget allows no client of so many rows a single round."""
 
-    @abstractmethod
-    def check_model(self, home: Resident) -> None:
+    def check_model(self, home: Resident) -> None:  # noqa: B027
         """Raise PrivacyError unless the model can be trained so; before anything is charged or released."""
 
     # --- what may be told ----------------------------------------------------------------------------------------

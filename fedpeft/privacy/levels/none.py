@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from fedpeft.privacy.levels.level import Level, Words
@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from fedpeft.config import RunConfig
     from fedpeft.config.privacy import PrivacyConfig
     from fedpeft.privacy.accounting import Charge
-    from fedpeft.resident import Resident
 
 
 class NoLevel(Level):
@@ -26,15 +25,6 @@ class NoLevel(Level):
         from fedpeft.training.local import num_steps
 
         return Charge(0.0, 1.0, num_steps(config.train, num_examples))
-
-    def check(self, config: RunConfig) -> None:
-        """Refuse nothing."""
-
-    def check_counts(self, config: RunConfig, counts: Iterable[int]) -> None:
-        """Refuse nothing."""
-
-    def check_model(self, home: Resident) -> None:
-        """Refuse nothing."""
 
     def tells_metrics(self, privacy: PrivacyConfig) -> bool:
         """Tell all."""
