@@ -27,6 +27,7 @@ from fedpeft.strategies.rounds.loop import Evaluate, Loop
 from fedpeft.strategies.rounds.ranks import cut
 from fedpeft.strategies.rounds.terms import RunTerms
 from fedpeft.strategies.rounds.watchers import Watcher
+from fedpeft.wire import NUM_ROUNDS
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +56,8 @@ class AdapterStrategy(Strategy):
 
     def __init__(self, *, terms: RunTerms | None = None, **settings: Any) -> None:
         named = {key: settings.pop(key) for key in TERMS & settings.keys() - self.Options.model_fields.keys()}
-        self.terms = replace(terms or RunTerms(), **named)
+        given = {key: value for key, value in named.items() if value is not None}  # None is a term that is not given
+        self.terms = replace(terms or RunTerms(), **given)
         self.options = self.parse_options(settings)
         if self.terms.client_privacy is not None:
             require_sums(type(self), self.options, self.terms.ranks)
@@ -203,6 +205,10 @@ class AdapterStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Ask a round's cohort, for who holds the rounds by Flower's protocol instead of ``start``."""
+        if NUM_ROUNDS not in config:
+            raise ConfigError(
+                f"config lacks '{NUM_ROUNDS}', the rounds that there will be: clients' schedules go by it."
+            )
         if self.loop is None or server_round == 1:
             self.loop = Loop(self, grid, arrays)
         return self.loop.ask(server_round, arrays, config)

@@ -5,7 +5,6 @@ Simulation and deployment both come through `federate`; they differ in the grid 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -153,6 +152,9 @@ def federate(
     every, last = config.run.checkpoint_every, config.federation.rounds
     loop.watchers += [records, Checkpoints(directory, every, last, loop.memory, facts)]
     method.summary()
-    with contextlib.suppress(KeyboardInterrupt, TooFewClientsError, BudgetSpentError):  # the outcome says so
+    try:
         loop.run(last, evaluate=Scoring(config, home, personal, insight.personal))
+    except (KeyboardInterrupt, TooFewClientsError, BudgetSpentError):
+        if not records.is_closed:  # what came while the end was written is in no outcome
+            raise
     return records.outcome

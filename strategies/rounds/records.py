@@ -96,6 +96,7 @@ class Records(Watcher):
         self.journal, self.books, self.explain, self.withholds = journal, books, explain, withholds
         self.facts, self.protects_clients = method.capabilities, method.terms.client_privacy is not None
         self.outcome = Outcome(journal.directory.path)
+        self.is_closed = False  # once the end is on record
 
     def update_arrived(self, server_round: int, update: ClientUpdate) -> None:
         """Record a client's good update as it arrives."""
@@ -151,6 +152,7 @@ class Records(Watcher):
             outcome.reason = words.get(type(error), type(error).__name__)
         aside = {} if outcome.error is None else {"why": str(outcome.error)}
         self.journal.emit({"event": "end", "round": outcome.rounds, "reason": outcome.reason}, **aside)
+        self.is_closed = True
 
     def _faults(self, report: RoundReport) -> None:
         if self.withholds:  # for the operator's eyes, and who it was not even there: who took part is on no record

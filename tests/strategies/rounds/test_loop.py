@@ -11,6 +11,7 @@ from flwr.serverapp.strategy import Strategy
 
 from fedpeft.adapters.state import AdapterState, ClientUpdate, fingerprint
 from fedpeft.errors import ConfigError, TooFewClientsError
+from fedpeft.privacy.client_mechanism import ClientPrivacy
 from fedpeft.strategies import FedIt, Local, LoraFair, StrategyOptions
 from fedpeft.strategies.rounds.report import RoundReport
 from fedpeft.strategies.rounds.terms import RunTerms
@@ -123,10 +124,22 @@ def test_rounds_that_flowers_protocol_holds_are_those_of_start() -> None:
     assert fingerprint(to_tensors(arrays)) == fingerprint(to_tensors(started.arrays))
 
 
+def test_who_holds_the_rounds_must_say_how_many_there_will_be() -> None:
+    with pytest.raises(ConfigError, match="config lacks 'num-rounds'"):
+        FedIt(client_ids=ids(4)).configure_train(1, to_record(initial()), ConfigRecord(), FunctionGrid(clients()))
+
+
 def test_a_second_run_of_a_method_begins_a_loop_of_its_own() -> None:
     strategy = FedIt(client_ids=ids(2))
     one, two = (strategy.start(FunctionGrid(clients(2)), to_record(initial()), 2) for _ in range(2))
     assert fingerprint(to_tensors(one.arrays)) == fingerprint(to_tensors(two.arrays))
+
+
+def test_a_term_that_is_none_is_one_that_is_not_given() -> None:
+    method = FedIt(client_ids=None, offset=None, scaling_of=None, client_privacy=None, min_clients=2)
+    assert method.terms == RunTerms(min_clients=2)
+    client = RunTerms(client_privacy=ClientPrivacy(1.0))
+    assert FedIt(terms=client, client_privacy=None).terms == client
 
 
 def test_an_option_of_the_methods_own_is_not_taken_for_a_term_of_the_run() -> None:
