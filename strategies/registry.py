@@ -42,6 +42,7 @@ METHODS: Registry[type[AdapterStrategy]] = Registry(
         FedRotLora,
         Local,
     ],
+    base=AdapterStrategy,
 )
 STRATEGIES = METHODS.ours
 available = METHODS.all  # ours, and those that other packages add under the entry point group

@@ -97,8 +97,11 @@ def commented(config: RunConfig, options: BaseModel) -> str:
         lines = [f"# {textwrap.dedent(part.__doc__ or '').strip().splitlines()[0]}", f"[{section}]"]
         for each in parts:
             values = each.model_dump(mode="json")
-            for key in keys_of(type(each)):
-                lines += _entry(key, values[key.name], key.name in part.model_fields_set)
+            shown = [key for key in keys_of(type(each)) if key.name in values]  # an adapter lacks what its kind has not
+            for key in shown:
+                lines += _entry(key, values.pop(key.name), key.name in part.model_fields_set)
+            if each is part and len(parts) == 1:  # what is left are options that PEFT describes
+                lines += [f"{name} = {_toml(value)}" for name, value in values.items()]
         blocks.append("\n".join(lines) + "\n")
     return "\n".join(blocks)
 

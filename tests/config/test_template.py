@@ -16,6 +16,12 @@ WORDS = {
     "a method with options": {"strategy.name": "lora-lego", "strategy.rank": 4},
     "an adapter that the method chooses": {"strategy.name": "fed-sb"},
     "an optimizer with options": {"train.optimizer": "sgd", "train.momentum": 0.9},
+    "a kind without a rank, and its options": {
+        "strategy.name": "fedit",
+        "adapter.kind": "fourierft",
+        "adapter.n_frequency": 100,
+        "adapter.layers_to_transform": [0, 1],
+    },
     "lists and texts": {"adapter.targets": ["query", "value"], "data.labels": '"a, b", "c"', "data.text": "wörds"},
     "privacy": {"privacy.level": "record", "privacy.epsilon": 3.0},
 }

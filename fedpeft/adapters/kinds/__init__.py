@@ -11,7 +11,6 @@ from fedpeft.adapters.kinds.delora import DELORA
 from fedpeft.adapters.kinds.eva import EVA
 from fedpeft.adapters.kinds.ffa_lora import FFA_LORA
 from fedpeft.adapters.kinds.fourierft import FOURIERFT, WAVEFT
-from fedpeft.adapters.kinds.frod import FROD
 from fedpeft.adapters.kinds.glora import GLORA
 from fedpeft.adapters.kinds.gralora import GRALORA
 from fedpeft.adapters.kinds.hira import HIRA
@@ -68,7 +67,6 @@ KINDS: Registry[Kind] = Registry(
         PVERA,
         PSOFT,
         ADAMSS,
-        FROD,
         GLORA,
         PEANUT,
         OSF,

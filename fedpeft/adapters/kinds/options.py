@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, get_type_hints
 
@@ -73,6 +74,9 @@ def _read(name: str, value: Any, hint: Any) -> Option:
             break
         else:
             listed = list(read) if isinstance(read, list | tuple | set) else [read]
+            if any(isinstance(each, float) and not math.isfinite(each) for each in listed):
+                problem = "input should be a finite number"
+                break
             if all(isinstance(each, str | int | float | bool) for each in listed):
                 return listed if isinstance(read, list | tuple | set) else read
             break

@@ -7,6 +7,8 @@ REFUSED = {
     "xlora": "it gates LoRA adapters that were trained before, which PEFT loads from a folder of each site; use lora",
     "lily": "its layers share matrices through a router that looks at the inputs, so no update of a weight exists; use "
     "vblora",
+    "frod": "half of its basis are eigenvectors that PEFT computes anew wherever it loads, and they come out otherwise "
+    "with another number of threads: what a run saves would not be what it scored; use psoft",
     "shadow": "it runs a second network beside the model, and changes none of its layers; use lora",
     "mixed": "it is a container of several adapters and no kind of its own; name one of them",
     "trainable_tokens": "it trains rows of the model's own embeddings for tokens that were added, and a run adds none; "

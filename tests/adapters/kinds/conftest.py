@@ -12,7 +12,6 @@ SMALL: dict[str, dict[str, Any]] = {
     "unilora": {"theta_d_length": 64},
     "tinylora": {"u": 3},
     "adamss": {"num_subspaces": 2},
-    "frod": {"sparse_rate": 0.1},
     **dict.fromkeys(("prompt-tuning", "prefix-tuning", "p-tuning"), PROMPT),
     "c3a": {"block_size": 8},
     "fourierft": {"n_frequency": 30},

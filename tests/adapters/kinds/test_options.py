@@ -36,6 +36,11 @@ def test_lists_are_read_from_words_and_read_back() -> None:
         (["adapter.ranc=4"], "unknown key 'adapter.ranc'.*rank"),
         (["adapter.kind=vera", "adapter.d_inital=1"], "unknown key 'adapter.d_inital'.*d_initial"),
         (["adapter.kind=vera", "adapter.d_initial=much"], "adapter.d_initial = 'much': input should be a valid number"),
+        (["adapter.kind=fourierft", "adapter.scaling=nan"], "adapter.scaling = 'nan': input should be a finite number"),
+        (
+            ["adapter.kind=vera", "adapter.d_initial=-inf"],
+            "adapter.d_initial = '-inf': input should be a finite number",
+        ),
         (["adapter.lora_alpha=3"], "adapter.lora_alpha = '3': adapter.alpha decides it"),
         (["adapter.r=3"], "adapter.rank decides it"),
         (["adapter.target_modules=query"], "adapter.targets decides it"),
