@@ -341,7 +341,7 @@ EXAMPLES = frozenset(
         # what to use in place of what PEFT has and a run cannot train
         *(
             ("fedpeft/adapters/kinds/refused.py", "adapter kind", n)
-            for n in ("vblora", "prompt-tuning", "prefix-tuning")
+            for n in ("vblora", "psoft", "prompt-tuning", "prefix-tuning")
         ),
     }
 )

@@ -15,6 +15,7 @@ from fedpeft.errors import RunDirectoryError
 from fedpeft.privacy.accounting import Charge, Spent, spent
 from fedpeft.privacy.levels import Level, find_level, level_of
 from fedpeft.privacy.overlap import InTheClear
+from fedpeft.privacy.words import accountants
 from fedpeft.rounding import upwards
 
 PRIVACY = "privacy.json"  # in a run directory
@@ -232,13 +233,6 @@ def _found(facts: Mapping[str, Any], wrong: float = 0.01) -> str:
     epsilon, delta = facts["epsilon_max"], facts["delta"]
     right = min(math.exp(min(epsilon, 700.0)) * wrong + delta, 1 - math.exp(-epsilon) * (1 - delta - wrong))
     return f"{math.ceil(1000 * min(right, 1.0) - 1e-9) / 10:g}"
-
-
-def accountants(facts: Mapping[str, Any]) -> str:
-    """Name who computed the numbers: RDP where PRV overflows, the exact formula where all take part in every step."""
-    computed = facts.get("computed_by") or [facts["accountant"]]
-    names = [computed] if isinstance(computed, str) else computed
-    return " and ".join("the analytic Gaussian" if name == "gaussian" else str(name).upper() for name in names)
 
 
 def read_statement(run: Path) -> Facts | None:

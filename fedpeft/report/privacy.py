@@ -12,7 +12,7 @@ from fedpeft.config import RunConfig
 from fedpeft.config.privacy import PrivacyConfig
 from fedpeft.formats import NONE, finite, one_line
 from fedpeft.privacy.levels import find_level
-from fedpeft.privacy.statement import accountants
+from fedpeft.privacy.words import accountants
 from fedpeft.report.layout import cell, new_table, pairs
 from fedpeft.rounding import as_given, upwards
 

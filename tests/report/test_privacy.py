@@ -8,7 +8,8 @@ from collections.abc import Callable
 import pytest
 
 from fedpeft.config import RunConfig
-from fedpeft.privacy.statement import accountants, state
+from fedpeft.privacy.statement import state
+from fedpeft.privacy.words import accountants
 from fedpeft.report.privacy import caveats, claim, epsilon, span
 
 Config = Callable[..., RunConfig]
