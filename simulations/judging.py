@@ -10,7 +10,8 @@ from typing import Any
 
 from fedpeft import tasks
 from fedpeft.formats import finite
-from fedpeft.privacy.statement import accountants, read_statement
+from fedpeft.privacy.statement import read_statement
+from fedpeft.privacy.words import accountants
 from fedpeft.runs import read_config
 from fedpeft.runs.history import ERRORS, History, domain_scores, worst
 from fedpeft.simulations.jobs import CENTRALIZED, Job, bounds
