@@ -1,6 +1,6 @@
-"""PEANuT: an update that a small network makes of W itself, W f(A) B (Y. Zhong et al., arXiv 2410.01870).
+"""PEANuT: an update that a small network makes of W itself, act(W^T A) B (Y. Zhong et al., arXiv 2410.01870).
 
-f are layers with a non-linearity between them, ``adapter.depth`` more than none; linear in B alone.
+Between them stand layers with a non-linearity each, ``adapter.depth`` more than none; linear in B alone.
 """
 
 from __future__ import annotations
