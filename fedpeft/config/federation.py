@@ -54,4 +54,5 @@ class RunSection(Section):
     evaluate_clients: bool = Field(False, description="also score each client's share of the test rows")
     evaluate_batch_size: int = Field(64, ge=1, description="rows a batch in evaluation")
     aggregation_error: bool = Field(True, description="measure how far the sent adapter is from the mean of updates")
-    checkpoint_every: int = Field(5, ge=1, description="rounds between checkpoints; the newest two are kept")
+    checkpoint_every: int = Field(1, ge=1, description="rounds between checkpoints, from which a run can be resumed")
+    keep_checkpoints: int = Field(2, ge=1, description="how many of the newest checkpoints are kept")

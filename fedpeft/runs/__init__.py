@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from fedpeft.runs.checkpoints import EVENTS as EVENTS
+from fedpeft.runs.checkpoints import Checkpoint as Checkpoint
+from fedpeft.runs.checkpoints import checkpoint_rounds as checkpoint_rounds
+from fedpeft.runs.checkpoints import read_checkpoint as read_checkpoint
+from fedpeft.runs.checkpoints import resumable_round as resumable_round
 from fedpeft.runs.directory import ADAPTER as ADAPTER
 from fedpeft.runs.directory import CANARIES as CANARIES
 from fedpeft.runs.directory import CONFIG_FILE as CONFIG_FILE
@@ -16,4 +21,5 @@ from fedpeft.runs.directory import folder_name as folder_name
 from fedpeft.runs.directory import read_config as read_config
 from fedpeft.runs.directory import read_events as read_events
 from fedpeft.runs.directory import read_object as read_object
+from fedpeft.runs.lock import RunLock as RunLock
 from fedpeft.runs.machine import environment as environment
