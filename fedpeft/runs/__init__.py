@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fedpeft.runs.directory import ADAPTER as ADAPTER
 from fedpeft.runs.directory import CANARIES as CANARIES
+from fedpeft.runs.directory import CLIENTS as CLIENTS
 from fedpeft.runs.directory import CONFIG_FILE as CONFIG_FILE
 from fedpeft.runs.directory import ENVIRONMENT_FILE as ENVIRONMENT_FILE
 from fedpeft.runs.directory import EVENTS_FILE as EVENTS_FILE

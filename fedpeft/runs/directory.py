@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CONFIG_FILE, ENVIRONMENT_FILE, EVENTS_FILE = "config.toml", "environment.json", "metrics.jsonl"
-ADAPTER, CHECKPOINTS = "adapter", "checkpoints"
+ADAPTER, CHECKPOINTS, CLIENTS = "adapter", "checkpoints", "clients"  # folders
 CANARIES = "canaries.json"  # planted rows, their coins and their scores
 KEPT_CHECKPOINTS = 2
 
