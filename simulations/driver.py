@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from flwr.app import Context, RecordDict
-from torch import Tensor
-
 from fedpeft.clients.app import OWN_PERSONAL, TRUST_REMOTE_CODE
 from fedpeft.clients.rows import client_rows
 from fedpeft.config import RunConfig, cohort_size
@@ -16,8 +13,9 @@ from fedpeft.privacy.books import Books
 from fedpeft.privacy.levels import level_of
 from fedpeft.privacy.rows import check_rows
 from fedpeft.resident import Resident, resident
-from fedpeft.runs import Listener, RunDirectory
+from fedpeft.runs import CLIENTS, Listener, RunDirectory
 from fedpeft.simulations.charging import Charging
+from fedpeft.simulations.contexts import Contexts
 from fedpeft.simulations.failures import Failures
 from fedpeft.simulations.grids.inline import InlineGrid
 from fedpeft.simulations.grids.ray import RayGrid
@@ -25,7 +23,6 @@ from fedpeft.strategies import find
 from fedpeft.strategies.federation import Insight, build_strategy, exported_bytes, federate
 from fedpeft.strategies.rounds.records import Outcome
 from fedpeft.strategies.rounds.report import require_enough
-from fedpeft.wire import to_tensors
 
 
 def drive(config: RunConfig, out: Path, listener: Listener, grid: InlineGrid | RayGrid) -> Outcome:
@@ -48,7 +45,10 @@ def drive(config: RunConfig, out: Path, listener: Listener, grid: InlineGrid | R
     if not privacy.is_private:  # else what is told of rows would need noise
         for note in home.data.notes:
             listener({"event": "warning", "round": 0, "message": note})
-    contexts, client_ids = client_contexts(config, home)
+    clients = home.partition.client_ids
+    node_config = {TRUST_REMOTE_CODE: config.model.trust_remote_code}
+    contexts = Contexts(clients, config.to_flat(), node_config, out / CLIENTS)
+    client_ids = dict(enumerate(clients, 1))
     rows = {client_ids[node]: client_rows(home, each.node_config).num_examples for node, each in contexts.items()}
     _check(config, home, client_ids, rows.values())
     adapter_bytes = exported_bytes(find(config.strategy.name), home.adapted)
@@ -69,7 +69,7 @@ def drive(config: RunConfig, out: Path, listener: Listener, grid: InlineGrid | R
         grid,
         directory,
         listener=listener,
-        insight=Insight(client_ids, lambda: personal_tensors(contexts, client_ids), failures.explain),
+        insight=Insight(client_ids, lambda: contexts.records(OWN_PERSONAL), failures.explain),
         books=books,
     )
 
@@ -84,35 +84,3 @@ def _check(config: RunConfig, home: Resident, client_ids: Mapping[int, str], row
     level = level_of(config.privacy)
     level.check_counts(config, rows)
     level.check_model(home)  # which every worker does for itself as well
-
-
-def personal_tensors(
-    contexts: Mapping[int, Context], client_ids: Mapping[int, str]
-) -> Mapping[str, Mapping[str, Tensor]]:
-    """Return what each client keeps to itself, by client id; nothing of one that has not trained."""
-    return {
-        client_ids[node]: to_tensors(context.state.array_records[OWN_PERSONAL])
-        for node, context in contexts.items()
-        if OWN_PERSONAL in context.state
-    }
-
-
-def client_contexts(config: RunConfig, home: Resident) -> tuple[dict[int, Context], dict[int, str]]:
-    """Make one Flower context a client, and name the client of each node; node ids are partition ids plus one."""
-    clients = home.partition.client_ids
-    flat = config.to_flat()
-    contexts = {
-        index + 1: Context(
-            run_id=1,
-            node_id=index + 1,
-            node_config={
-                "partition-id": index,
-                "num-partitions": len(clients),
-                TRUST_REMOTE_CODE: config.model.trust_remote_code,
-            },
-            state=RecordDict(),
-            run_config=dict(flat),
-        )
-        for index in range(len(clients))
-    }
-    return contexts, {index + 1: client for index, client in enumerate(clients)}

@@ -9,6 +9,7 @@ from fedpeft.runs.checkpoints import read_checkpoint as read_checkpoint
 from fedpeft.runs.checkpoints import resumable_round as resumable_round
 from fedpeft.runs.directory import ADAPTER as ADAPTER
 from fedpeft.runs.directory import CANARIES as CANARIES
+from fedpeft.runs.directory import CLIENTS as CLIENTS
 from fedpeft.runs.directory import CONFIG_FILE as CONFIG_FILE
 from fedpeft.runs.directory import ENVIRONMENT_FILE as ENVIRONMENT_FILE
 from fedpeft.runs.directory import EVENTS_FILE as EVENTS_FILE

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CONFIG_FILE, ENVIRONMENT_FILE, EVENTS_FILE = "config.toml", "environment.json", "metrics.jsonl"
-ADAPTER = "adapter"
+ADAPTER, CLIENTS = "adapter", "clients"  # folders
 CANARIES = "canaries.json"  # planted rows, their coins and their scores
 UNBORN = (LOCK_FILE, f".{CONFIG_FILE}")  # all that is left of a run that was killed before it was one
 RESUMES = "resumes"  # key of environment.json: when and where the run went on

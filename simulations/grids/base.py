@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Protocol, Self, runtime_checkable
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -114,6 +114,14 @@ def speak_for(run_id: int, node_id: int) -> None:
     TaskIdentity.task_id = 0
 
 
+@runtime_checkable
+class KeepsStates(Protocol):
+    """Contexts that keep clients' states elsewhere, and make another context at every look."""
+
+    def keep(self, node: int, state: RecordDict) -> None:
+        """Take over what a client's next context is to hold."""
+
+
 class SimulationGrid(Grid):
     """A `Grid` whose clients live on this side of the network.
 
@@ -121,7 +129,8 @@ class SimulationGrid(Grid):
     ----------
     contexts : mapping of int to Context
         Each client's context by node id, which is its partition id plus one. What a client keeps in ``context.state``
-        is stored here when a reply without error has been handed over; the attribute may be set later.
+        is stored here, as by `KeepsStates` where these do so, when a reply without error has been handed over; the
+        attribute may be set later.
 
     Attributes
     ----------
@@ -248,7 +257,10 @@ class SimulationGrid(Grid):
         node_id = message.metadata.dst_node_id
         if reply.has_content():
             if state is not None:
-                self.contexts[node_id].state = state
+                if isinstance(self.contexts, KeepsStates):
+                    self.contexts.keep(node_id, state)
+                else:
+                    self.contexts[node_id].state = state
             return reply
         if answer.cause is not None:
             self.causes[node_id] = answer.cause

@@ -19,7 +19,7 @@ from fedpeft.privacy.canaries import write_scores
 from fedpeft.privacy.overlap import in_the_clear
 from fedpeft.privacy.statement import PRIVACY
 from fedpeft.resident import Resident
-from fedpeft.runs import ADAPTER, Event, Listener, RunDirectory, folder_name
+from fedpeft.runs import ADAPTER, CLIENTS, Event, Listener, RunDirectory, folder_name
 from fedpeft.strategies.algebra.base_changes import exact_sum
 from fedpeft.strategies.rounds.method import Method
 from fedpeft.strategies.rounds.report import Fault, RoundReport
@@ -265,12 +265,13 @@ class Adapters(Watcher):
         sum_of_all = exact_sum(self.state)
         whole = AdapterState(sum_of_all.factors, {**sum_of_all.dense, **drawn})
         self.directory.write_adapter(lambda path: adapted.save(path, whole, labels))
-        for client, tensors in sorted((self.personal() if self.personal is not None else {}).items()):
-            model = AdapterState.from_tensors({**self.state.to_tensors(), **drawn, **tensors}, adapted.scaling)
+        own = self.personal() if self.personal is not None else {}
+        for client in sorted(own):  # read one by one
+            model = AdapterState.from_tensors({**self.state.to_tensors(), **drawn, **own[client]}, adapted.scaling)
             personal = exact_sum(model)
             self.directory.write_adapter(
                 lambda path, state=personal: adapted.save(path, state, labels),
-                f"clients/{folder_name(client)}/adapter",
+                f"{CLIENTS}/{folder_name(client)}/{ADAPTER}",
             )
 
 

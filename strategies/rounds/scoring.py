@@ -46,7 +46,7 @@ class Scoring:
         personal = self.personal() if self.personal is not None else {}
         drawn = {name: adapted.initial[name] for name in self.personal_names}
         every: list[Scores] = []
-        for tensors_of_client in list(personal.values()) or [drawn]:
+        for tensors_of_client in personal.values() if personal else [drawn]:  # read one by one
             adapted.load({**tensors, **tensors_of_client}, adapted.scaling)
             every.append(score(adapted.model, test, self.config))
         return mean_metrics([scores.metrics() for scores in every]), self.details(every, list(personal))
