@@ -19,13 +19,20 @@ from fedpeft.simulations.contexts import Contexts
 from fedpeft.simulations.failures import Failures
 from fedpeft.simulations.grids.inline import InlineGrid
 from fedpeft.simulations.grids.ray import RayGrid
+from fedpeft.simulations.resuming import SIMULATED, Resumption
 from fedpeft.strategies import find
 from fedpeft.strategies.federation import Insight, build_strategy, exported_bytes, federate
 from fedpeft.strategies.rounds.records import Outcome
 from fedpeft.strategies.rounds.report import require_enough
 
 
-def drive(config: RunConfig, out: Path, listener: Listener, grid: InlineGrid | RayGrid) -> Outcome:
+def drive(
+    config: RunConfig,
+    out: Path,
+    listener: Listener,
+    grid: InlineGrid | RayGrid,
+    resumption: Resumption | None = None,
+) -> Outcome:
     """Give the grid its clients, and run the federation on it.
 
     Parameters
@@ -38,6 +45,8 @@ def drive(config: RunConfig, out: Path, listener: Listener, grid: InlineGrid | R
         Called with each event.
     grid : InlineGrid or RayGrid
         Where the clients are to train.
+    resumption : Resumption, optional
+        Of a run that goes on.
     """
     home = resident(config)
     check_rows(home)
@@ -51,27 +60,35 @@ def drive(config: RunConfig, out: Path, listener: Listener, grid: InlineGrid | R
     client_ids = dict(enumerate(clients, 1))
     rows = {client_ids[node]: client_rows(home, each.node_config).num_examples for node, each in contexts.items()}
     _check(config, home, client_ids, rows.values())
+    with _directory(config, out, home, resumption) as directory:
+        for note in home.adapted.notes:
+            listener({"event": "note", "message": note})
+        charged = resumption is not None and resumption.ledger_is_begun
+        resumed = None if resumption is None else resumption.begin(directory, contexts, listener)
+        grid.contexts = contexts
+        failures = Failures(config, directory, grid, client_ids)
+        failures.watch(listener)
+        books, grid.on_dispatch = None, None
+        if privacy.is_private:
+            counts = rows if level.weighs_rows(privacy) else {}
+            books = Books(config, directory, counts, largest=max(rows.values(), default=None), resumes=charged)
+        if books is not None and level.clients_add_noise:
+            grid.on_dispatch = Charging(config, home, grid, client_ids, books.ledger, books.run)
+        return federate(
+            config,
+            grid,
+            directory,
+            listener=listener,
+            insight=Insight(client_ids, lambda: contexts.records(OWN_PERSONAL), failures.explain, contexts),
+            books=books,
+            resumed=resumed,
+        )
+
+
+def _directory(config: RunConfig, out: Path, home: Resident, resumption: Resumption | None) -> RunDirectory:
     adapter_bytes = exported_bytes(find(config.strategy.name), home.adapted)
-    directory = RunDirectory(out, config, adapter_bytes, {"presets": provenance(config.presets)})
-    for note in home.adapted.notes:
-        listener({"event": "note", "message": note})
-    grid.contexts = contexts
-    failures = Failures(config, directory, grid, client_ids)
-    failures.watch(listener)
-    books, grid.on_dispatch = None, None
-    if privacy.is_private:
-        counts = rows if level.weighs_rows(privacy) else {}
-        books = Books(config, directory, counts, largest=max(rows.values(), default=None))
-    if books is not None and level.clients_add_noise:
-        grid.on_dispatch = Charging(config, home, grid, client_ids, books.ledger, books.run)
-    return federate(
-        config,
-        grid,
-        directory,
-        listener=listener,
-        insight=Insight(client_ids, lambda: contexts.records(OWN_PERSONAL), failures.explain),
-        books=books,
-    )
+    details = {SIMULATED: True, "presets": provenance(config.presets)}
+    return RunDirectory(out, config, adapter_bytes, details, lock=None if resumption is None else resumption.lock)
 
 
 def _check(config: RunConfig, home: Resident, client_ids: Mapping[int, str], rows: Iterable[int]) -> None:

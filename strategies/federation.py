@@ -20,10 +20,11 @@ from fedpeft.resident import Resident, resident
 from fedpeft.runs import Listener, RunDirectory
 from fedpeft.strategies.base import AdapterStrategy
 from fedpeft.strategies.registry import find
+from fedpeft.strategies.rounds.checkpoints import Checkpoints, ClientStates, Resumed
 from fedpeft.strategies.rounds.loop import Loop
+from fedpeft.strategies.rounds.memory import Memory
 from fedpeft.strategies.rounds.records import (
     Adapters,
-    Checkpoints,
     Explain,
     Journal,
     Outcome,
@@ -49,11 +50,14 @@ class Insight:
         Gives the clients' personal tensors.
     explain : callable, optional
         Says more of why a client raised than goes on record.
+    states : ClientStates, optional
+        What the clients keep from round to round.
     """
 
     client_ids: Mapping[int, str] = field(default_factory=dict)
     personal: Personal | None = None
     explain: Explain | None = None
+    states: ClientStates | None = None
 
 
 def build_strategy(config: RunConfig, home: Resident, client_ids: Mapping[int, str] | None = None) -> AdapterStrategy:
@@ -111,6 +115,7 @@ def federate(
     insight: Insight | None = None,
     timeout: float | None = None,
     books: Books | None = None,
+    resumed: Resumed | None = None,
 ) -> Outcome:
     """Run all rounds on a grid, and leave a complete run directory whatever happens.
 
@@ -130,6 +135,8 @@ def federate(
         Seconds to wait for a round's replies; None waits for all.
     books : Books, optional
         Of what is spent, where the run is private.
+    resumed : Resumed, optional
+        From where the run goes on, if it is one that was begun.
     """
     insight = insight or Insight()
     home = resident(config)
@@ -150,8 +157,12 @@ def federate(
         loop.watchers.append(PlantedRows(journal, home, initial))
     facts = {"scaling": adapted.scaling, "strategy": method.name}
     every, last = config.run.checkpoint_every, config.federation.rounds
-    loop.watchers += [records, Checkpoints(directory, every, last, loop.memory, facts)]
+    keeper = Checkpoints(directory, every, last, loop.memory, insight.states, facts)
+    loop.watchers = [keeper, *loop.watchers, records]  # at an end, what can be gone on from is saved first
     method.summary()
+    if resumed is not None:
+        keeper.goes_on(resumed)
+        loop.recall(resumed.checkpoint.round, Memory(resumed.checkpoint.tensors, resumed.checkpoint.facts))
     try:
         loop.run(last, evaluate=Scoring(config, home, personal, insight.personal))
     except (KeyboardInterrupt, TooFewClientsError, BudgetSpentError):

@@ -41,6 +41,7 @@ from fedpeft.strategies.capabilities import FROZEN_A_KINDS, Capabilities, Mergin
 
 BEGUN = "begun."  # of names in a checkpoint
 
+
 def kept_rank(S: Tensor, threshold: float) -> int:
     """Return the fewest of the largest singular values that hold a share of the energy.
 

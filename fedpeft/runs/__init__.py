@@ -6,6 +6,8 @@ from fedpeft.runs.checkpoints import EVENTS as EVENTS
 from fedpeft.runs.checkpoints import Checkpoint as Checkpoint
 from fedpeft.runs.checkpoints import checkpoint_rounds as checkpoint_rounds
 from fedpeft.runs.checkpoints import read_checkpoint as read_checkpoint
+from fedpeft.runs.checkpoints import read_facts as read_facts
+from fedpeft.runs.checkpoints import remove_checkpoint as remove_checkpoint
 from fedpeft.runs.checkpoints import resumable_round as resumable_round
 from fedpeft.runs.directory import ADAPTER as ADAPTER
 from fedpeft.runs.directory import CANARIES as CANARIES

@@ -89,17 +89,14 @@ def write_checkpoint(run: Path, checkpoint: Checkpoint) -> None:
         raise
 
 
-def read_checkpoint(run: Path, server_round: int) -> Checkpoint:
-    """Read the checkpoint of a round.
+def read_facts(run: Path, server_round: int) -> dict[str, Any]:
+    """Read what the checkpoint of a round holds besides tensors, once both files are found to be as written.
 
     Raises
     ------
     CheckpointError
         A file is missing, or is not what was written.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     folder = checkpoint_folder(run, server_round)
     sums = _read_manifest(folder, server_round)
     try:
@@ -107,8 +104,28 @@ def read_checkpoint(run: Path, server_round: int) -> Checkpoint:
             if _sum(folder / name) != known:
                 raise CheckpointError(f"the checkpoint of round {server_round} is damaged: {name} has another checksum")
         facts = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"the checkpoint of round {server_round} is damaged: {Path(error.filename).name} is missing"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"the checkpoint of round {server_round} is damaged: {error}") from None
+    assert isinstance(facts, dict)
+    return facts
+
+
+def read_checkpoint(run: Path, server_round: int) -> Checkpoint:
+    """Read the checkpoint of a round; see `read_facts`."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    facts = read_facts(run, server_round)
+    try:
         # copies: in the file they lie at any address, and kernels may round by that
-        found = {name: tensor.clone() for name, tensor in load_file(folder / TENSORS_FILE).items()}
+        found = {
+            name: tensor.clone()
+            for name, tensor in load_file(checkpoint_folder(run, server_round) / TENSORS_FILE).items()
+        }
         tensors = {name: found[name] for name in facts.pop("tensors")}
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"the checkpoint of round {server_round} is damaged: {error}") from None

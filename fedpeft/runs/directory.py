@@ -18,8 +18,6 @@ from fedpeft.config import RunConfig, read_toml, resolve
 from fedpeft.errors import RunDirectoryError
 from fedpeft.jsons import to_json
 from fedpeft.runs.checkpoints import (
-    CHECKPOINTS,
-    EVENTS,
     Checkpoint,
     checkpoint_rounds,
     remove_checkpoint,
@@ -213,9 +211,9 @@ class RunDirectory:
                 )
 
     @property
-    def is_behind(self) -> bool:
-        """Whether there are events that could not be written yet."""
-        return bool(self._pending)
+    def events_size(self) -> int:
+        """Bytes of metrics.jsonl, with the events that could not be written yet."""
+        return (self.path / EVENTS_FILE).stat().st_size + sum(len(line.encode()) for line in self._pending)
 
     def _write_pending(self) -> None:
         with (self.path / EVENTS_FILE).open("a", encoding="utf-8") as file:
@@ -223,13 +221,13 @@ class RunDirectory:
             try:
                 file.write("".join(self._pending))
                 file.flush()
-            except OSError:
+                self._pending.clear()
+            except BaseException:
                 os.truncate(self.path / EVENTS_FILE, size)  # half a line would spoil the file
                 raise
-        self._pending.clear()
 
     def checkpoint(self, server_round: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> list[int]:
-        """Save the state of the run after a round, atomically, behind all events so far.
+        """Save the state of the run after a round, atomically, and behind all events so far.
 
         Parameters
         ----------
@@ -251,7 +249,6 @@ class RunDirectory:
             try:
                 self._write_pending()
                 sync(self.path / EVENTS_FILE)
-                facts = {**facts, EVENTS: (self.path / EVENTS_FILE).stat().st_size}
                 write_checkpoint(self.path, Checkpoint(server_round, dict(tensors), dict(facts)))
             except (OSError, SafetensorError) as error:
                 if not last_try and self._keep_checkpoints(1):  # there may be room now

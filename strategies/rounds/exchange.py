@@ -139,8 +139,8 @@ class Deliveries:
         alike: dict[tuple[tuple[str, int], ...], list[str]] = {}
         for client, known in self._known.items():
             alike.setdefault(tuple(known.items()), []).append(client)
-        known = [{"versions": dict(versions), "clients": clients} for versions, clients in alike.items()]
-        return {"versions": dict(self._versions), "drawn": dict(self._drawn), "known": known}
+        groups = [{"versions": dict(versions), "clients": clients} for versions, clients in alike.items()]
+        return {"versions": dict(self._versions), "drawn": dict(self._drawn), "known": groups}
 
     def recall(self, memory: Mapping[str, Any]) -> None:
         """Take up what `memory` returned, where the adapter is the same."""
