@@ -138,8 +138,8 @@ class Deliveries:
         """Return what is known of clients, as plain JSON; those who hold the same are named together."""
         alike: dict[tuple[tuple[str, int], ...], list[str]] = {}
         for client, known in self._known.items():
-            alike.setdefault(tuple(known.items()), []).append(client)
-        groups = [{"versions": dict(versions), "clients": clients} for versions, clients in alike.items()]
+            alike.setdefault(tuple(sorted(known.items())), []).append(client)
+        groups = [{"versions": dict(versions), "clients": sorted(alike[versions])} for versions in sorted(alike)]
         return {"versions": dict(self._versions), "drawn": dict(self._drawn), "known": groups}
 
     def recall(self, memory: Mapping[str, Any]) -> None:
