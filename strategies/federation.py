@@ -22,7 +22,6 @@ from fedpeft.strategies.base import AdapterStrategy
 from fedpeft.strategies.registry import find
 from fedpeft.strategies.rounds.checkpoints import Checkpoints, ClientStates, Resumed
 from fedpeft.strategies.rounds.loop import Loop
-from fedpeft.strategies.rounds.memory import Memory
 from fedpeft.strategies.rounds.records import (
     Adapters,
     Explain,
@@ -138,8 +137,7 @@ def federate(
     resumed : Resumed, optional
         From where the run goes on, if it is one that was begun.
     """
-    insight = insight or Insight()
-    home = resident(config)
+    insight, home = insight or Insight(), resident(config)
     adapted, method = home.adapted, build_strategy(config, home, insight.client_ids)
     # a personal factor is part of the server's adapter too, as drawn, since there is no layer without it
     initial = {name: tensor for name, tensor in adapted.initial.items() if name not in adapted.personal}
@@ -155,14 +153,12 @@ def federate(
         loop.watchers.append(Spending(journal, books, home, charge, lambda: (list(loop.client_ids.values()), kept)))
     if config.privacy.canaries:
         loop.watchers.append(PlantedRows(journal, home, initial))
-    facts = {"scaling": adapted.scaling, "strategy": method.name}
     every, last = config.run.checkpoint_every, config.federation.rounds
-    keeper = Checkpoints(directory, every, last, loop.memory, insight.states, facts)
+    keeper = Checkpoints(directory, every, last, loop.memory, insight.states, {"strategy": method.name})
     loop.watchers = [keeper, *loop.watchers, records]  # at an end, what can be gone on from is saved first
     method.summary()
     if resumed is not None:
-        keeper.goes_on(resumed)
-        loop.recall(resumed.checkpoint.round, Memory(resumed.checkpoint.tensors, resumed.checkpoint.facts))
+        loop.recall(resumed.checkpoint.round, keeper.goes_on(resumed))
     try:
         loop.run(last, evaluate=Scoring(config, home, personal, insight.personal))
     except (KeyboardInterrupt, TooFewClientsError, BudgetSpentError):

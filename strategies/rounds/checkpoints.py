@@ -81,10 +81,11 @@ class Checkpoints(Watcher):
         self._held: _Held | None = None
         self._clients: dict[int, Mapping[str, str]] = {}  # by round, of the checkpoints there are
 
-    def goes_on(self, resumed: Resumed) -> None:
-        """Know the checkpoints that are there already."""
+    def goes_on(self, resumed: Resumed) -> Memory:
+        """Know the checkpoints that are there already, and return the memory of that from which the run goes on."""
         checkpoint = resumed.checkpoint
         self._clients = {**resumed.earlier, checkpoint.round: checkpoint.facts[CLIENTS]}
+        return Memory(checkpoint.tensors, checkpoint.facts)
 
     def round_closed(self, server_round: int) -> None:
         """Save the state if it is due, and else hold it."""
