@@ -81,13 +81,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--kills", type=int, default=20, help="of each kind")
     parser.add_argument("--only", choices=sorted(KINDS), action="append", help="these kinds alone")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--config", type=Path, help="another model and other rows than the digits preset's")
     given = parser.parse_args(arguments)
     silence()
     torch.set_num_threads(1)  # threads do not survive a fork
     found = []
     for what in given.only or KINDS:
         with tempfile.TemporaryDirectory() as folder:
-            found.append(stress(what, configured(KINDS[what][1]), given.kills, Path(folder), given.seed))
+            found.append(stress(what, configured(KINDS[what][1], given.config), given.kills, Path(folder), given.seed))
     print("| " + " | ".join(HEADERS) + " |\n|---" + "|---:" * (len(HEADERS) - 1) + "|")
     for each in found:
         print("| " + " | ".join(each.cells()) + " |")
@@ -95,12 +96,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(f"not as without kills: {', '.join(broken)}")
 
 
-def configured(settings: Mapping[str, object]) -> RunConfig:
-    """Make the run of a kind, on the digits."""
+def configured(settings: Mapping[str, object], file: Path | None = None) -> RunConfig:
+    """Make the run of a kind, on the digits or as a file says."""
     own = {**SETTINGS, **settings}
     if own["strategy.name"] != SETTINGS["strategy.name"]:
         del own["strategy.server_optimizer"]
-    return configure(own, preset="digits")
+    return configure(own, preset="digits" if file is None else None, file=file)
 
 
 def stress(what: str, config: RunConfig, kills: int, folder: Path, seed: int) -> Found:

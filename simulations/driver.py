@@ -13,13 +13,13 @@ from fedpeft.privacy.books import Books
 from fedpeft.privacy.levels import level_of
 from fedpeft.privacy.rows import check_rows
 from fedpeft.resident import Resident, resident
-from fedpeft.runs import CLIENTS, Listener, RunDirectory
+from fedpeft.runs import CLIENTS, SIMULATED, Listener, RunDirectory
 from fedpeft.simulations.charging import Charging
 from fedpeft.simulations.contexts import Contexts
 from fedpeft.simulations.failures import Failures
 from fedpeft.simulations.grids.inline import InlineGrid
 from fedpeft.simulations.grids.ray import RayGrid
-from fedpeft.simulations.resuming import SIMULATED, Resumption
+from fedpeft.simulations.resuming import Resumption
 from fedpeft.strategies import find
 from fedpeft.strategies.federation import Insight, build_strategy, exported_bytes, federate
 from fedpeft.strategies.rounds.records import Outcome

@@ -16,6 +16,7 @@ from fedpeft.runs import (
     ENVIRONMENT_FILE,
     EVENTS,
     EVENTS_FILE,
+    SIMULATED,
     Checkpoint,
     Event,
     Listener,
@@ -34,7 +35,6 @@ from fedpeft.simulations.contexts import Contexts
 from fedpeft.strategies.rounds.checkpoints import CLIENTS, Resumed
 from fedpeft.training.optimizers import SCHEDULES
 
-SIMULATED = "simulated"  # key of environment.json: whether the clients' states are here
 MACHINE = "simulation"  # the section of which no result depends on
 ROUNDS = "federation.rounds"
 FREE = (ROUNDS, "run.checkpoint_every", "run.keep_checkpoints")

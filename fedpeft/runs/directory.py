@@ -34,6 +34,7 @@ CONFIG_FILE, ENVIRONMENT_FILE, EVENTS_FILE = "config.toml", "environment.json", 
 ADAPTER, CLIENTS = "adapter", "clients"  # folders
 CANARIES = "canaries.json"  # planted rows, their coins and their scores
 UNBORN = (LOCK_FILE, f".{CONFIG_FILE}")  # all that is left of a run that was killed before it was one
+SIMULATED = "simulated"  # key of environment.json: whether the clients' states are in this folder
 RESUMES = "resumes"  # key of environment.json: when and where the run went on
 
 Event = dict[str, Any]
