@@ -217,11 +217,12 @@ class RunDirectory:
         return (self.path / EVENTS_FILE).stat().st_size + sum(len(line.encode()) for line in self._pending)
 
     def _write_pending(self) -> None:
-        with (self.path / EVENTS_FILE).open("a", encoding="utf-8") as file:
+        data = "".join(self._pending).encode()
+        with (self.path / EVENTS_FILE).open("ab", buffering=0) as file:  # a buffer would be written again at the close
             size = file.tell()
             try:
-                file.write("".join(self._pending))
-                file.flush()
+                while data:
+                    data = data[file.write(data) :]
                 self._pending.clear()
             except BaseException:
                 os.truncate(self.path / EVENTS_FILE, size)  # half a line would spoil the file

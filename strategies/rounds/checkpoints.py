@@ -96,7 +96,7 @@ class Checkpoints(Watcher):
 
     def ended(self, error: BaseException | None) -> None:
         """Save the state after the last round that was over, where no checkpoint holds it."""
-        if self._held is not None:
+        if self._held is not None and error is not None:  # else it was due, and there was no room for it
             self._save(self._held)
 
     def _save(self, held: _Held) -> None:

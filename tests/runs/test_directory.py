@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -77,6 +78,21 @@ def test_events_survive_a_disk_that_is_full_for_a_while(tmp_path: Path, monkeypa
     assert [problem.startswith("cannot write metrics.jsonl") for problem in directory.take_problems()] == [True]
     directory.append({"event": "round", "round": 4})
     assert [event["round"] for event in read_events(directory.path)] == [1, 2, 3, 4]
+
+
+def test_a_disk_that_takes_half_a_line_keeps_none_of_it(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "run", CONFIG, 1000)
+    directory.append({"event": "round", "round": 1})
+    before, limits = directory.events_size, resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (before + 10, limits[1]))
+    try:
+        directory.append({"event": "round", "round": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (directory.path / "metrics.jsonl").stat().st_size == before
+    assert directory.events_size > before
+    directory.append({"event": "round", "round": 3})
+    assert [event["round"] for event in read_events(directory.path)] == [1, 2, 3]
 
 
 def test_a_checkpoint_that_does_not_fit_is_skipped_and_leaves_nothing(

@@ -80,5 +80,5 @@ def test_states_of_clients_stay_as_long_as_a_checkpoint_names_them_or_one_is_to_
     close(watcher, folder, (4,))
     assert states.kept == [{"0": "version 2"}, {"0": "version 3"}, {"0": "version 4"}]
     folder.is_full = False
-    watcher.ended(None)
+    watcher.ended(KeyboardInterrupt())
     assert folder.there == [3, 4]
