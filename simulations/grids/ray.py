@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import threading
 import time
+import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import ray
@@ -20,13 +22,15 @@ from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, Ray
 from fedpeft.errors import SimulationError
 from fedpeft.simulations.grids.base import Answer, SimulationGrid
 from fedpeft.simulations.grids.cluster import check_gpus, cpus_per_worker, ray_connection
+from fedpeft.simulations.grids.pace import Pace
 from fedpeft.simulations.grids.scheduling import Died, Dispatcher, Finished
-from fedpeft.simulations.grids.transport import Newest, PackedArrays, Parcel, ParcelledAnswer, contents
+from fedpeft.simulations.grids.transport import Newest, PackedArrays, Parcel, ParcelledAnswer, contents, settle
 from fedpeft.simulations.grids.worker import Worker, environment
 
 log = logging.getLogger(__name__)
 
 MAX_DEATHS = 3  # of workers for one message, or of workers that start in a row
+AHEAD = 1024  # messages that are pulled for the sake of long ones, where it is known which are
 PATIENCE = 30.0  # seconds until it is said that workers are slow to start
 LOST = (RayActorError, WorkerCrashedError, OutOfMemoryError, NodeDiedError, ObjectLostError)
 
@@ -164,6 +168,8 @@ class RayGrid(SimulationGrid):
 
     Attributes
     ----------
+    pace : Pace
+        What messages are expected to take; its `work` may be set.
     on_worker_death : callable, optional
         Called with the node id of the client at work and the number of workers its message has cost so far.
 
@@ -189,6 +195,7 @@ class RayGrid(SimulationGrid):
         self.on_worker_death: Callable[[int, int], None] | None = None
         self._app, self._store_bytes, self._verbose = app, store_bytes, verbose
         self._workers, self._threads, self._gpus = workers, threads_per_worker, gpus_per_worker
+        self.pace = Pace()
         self._refs: Newest[ObjectRef] = Newest(4)
         self._dispatcher: Dispatcher[Message, ParcelledAnswer] | None = None
         self._failure: BaseException | None = None
@@ -234,6 +241,7 @@ class RayGrid(SimulationGrid):
                     key=lambda message: message.metadata.dst_node_id,
                     max_deaths=MAX_DEATHS,
                     on_death=self._died,
+                    expected=self.pace.expected,
                 )
                 self._up.set()
                 self._leaving.wait()
@@ -267,9 +275,17 @@ class RayGrid(SimulationGrid):
         return self._dispatcher
 
     def _exchange(self, messages: Iterator[Message], timeout: float | None) -> Iterator[Message]:
-        with contextlib.closing(self._ready().stream(messages, timeout)) as stream:
-            for message, packed in stream:
-                yield self._deliver(message, *self._unwrap(message, packed))
+        dispatcher = self._ready()
+        dispatcher.ahead = 0 if self.pace.work is None else AHEAD
+        with contextlib.closing(dispatcher.stream(messages, timeout)) as stream:
+            yield from _settled(self._replies(stream))
+
+    def _replies(self, stream: Iterable[tuple[Message, ParcelledAnswer | None]]) -> Iterator[Message]:
+        for message, packed in stream:
+            answer, state = self._unwrap(message, packed)
+            if answer.seconds:
+                self.pace.learn(message, answer.seconds)
+            yield self._deliver(message, answer, state)
 
     def _wrap(self, message: Message) -> Parcel:
         return Parcel.of(message, *self._dispatched(message), self._store)
@@ -288,3 +304,20 @@ class RayGrid(SimulationGrid):
     def _died(self, message: Message, attempt: int) -> None:
         if self.on_worker_death:
             self.on_worker_death(message.metadata.dst_node_id, attempt)
+
+
+def _settled(replies: Iterator[Message]) -> Iterator[Message]:
+    """Yield replies, and give those that somebody keeps arrays of their own: Ray's store is not made for them all.
+
+    Whoever folds replies as they come has dropped one when it comes back from the next.
+    """
+    before = last = None
+    while True:
+        if before is not None and (kept := before()) is not None and kept.has_content():
+            settle(kept.content)
+        before, kept = last, None
+        handed = list(itertools.islice(replies, 1))
+        if not handed:
+            break
+        last = weakref.ref(handed[0])
+        yield handed.pop()

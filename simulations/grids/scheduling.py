@@ -151,9 +151,6 @@ class Dispatcher(Generic[Job, Result]):
         Called with the job and how many workers it has cost so far.
     expected : callable, optional
         Gives how long a job will take, in any unit; without it no job is begun before its turn.
-    ahead : int
-        Most jobs of one stream that are pulled but whose results have not been used, where what they take is known. A
-        long job is begun before its turn once all that are left are among them.
     clock : callable
         Seconds that only grow.
 
@@ -161,6 +158,9 @@ class Dispatcher(Generic[Job, Result]):
     ----------
     window : int
         May be changed as the pool is.
+    ahead : int
+        So many jobs of a stream are pulled, if that is more than the window, for the sake of those that are long: they
+        are begun before their turn once all that are left are known. 0 at first.
     """
 
     def __init__(
@@ -172,7 +172,6 @@ class Dispatcher(Generic[Job, Result]):
         max_deaths: int = 3,
         on_death: Callable[[Job, int], None] | None = None,
         expected: Callable[[Job], float] | None = None,
-        ahead: int = 1024,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if window < 1 or max_deaths < 1:
@@ -183,7 +182,7 @@ class Dispatcher(Generic[Job, Result]):
         self._max_deaths = max_deaths
         self._on_death = on_death
         self._expected = expected
-        self._ahead = ahead
+        self.ahead = 0
         self._clock = clock
         self._tickets = itertools.count()
         self._lines: list[_Line[Job, Result]] = []
@@ -237,7 +236,7 @@ class Dispatcher(Generic[Job, Result]):
     def _fill(self, line: _Line[Job, Result], deadline: float | None) -> bool:
         """Pull jobs as far as may be; return whether the stream has any left."""
         self._start_waiting()
-        while len(line.entries) < self._pulled() and not line.is_pulled and not self._late(deadline):
+        while len(line.entries) < max(self.window, self.ahead) and not line.is_pulled and not self._late(deadline):
             try:
                 job = next(line.source)
             except StopIteration:
@@ -249,10 +248,6 @@ class Dispatcher(Generic[Job, Result]):
             self._start_waiting()
         self._start_waiting()
         return bool(line.entries)
-
-    def _pulled(self) -> int:
-        """Return how many jobs of a stream may be pulled."""
-        return self.window if self._expected is None else max(self.window, self._ahead)
 
     def _start_waiting(self) -> None:
         """Give every free worker a job, of the innermost stream that has one."""

@@ -282,7 +282,9 @@ def makespan(seconds: list[float], workers: int, expected: Callable[[tuple[int, 
     pool = ClockedPool(workers)
     window = 2 * workers + 2
     used = 0
-    for job, _ in Dispatcher[tuple[int, float], str](pool, window=window, expected=expected).stream(enumerate(seconds)):
+    dispatcher = Dispatcher[tuple[int, float], str](pool, window=window, expected=expected)
+    dispatcher.ahead = 100
+    for job, _ in dispatcher.stream(enumerate(seconds)):
         assert job[0] == used
         used += 1
         assert len(pool.started) - used < 2 * window, "more results are held than may be"
@@ -341,6 +343,6 @@ def test_what_is_expected_changes_no_result_whoever_dies(
         window=window,
         key=lambda job: job % 7,
         expected=lambda job: chance.random(),
-        ahead=ahead,
     )
+    dispatcher.ahead = ahead
     assert list(dispatcher.stream(range(count))) == results(list(range(count)))
