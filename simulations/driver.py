@@ -17,6 +17,7 @@ from fedpeft.privacy.levels import level_of
 from fedpeft.privacy.rows import check_rows
 from fedpeft.resident import Resident, resident
 from fedpeft.runs import Listener, RunDirectory
+from fedpeft.simulations.batching import batched, bundling_of
 from fedpeft.simulations.charging import Charging
 from fedpeft.simulations.failures import Failures
 from fedpeft.simulations.grids.inline import InlineGrid
@@ -48,6 +49,7 @@ def drive(config: RunConfig, out: Path, listener: Listener, grid: InlineGrid | R
     if not privacy.is_private:  # else what is told of rows would need noise
         for note in home.data.notes:
             listener({"event": "warning", "round": 0, "message": note})
+    config, said = batched(config, home)
     contexts, client_ids = client_contexts(config, home)
     rows = {client_ids[node]: client_rows(home, each.node_config).num_examples for node, each in contexts.items()}
     _check(config, home, client_ids, rows.values())
@@ -55,7 +57,9 @@ def drive(config: RunConfig, out: Path, listener: Listener, grid: InlineGrid | R
     directory = RunDirectory(out, config, adapter_bytes, {"presets": provenance(config.presets)})
     for note in home.adapted.notes:
         listener({"event": "note", "message": note})
-    grid.contexts = contexts
+    if said:
+        listener({"event": "note", "message": said})
+    grid.contexts, grid.bundling = contexts, bundling_of(config)
     failures = Failures(config, directory, grid, client_ids)
     failures.watch(listener)
     books, grid.on_dispatch = None, None

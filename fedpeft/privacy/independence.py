@@ -40,7 +40,7 @@ import datasets
 import numpy as np
 import PIL.Image
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fedpeft import tasks

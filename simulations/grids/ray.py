@@ -19,6 +19,7 @@ from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, Ray
 
 from fedpeft.errors import SimulationError
 from fedpeft.simulations.grids.base import Answer, SimulationGrid
+from fedpeft.simulations.grids.bundles import Bundle, nodes_of
 from fedpeft.simulations.grids.cluster import check_gpus, cpus_per_worker, ray_connection
 from fedpeft.simulations.grids.scheduling import Died, Dispatcher, Finished
 from fedpeft.simulations.grids.transport import Newest, PackedArrays, Parcel, ParcelledAnswer, contents
@@ -40,13 +41,13 @@ class RayPool:
         Make an actor of class `Worker`.
     size : int
         Number of actors.
-    wrap : callable
-        Make of a message what an actor can be sent.
+    send : callable
+        Give an actor a bundle of messages; returns Ray's reference to the answers.
     """
 
-    def __init__(self, hire: Callable[[], Any], size: int, wrap: Callable[[Message], Parcel]) -> None:
+    def __init__(self, hire: Callable[[], Any], size: int, send: Callable[[Any, Bundle], ObjectRef]) -> None:
         self._hire = hire
-        self._wrap = wrap
+        self._send = send
         self._starting: dict[ObjectRef, Any] = {}
         self._idle: deque[Any] = deque()
         self._busy: dict[ObjectRef, tuple[Any, int]] = {}
@@ -59,12 +60,12 @@ class RayPool:
         """Return how many actors have nothing to do."""
         return len(self._idle)
 
-    def start(self, ticket: int, job: Message) -> None:
-        """Send a message to an idle actor."""
+    def start(self, ticket: int, job: Bundle) -> None:
+        """Send messages to an idle actor."""
         worker = self._idle.popleft()
-        self._busy[worker.answer.remote(self._wrap(job))] = (worker, ticket)
+        self._busy[self._send(worker, job)] = (worker, ticket)
 
-    def wait(self, timeout: float | None) -> list[Finished[ParcelledAnswer] | Died]:
+    def wait(self, timeout: float | None) -> list[Finished[list[ParcelledAnswer]] | Died]:
         """Return answers that have come and actors that have died.
 
         Raises
@@ -107,7 +108,7 @@ class RayPool:
         ray.kill(worker)  # it may be cut off rather than dead
         self._add()
 
-    def _settle(self, ref: ObjectRef) -> Finished[ParcelledAnswer] | Died | None:
+    def _settle(self, ref: ObjectRef) -> Finished[list[ParcelledAnswer]] | Died | None:
         if ref in self._starting:
             self._started(ref, self._starting.pop(ref))
             return None
@@ -165,7 +166,8 @@ class RayGrid(SimulationGrid):
     Attributes
     ----------
     on_worker_death : callable, optional
-        Called with the node id of the client at work and the number of workers its message has cost so far.
+        Called with the node id of the client at work, of a bundle the first one's, and the number of workers that its
+        message has cost so far.
 
     Notes
     -----
@@ -190,7 +192,7 @@ class RayGrid(SimulationGrid):
         self._app, self._store_bytes, self._verbose = app, store_bytes, verbose
         self._workers, self._threads, self._gpus = workers, threads_per_worker, gpus_per_worker
         self._refs: Newest[ObjectRef] = Newest(4)
-        self._dispatcher: Dispatcher[Message, ParcelledAnswer] | None = None
+        self._dispatcher: Dispatcher[Bundle, list[ParcelledAnswer]] | None = None
         self._failure: BaseException | None = None
         self._up = threading.Event()
         self._leaving = threading.Event()
@@ -227,11 +229,11 @@ class RayGrid(SimulationGrid):
                     scheduling_strategy="SPREAD",
                 )
                 variables = environment(self._threads, gpu=self._gpus > 0)
-                pool = RayPool(lambda: actor.remote(self._app, self._threads, variables), self._workers, self._wrap)
+                pool = RayPool(lambda: actor.remote(self._app, self._threads, variables), self._workers, self._send)
                 self._dispatcher = Dispatcher(
                     pool,
                     window=2 * self._workers + 2,
-                    key=lambda message: message.metadata.dst_node_id,
+                    keys=nodes_of,
                     max_deaths=MAX_DEATHS,
                     on_death=self._died,
                 )
@@ -257,7 +259,7 @@ class RayGrid(SimulationGrid):
             time.sleep(0.01)
         return True
 
-    def _ready(self) -> Dispatcher[Message, ParcelledAnswer]:
+    def _ready(self) -> Dispatcher[Bundle, list[ParcelledAnswer]]:
         """Wait until Ray is there."""
         self.start()
         self._wait_until_up()
@@ -267,12 +269,25 @@ class RayGrid(SimulationGrid):
         return self._dispatcher
 
     def _exchange(self, messages: Iterator[Message], timeout: float | None) -> Iterator[Message]:
-        with contextlib.closing(self._ready().stream(messages, timeout)) as stream:
-            for message, packed in stream:
-                yield self._deliver(message, *self._unwrap(message, packed))
+        deadline = None if timeout is None else time.monotonic() + timeout
+        bundles = self.bundling.bundles(messages)
+        with contextlib.closing(self._ready().stream(bundles, timeout)) as stream:
+            for bundle, packed in stream:
+                if packed is None and len(bundle) > 1:  # each by itself: one of them may be what kills workers
+                    left = None if deadline is None else max(0.0, deadline - time.monotonic())
+                    yield from self._one_by_one(bundle, left)
+                    continue
+                for message, each in zip(bundle, packed or [None], strict=True):
+                    yield self._deliver(message, *self._unwrap(message, each))
 
-    def _wrap(self, message: Message) -> Parcel:
-        return Parcel.of(message, *self._dispatched(message), self._store)
+    def _one_by_one(self, bundle: Bundle, timeout: float | None) -> Iterator[Message]:
+        with contextlib.closing(self._ready().stream([(message,) for message in bundle], timeout)) as stream:
+            for (message,), packed in stream:
+                yield self._deliver(message, *self._unwrap(message, None if packed is None else packed[0]))
+
+    def _send(self, worker: Any, bundle: Bundle) -> ObjectRef:
+        parcels = [Parcel.of(message, *self._dispatched(message), self._store) for message in bundle]
+        return worker.answer.remote(parcels, self.bundling.together)
 
     def _store(self, record: ArrayRecord) -> ObjectRef:
         """Put arrays into Ray's store, unless they are there."""
@@ -285,6 +300,6 @@ class RayGrid(SimulationGrid):
         error = Error(ErrorCode.CLIENT_APP_CRASHED, "WorkerDied")
         return Answer(Message(error, reply_to=message), f"{MAX_DEATHS} workers died over this message"), None
 
-    def _died(self, message: Message, attempt: int) -> None:
+    def _died(self, bundle: Bundle, attempt: int) -> None:
         if self.on_worker_death:
-            self.on_worker_death(message.metadata.dst_node_id, attempt)
+            self.on_worker_death(bundle[0].metadata.dst_node_id, attempt)

@@ -11,7 +11,7 @@ import enum
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Hashable, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
@@ -67,7 +67,7 @@ class _Entry(Generic[Job, Result]):
 
     ticket: int
     job: Job
-    key: Hashable
+    keys: Collection[Hashable]
     state: _State = _State.WAITING
     result: Result | None = None
     deaths: int = 0
@@ -90,9 +90,9 @@ class Dispatcher(Generic[Job, Result]):
         The workers.
     window : int
         Most jobs of one stream that are pulled but whose results have not been used.
-    key : callable, optional
-        Jobs of one stream with equal keys run one after the other, each begun only when the consumer has come back from
-        the result of the one before: what a client keeps must not depend on which of its two messages is faster.
+    keys : callable, optional
+        Jobs of one stream that share a key run one after the other, each begun only when the consumer has come back
+        from the result of the one before: what a client keeps must not depend on which of its two messages is faster.
     max_deaths : int
         So many workers may die of one job before it is given up.
     on_death : callable, optional
@@ -106,7 +106,7 @@ class Dispatcher(Generic[Job, Result]):
         pool: Pool[Job, Result],
         *,
         window: int,
-        key: Callable[[Job], Hashable] | None = None,
+        keys: Callable[[Job], Collection[Hashable]] | None = None,
         max_deaths: int = 3,
         on_death: Callable[[Job, int], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -115,7 +115,7 @@ class Dispatcher(Generic[Job, Result]):
             raise ValueError(f"window = {window} and max_deaths = {max_deaths} must be at least 1")
         self._pool = pool
         self._window = window
-        self._key = key
+        self._keys = keys
         self._max_deaths = max_deaths
         self._on_death = on_death
         self._clock = clock
@@ -176,7 +176,7 @@ class Dispatcher(Generic[Job, Result]):
                 job = next(line.source)
             except StopIteration:
                 break
-            line.entries.append(_Entry(next(self._tickets), job, self._key(job) if self._key else object()))
+            line.entries.append(_Entry(next(self._tickets), job, self._keys(job) if self._keys else ()))
             self._start_waiting()
         return bool(line.entries)
 
@@ -188,12 +188,12 @@ class Dispatcher(Generic[Job, Result]):
             for entry in line.entries:
                 if free == 0:
                     return
-                if entry.state is _State.WAITING and entry.key not in taken:
+                if entry.state is _State.WAITING and taken.isdisjoint(entry.keys):
                     entry.state = _State.RUNNING
                     self._running[entry.ticket] = entry
                     self._pool.start(entry.ticket, entry.job)
                     free -= 1
-                taken.add(entry.key)
+                taken.update(entry.keys)
 
     def _collect(self, timeout: float | None) -> None:
         """Take in what happens within `timeout` seconds, of whichever stream."""

@@ -1,8 +1,8 @@
-"""The local rounds of many clients at once: stacked adapters, and one forward and backward pass for all of a step's rows.
+"""The local rounds of many clients at once: stacked adapters, and one pass for the rows of a step of all of them.
 
 What is minimised is the sum over clients of each one's own mean loss. Nobody's loss depends on another's tensors, so
-that its gradient by a client's tensors is that of the client alone, and everything after it (regularisers, clipping, the
-optimiser) is done for each client by itself. The result differs from `fedpeft.training.local.train_locally` by the
+that its gradient by a client's tensors is that of the client alone, and everything after it (regularisers, clipping,
+the optimiser) is done for each client by itself. The result differs from `fedpeft.training.local.train_locally` by the
 rounding of sums alone.
 """
 

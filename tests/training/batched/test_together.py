@@ -88,7 +88,9 @@ def test_clients_trained_together_hold_what_each_would_hold_alone(text_config: M
         {"lr_schedule": "cosine"},
     ],
 )
-def test_every_client_has_its_own_optimiser_clipping_and_proximal_term(text_config: Make, train: dict[str, float]) -> None:
+def test_every_client_has_its_own_optimiser_clipping_and_proximal_term(
+    text_config: Make, train: dict[str, float]
+) -> None:
     settings = {f"train__{key}": value for key, value in train.items()}
     home = Resident(text_config(train__local_steps=4, train__batch_size=4, **settings))
     compare(home, parts_of(home))
