@@ -87,7 +87,7 @@ def train(message: Message, context: Context) -> Message:
     adapted.load(ready.start.tensors, order.scaling)
     tail = Tail.of(adapted, order.settings)
     result = _train(ready, None if tail is None else tail.loss)
-    content = finish(ready, adapted.tensors({*ready.trained, *ready.start.personal}), result, context.state, tail)
+    content = finish(ready, adapted.tensors([*ready.trained, *ready.start.personal]), result, context.state, tail)
     return Message(content, reply_to=message)
 
 

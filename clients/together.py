@@ -24,9 +24,11 @@ from fedpeft.adapters.state import A_SUFFIX, B_SUFFIX, Role, role_of
 from fedpeft.clients.app import Ready, finish, prepare, run_config_of
 from fedpeft.clients.privacy import LEDGER_FILE, check_site
 from fedpeft.clients.verdicts import Verdict, simulated
+from fedpeft.config import TrainConfig
 from fedpeft.data.splits import EncodedSplit
 from fedpeft.models import num_threads
 from fedpeft.privacy.levels import level_of
+from fedpeft.resident import Resident
 from fedpeft.training.batched.together import (
     JointGradients,
     JointPlainGradients,
@@ -110,7 +112,7 @@ def _member(place: int, message: Message, context: Context, verdict: Verdict | N
     if isinstance(ready, ShortAnswer):
         return ready
     home, start, order = ready.home, ready.start, ready.order
-    if PRUNED_RANK in order.settings or why_not(home.adapted, home.own_layers, run.train):
+    if PRUNED_RANK in order.settings or home.once(_why_not, run.train):
         return None
     own = {name: tensor for name, tensor in start.tensors.items() if role_of(name) is not Role.BASE}
     if not _fits(own, home.adapted.initial):
@@ -119,6 +121,10 @@ def _member(place: int, message: Message, context: Context, verdict: Verdict | N
     return _Member(
         place, ready, part, context.state, run.train.batch_size * longest(ready.rows.split, ready.rows.indices)
     )
+
+
+def _why_not(home: Resident, train: TrainConfig) -> str:
+    return why_not(home.adapted, home.own_layers, train)
 
 
 def _fits(own: Mapping[str, Tensor], initial: Mapping[str, Tensor]) -> bool:

@@ -7,16 +7,20 @@ read, and refused by the name of its key; what an unknown key says is left alone
 
 from __future__ import annotations
 
+import io
 import math
 import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import lru_cache
 from typing import Any, Self
 
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, ConfigRecordValues, Message, MetricRecord, RecordDict
+from flwr.common.constant import SType
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedpeft.adapters.state import PrivacyClaim, Role, TrainMetrics
@@ -265,12 +269,44 @@ def _listed(roles: frozenset[Role]) -> list[str]:
 
 def to_record(tensors: Mapping[str, Tensor]) -> ArrayRecord:
     """Pack tensors for the wire."""
-    return ArrayRecord({name: Array(tensor.detach().cpu().numpy()) for name, tensor in tensors.items()})
+    return ArrayRecord({name: _packed(tensor.detach().cpu().numpy()) for name, tensor in tensors.items()})
 
 
 def to_tensors(record: ArrayRecord) -> dict[str, Tensor]:
     """Unpack tensors; NumPy's own format, never pickle."""
-    return {name: torch.from_numpy(array.numpy()) for name, array in record.items()}
+    return {name: torch.from_numpy(_unpacked(array)) for name, array in record.items()}
+
+
+# of these types and shapes NumPy's header is known beforehand, and writing and parsing it takes longer than most arrays
+PLAIN = frozenset({"float32", "float64", "float16", "int64", "int32", "uint8", "bool"})
+
+
+@lru_cache(maxsize=4096)
+def _header(dtype: str, shape: tuple[int, ...]) -> bytes:
+    """Return what NumPy's own format puts before an array's values."""
+    buffer = io.BytesIO()
+    described = np.lib.format.dtype_to_descr(np.dtype(dtype))
+    np.lib.format.write_array_header_1_0(buffer, {"descr": described, "fortran_order": False, "shape": shape})
+    return buffer.getvalue()
+
+
+def _packed(values: NDArray[Any]) -> Array:
+    """Return the same as ``Array(values)``."""
+    dtype, shape = values.dtype.name, values.shape
+    if dtype not in PLAIN or not values.flags.c_contiguous:
+        return Array(values)
+    return Array(dtype, shape, SType.NUMPY, b"".join((_header(dtype, shape), values.reshape(-1).view(np.uint8).data)))
+
+
+def _unpacked(array: Array) -> NDArray[Any]:
+    """Return the same as ``array.numpy()``."""
+    data, dtype, shape = array.data, array.dtype, tuple(array.shape)
+    if array.stype == SType.NUMPY and dtype in PLAIN and all(type(size) is int and size >= 0 for size in shape):
+        header = _header(dtype, shape)
+        if data.startswith(header) and len(data) == len(header) + math.prod(shape) * np.dtype(dtype).itemsize:
+            return np.frombuffer(data, dtype, offset=len(header)).reshape(shape).copy()
+    values: NDArray[Any] = array.numpy()
+    return values
 
 
 def payload_bytes(message: Message, counts: Callable[[str], bool] = lambda name: True) -> int:

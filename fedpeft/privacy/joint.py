@@ -1,9 +1,9 @@
 """DP-SGD of many clients at once: gradients of single rows without hooks, and each client's own noise.
 
 Every row is a group of its own in the layers' batched products (`fedpeft.training.batched`): it goes through a copy of
-its client's tensors, and what the backward pass leaves at the copy is the row's own gradient. From there on all is as in
-`fedpeft.privacy.dp_sgd`: norms in float32 over all that is trained, rows that are not finite left out, one draw of noise
-a client and step from the client's own randomness, also where no row was drawn.
+its client's tensors, and what the backward pass leaves at the copy is the row's own gradient. From there on all is as
+in `fedpeft.privacy.dp_sgd`: norms in float32 over all that is trained, rows that are not finite left out, one draw of
+noise a client and step from the client's own randomness, also where no row was drawn.
 """
 
 from __future__ import annotations
@@ -106,7 +106,8 @@ class JointPrivateGradients:
 
     def _release(self, stacks: Stacks, sums: dict[str, Tensor], place: int) -> None:
         """Add one client's noise to its sum, all from one draw and at its own ranks, and divide."""
-        mechanism, randomness = (each[stacks.clients[place]] for each in (self.mechanisms, self.randomness))
+        client = stacks.clients[place]
+        mechanism, randomness = self.mechanisms[client], self.randomness[client]
         deviation = mechanism.noise_multiplier * mechanism.max_grad_norm
         totals = {name: unstacked(sums[name][place], stacks.shapes[place][name]) for name in stacks.trained}
         if deviation:

@@ -277,8 +277,8 @@ class RayGrid(SimulationGrid):
                     left = None if deadline is None else max(0.0, deadline - time.monotonic())
                     yield from self._one_by_one(bundle, left)
                     continue
-                for message, each in zip(bundle, packed or [None], strict=True):
-                    yield self._deliver(message, *self._unwrap(message, each))
+                for index, message in enumerate(bundle):
+                    yield self._deliver(message, *self._unwrap(message, None if packed is None else packed[index]))
 
     def _one_by_one(self, bundle: Bundle, timeout: float | None) -> Iterator[Message]:
         with contextlib.closing(self._ready().stream([(message,) for message in bundle], timeout)) as stream:

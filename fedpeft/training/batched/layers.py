@@ -1,8 +1,8 @@
 """The layers of a resident model through which each client's rows can go with that client's own tensors.
 
-An adapted linear layer computes ``W x + s_n B_n A_n x`` for the rows of client n, a trained head ``W_n x + b_n``: batched
-products over stacks of the clients' tensors, in place of one product of a single client's. It is the training twin of
-what S-LoRA does to serve many adapters (Y. Sheng et al., arXiv 2311.03285).
+An adapted linear layer computes ``W x + s_n B_n A_n x`` for the rows of client n, a trained head ``W_n x + b_n``:
+batched products over stacks of the clients' tensors, in place of one product of a single client's. It is the training
+twin of what S-LoRA does to serve many adapters (Y. Sheng et al., arXiv 2311.03285).
 """
 
 from __future__ import annotations
