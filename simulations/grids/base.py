@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import time
 import traceback
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self, runtime_checkable
@@ -21,6 +22,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedpeft.clients.verdicts import Verdict, simulated
 from fedpeft.errors import FedpeftError
+from fedpeft.simulations.grids.bundles import Bundling, Job, Together
 
 GROUPS = 16  # whose messages are counted: nobody is sent one of a round that is long over
 SERVER_NODE_ID = 0  # clients are numbered from 1
@@ -98,6 +100,33 @@ def answer(app: ClientApp, message: Message, context: Context, verdict: Verdict 
     return Answer(reply, seconds=time.perf_counter() - began)
 
 
+def answer_all(app: ClientApp, jobs: Sequence[Job], together: str) -> list[Answer]:
+    """Let clients answer in this process, together as far as that can be done; see `answer`.
+
+    Parameters
+    ----------
+    app : ClientApp
+        Answers one message.
+    jobs : sequence of tuple of Message, Context and Verdict or None
+        In the order of the messages.
+    together : str
+        See `Bundling`.
+    """
+    contents: Sequence[RecordDict | None] = [None] * len(jobs)
+    if together and len(jobs) > 1:
+        module, _, attribute = together.partition(":")
+        answering: Together = getattr(importlib.import_module(module), attribute)
+        contents = answering(jobs)
+    answers = []
+    for (message, context, verdict), content in zip(jobs, contents, strict=True):
+        speak_for(message.metadata.run_id, context.node_id)
+        if content is None:
+            answers.append(answer(app, message, context, verdict))
+        else:
+            answers.append(Answer(Message(content, reply_to=message)))
+    return answers
+
+
 def place_of(error: BaseException) -> str:
     """Say of an error and its causes which classes they are, and where in fedpeft's own code they were raised."""
     chain: list[BaseException] = []
@@ -149,6 +178,8 @@ class SimulationGrid(Grid):
         included; returns what the client is told beside it. May raise, and then nobody is given anything.
     causes : dict of int to Cause
         Why each client raised that did so, the last time, by node id.
+    bundling : Bundling
+        How many messages a worker is given at once; one, unless this is set.
     """
 
     def __init__(self, contexts: Mapping[int, Context] | None = None) -> None:
@@ -157,6 +188,7 @@ class SimulationGrid(Grid):
         self.withholds = False
         self.on_dispatch: Dispatch | None = None
         self.causes: dict[int, Cause] = {}
+        self.bundling = Bundling()
         self._run = Run.create_empty(1)
         self._sent: dict[str, Counter[tuple[str, int]]] = {}  # by group, which is a round
         self._pushed: dict[str, Message] = {}

@@ -71,7 +71,7 @@ class _Entry(Generic[Job, Result]):
 
     ticket: int
     job: Job
-    key: Hashable
+    keys: frozenset[Hashable]
     state: _State = _State.WAITING
     result: Result | None = None
     deaths: int = 0
@@ -142,9 +142,9 @@ class Dispatcher(Generic[Job, Result]):
     window : int
         Most jobs of one stream that are begun in their turn but whose results have not been used; as many more may be
         begun before their turn.
-    key : callable, optional
-        Jobs of one stream with equal keys run one after the other, each begun only when the consumer has come back from
-        the result of the one before: what a client keeps must not depend on which of its two messages is faster.
+    keys : callable, optional
+        Jobs of one stream that share a key run one after the other, each begun only when the consumer has come back
+        from the result of the one before: what a client keeps must not depend on which of its two messages is faster.
     max_deaths : int
         So many workers may die of one job before it is given up.
     on_death : callable, optional
@@ -168,7 +168,7 @@ class Dispatcher(Generic[Job, Result]):
         pool: Pool[Job, Result],
         *,
         window: int,
-        key: Callable[[Job], Hashable] | None = None,
+        keys: Callable[[Job], frozenset[Hashable]] | None = None,
         max_deaths: int = 3,
         on_death: Callable[[Job, int], None] | None = None,
         expected: Callable[[Job], float] | None = None,
@@ -178,7 +178,7 @@ class Dispatcher(Generic[Job, Result]):
             raise ValueError(f"window = {window} and max_deaths = {max_deaths} must be at least 1")
         self._pool = pool
         self.window = window
-        self._key = key
+        self._keys = keys
         self._max_deaths = max_deaths
         self._on_death = on_death
         self._expected = expected
@@ -242,7 +242,7 @@ class Dispatcher(Generic[Job, Result]):
             except StopIteration:
                 line.is_pulled = True
                 break
-            entry = _Entry[Job, Result](next(self._tickets), job, self._key(job) if self._key else object())
+            entry = _Entry[Job, Result](next(self._tickets), job, self._keys(job) if self._keys else frozenset())
             entry.expected = 0.0 if self._expected is None else self._expected(job)
             line.add(entry)
             self._start_waiting()
@@ -265,15 +265,16 @@ class Dispatcher(Generic[Job, Result]):
     def _next(self, line: _Line[Job, Result], workers: int) -> _Entry[Job, Result] | None:
         """Return the job of a stream that a free worker should have."""
         long = line.overdue(workers) if line.held < 2 * self.window else None
-        if long is not None and not any(
-            other.key == long.key for other in itertools.takewhile(lambda other: other is not long, line.entries)
+        if long is not None and all(
+            long.keys.isdisjoint(other.keys)
+            for other in itertools.takewhile(lambda other: other is not long, line.entries)
         ):
             return long
         taken: set[Hashable] = set()
         for entry in itertools.islice(line.entries, self.window):
-            if entry.state is _State.WAITING and entry.key not in taken:
+            if entry.state is _State.WAITING and taken.isdisjoint(entry.keys):
                 return entry
-            taken.add(entry.key)
+            taken.update(entry.keys)
         return None
 
     def _collect(self, timeout: float | None) -> None:

@@ -165,6 +165,12 @@ class ParcelledAnswer:
             return cls(reply.metadata, reply.error, None, answer.trace, answer.place, answer.cause)
         return cls(reply.metadata, pack(reply.content), pack(state), seconds=answer.seconds)
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the reply's arrays."""
+        records = [] if isinstance(self.content, Error) else list(self.content.values())
+        return sum(memoryview(d).nbytes for each in records if isinstance(each, PackedArrays) for d in each.data)
+
     def open(self) -> tuple[Answer, RecordDict | None]:
         """Unpack; the reply's large arrays are views of Ray's store, see `settle`."""
         if isinstance(self.content, Error):

@@ -170,7 +170,7 @@ def test_workers_get_new_jobs_while_results_that_came_early_are_used() -> None:
 @given(st.integers(1, 4), st.randoms(use_true_random=False))
 def test_jobs_with_equal_keys_run_one_after_the_other(workers: int, chance: random.Random) -> None:
     pool = FakePool(workers, chance.choice)
-    dispatcher = Dispatcher[str, str](pool, window=6, key=lambda job: job[0])
+    dispatcher = Dispatcher[str, str](pool, window=6, keys=lambda job: job[:1])
     used: list[object] = []
     jobs = ["a1", "a2", "b1", "a3", "b2", "c1"]
     for job, _ in dispatcher.stream(jobs):
