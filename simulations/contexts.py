@@ -77,8 +77,7 @@ class Contexts(Mapping[int, Context]):
     def __getitem__(self, node: int) -> Context:
         if node not in self:
             raise KeyError(node)
-        config = {"partition-id": node - 1, "num-partitions": len(self._clients), **self._node_config}
-        return Context(RUN_ID, node, config, self._state(node), dict(self._run_config))
+        return Context(RUN_ID, node, self.node_config(node), self._state(node), dict(self._run_config))
 
     def __iter__(self) -> Iterator[int]:
         return iter(range(1, len(self._clients) + 1))
@@ -88,6 +87,10 @@ class Contexts(Mapping[int, Context]):
 
     def __contains__(self, node: object) -> bool:
         return isinstance(node, int) and 1 <= node <= len(self._clients)
+
+    def node_config(self, node: int) -> dict[str, Scalar]:
+        """Return what a node is started with."""
+        return {"partition-id": node - 1, "num-partitions": len(self._clients), **self._node_config}
 
     def keep(self, node: int, state: RecordDict) -> None:
         """Write a client's new state, unless it is the old one; all of it is there afterwards, or nothing.

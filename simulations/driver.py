@@ -14,12 +14,14 @@ from fedpeft.privacy.levels import level_of
 from fedpeft.privacy.rows import check_rows
 from fedpeft.resident import Resident, resident
 from fedpeft.runs import CLIENTS, SIMULATED, Listener, RunDirectory
+from fedpeft.simulations.batching import batched, bundling_of
 from fedpeft.simulations.charging import Charging
 from fedpeft.simulations.contexts import Contexts
 from fedpeft.simulations.failures import Failures
 from fedpeft.simulations.grids.inline import InlineGrid
 from fedpeft.simulations.grids.ray import RayGrid
 from fedpeft.simulations.resuming import Resumption
+from fedpeft.simulations.work import Work
 from fedpeft.strategies import find
 from fedpeft.strategies.federation import Insight, build_strategy, exported_bytes, federate
 from fedpeft.strategies.rounds.records import Outcome
@@ -54,18 +56,23 @@ def drive(
     if not privacy.is_private:  # else what is told of rows would need noise
         for note in home.data.notes:
             listener({"event": "warning", "round": 0, "message": note})
+    config, said = batched(config, home)
     clients = home.partition.client_ids
     node_config = {TRUST_REMOTE_CODE: config.model.trust_remote_code}
     contexts = Contexts(clients, config.to_flat(), node_config, out / CLIENTS)
     client_ids = dict(enumerate(clients, 1))
-    rows = {client_ids[node]: client_rows(home, each.node_config).num_examples for node, each in contexts.items()}
+    rows = {client: client_rows(home, contexts.node_config(node)).num_examples for node, client in client_ids.items()}
     _check(config, home, client_ids, rows.values())
     with _directory(config, out, home, resumption) as directory:
         for note in home.adapted.notes:
             listener({"event": "note", "message": note})
         charged = resumption is not None and resumption.ledger_is_begun
         resumed = None if resumption is None else resumption.begin(directory, contexts, listener)
-        grid.contexts = contexts
+        if said:
+            listener({"event": "note", "message": said})
+        grid.contexts, grid.bundling = contexts, bundling_of(config)
+        if isinstance(grid, RayGrid):
+            grid.pace.work = Work(config, home, contexts)
         failures = Failures(config, directory, grid, client_ids)
         failures.watch(listener)
         books, grid.on_dispatch = None, None

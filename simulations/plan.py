@@ -19,6 +19,7 @@ from fedpeft.privacy.rows import public_counts
 from fedpeft.privacy.statement import state
 from fedpeft.resident import Resident, resident
 from fedpeft.rounding import as_given
+from fedpeft.simulations.batching import batched
 from fedpeft.strategies import find, with_typed_options
 from fedpeft.strategies.base import AdapterStrategy
 from fedpeft.strategies.federation import build_strategy, client_ranks, personal_names
@@ -150,6 +151,7 @@ def plan(config: RunConfig) -> DryRun:
     level_of(config.privacy).check_model(home)  # what a run would refuse
     if not any(role_of(name) is Role.A for name in adapted.frozen):  # else factors of a mean are exact
         down += (len(rounds) - 1) * _step(method, adapted, ranks[:cohort])
+    said = batched(config, home)[1]
     head = [name for name in adapted.initial if role_of(name) is Role.HEAD]
     whole = sum(parameter.numel() for parameter in adapted.model.parameters())
     return DryRun(
@@ -170,7 +172,7 @@ def plan(config: RunConfig) -> DryRun:
         personal=tuple(sorted({str(role_of(name)) for name in personal_names(method, adapted)})),
         changes_base=facts.changes_base,
         privacy=plan_privacy(config, home),
-        notes=(*adapted.notes, *home.data.notes),
+        notes=(*adapted.notes, *home.data.notes, *([said] if said else [])),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -42,6 +42,9 @@ class SimulationConfig(Section):
 
     workers: int | None = Field(None, ge=0, description="Ray workers, one per core if unset; 0 trains in this process")
     threads_per_worker: int = Field(1, ge=1, description="CPU threads of a worker")
+    batch_clients: Literal["auto", "off"] | Annotated[int, Field(ge=1)] = Field(
+        "off", description="clients that a worker trains in one forward: a number, or auto by a timing at the start"
+    )
     gpus_per_worker: float = Field(0.0, ge=0, description="share of a GPU per worker")
 
 

@@ -10,7 +10,8 @@ from flwr.app import ArrayRecord, Context, Message, RecordDict
 from flwr.app.message import make_message
 from flwr.clientapp import ClientApp
 
-from fedpeft.simulations.grids.base import SERVER_NODE_ID, SimulationGrid, answer, speak_for
+from fedpeft.simulations.grids.base import SERVER_NODE_ID, Answer, SimulationGrid, answer_all, speak_for
+from fedpeft.simulations.grids.bundles import Bundle, Job
 from fedpeft.simulations.grids.transport import SharedRecords, contents, duplicate, duplicate_arrays
 from fedpeft.simulations.grids.worker import load_app
 
@@ -41,27 +42,32 @@ class InlineGrid(SimulationGrid):
 
     def _exchange(self, messages: Iterator[Message], timeout: float | None) -> Iterator[Message]:
         deadline = None if timeout is None else time.monotonic() + timeout
+        bundles = self.bundling.bundles(messages)
         while deadline is None or time.monotonic() < deadline:
             try:
-                message = next(messages)
+                bundle = next(bundles)
             except StopIteration:
                 return
-            yield self._answer(message)
+            for message, answered, state in self._answer(bundle):
+                yield self._deliver(message, answered, state)
 
-    def _answer(self, message: Message) -> Message:
+    def _answer(self, bundle: Bundle) -> list[tuple[Message, Answer, RecordDict]]:
         import torch
 
-        context, verdict = self._dispatched(message)
-        context.state = duplicate(context.state)  # the client may change whatever it gets, as in another process
+        jobs: list[Job] = []
+        for message in bundle:
+            context, verdict = self._dispatched(message)
+            context.state = duplicate(context.state)  # the client may change whatever it gets, as in another process
+            jobs.append((self._private(message), context, verdict))
         threads = torch.get_num_threads()
         torch.set_num_threads(self._threads)
-        speak_for(message.metadata.run_id, context.node_id)
         try:
-            answered = answer(self._app, self._private(message), context, verdict)
+            answers = answer_all(self._app, jobs, self.bundling.together)
         finally:
             speak_for(self._run.run_id, SERVER_NODE_ID)
             torch.set_num_threads(threads)
-        return self._deliver(message, answered, context.state)
+        states = [context.state for _, context, _ in jobs]
+        return list(zip(bundle, answers, states, strict=True))
 
     def _private(self, message: Message) -> Message:
         """Return the message that the client sees, with the same array records for all clients of a round."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import threading
 import time
+import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import ray
@@ -19,14 +21,17 @@ from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, Ray
 
 from fedpeft.errors import SimulationError
 from fedpeft.simulations.grids.base import Answer, SimulationGrid
+from fedpeft.simulations.grids.bundles import Bundle, nodes_of
 from fedpeft.simulations.grids.cluster import check_gpus, cpus_per_worker, ray_connection
+from fedpeft.simulations.grids.pace import Pace
 from fedpeft.simulations.grids.scheduling import Died, Dispatcher, Finished
-from fedpeft.simulations.grids.transport import Newest, PackedArrays, Parcel, ParcelledAnswer, contents
+from fedpeft.simulations.grids.transport import Newest, PackedArrays, Parcel, ParcelledAnswer, contents, settle
 from fedpeft.simulations.grids.worker import Worker, environment
 
 log = logging.getLogger(__name__)
 
 MAX_DEATHS = 3  # of workers for one message, or of workers that start in a row
+AHEAD = 256  # messages that are pulled for the sake of long ones, where it is known which are
 PATIENCE = 30.0  # seconds until it is said that workers are slow to start
 LOST = (RayActorError, WorkerCrashedError, OutOfMemoryError, NodeDiedError, ObjectLostError)
 
@@ -40,13 +45,13 @@ class RayPool:
         Make an actor of class `Worker`.
     size : int
         Number of actors.
-    wrap : callable
-        Make of a message what an actor can be sent.
+    send : callable
+        Give an actor a bundle of messages; returns Ray's reference to the answers.
     """
 
-    def __init__(self, hire: Callable[[], Any], size: int, wrap: Callable[[Message], Parcel]) -> None:
+    def __init__(self, hire: Callable[[], Any], size: int, send: Callable[[Any, Bundle], ObjectRef]) -> None:
         self._hire = hire
-        self._wrap = wrap
+        self._send = send
         self._starting: dict[ObjectRef, Any] = {}
         self._idle: deque[Any] = deque()
         self._busy: dict[ObjectRef, tuple[Any, int]] = {}
@@ -59,12 +64,12 @@ class RayPool:
         """Return how many actors have nothing to do."""
         return len(self._idle)
 
-    def start(self, ticket: int, job: Message) -> None:
-        """Send a message to an idle actor."""
+    def start(self, ticket: int, job: Bundle) -> None:
+        """Send messages to an idle actor."""
         worker = self._idle.popleft()
-        self._busy[worker.answer.remote(self._wrap(job))] = (worker, ticket)
+        self._busy[self._send(worker, job)] = (worker, ticket)
 
-    def wait(self, timeout: float | None) -> list[Finished[ParcelledAnswer] | Died]:
+    def wait(self, timeout: float | None) -> list[Finished[list[ParcelledAnswer]] | Died]:
         """Return answers that have come and actors that have died.
 
         Raises
@@ -107,7 +112,7 @@ class RayPool:
         ray.kill(worker)  # it may be cut off rather than dead
         self._add()
 
-    def _settle(self, ref: ObjectRef) -> Finished[ParcelledAnswer] | Died | None:
+    def _settle(self, ref: ObjectRef) -> Finished[list[ParcelledAnswer]] | Died | None:
         if ref in self._starting:
             self._started(ref, self._starting.pop(ref))
             return None
@@ -164,8 +169,11 @@ class RayGrid(SimulationGrid):
 
     Attributes
     ----------
+    pace : Pace
+        What messages are expected to take; its `work` may be set.
     on_worker_death : callable, optional
-        Called with the node id of the client at work and the number of workers its message has cost so far.
+        Called with the node id of the client at work, of a bundle the first one's, and the number of workers that its
+        message has cost so far.
 
     Notes
     -----
@@ -189,8 +197,9 @@ class RayGrid(SimulationGrid):
         self.on_worker_death: Callable[[int, int], None] | None = None
         self._app, self._store_bytes, self._verbose = app, store_bytes, verbose
         self._workers, self._threads, self._gpus = workers, threads_per_worker, gpus_per_worker
+        self.pace = Pace()
         self._refs: Newest[ObjectRef] = Newest(4)
-        self._dispatcher: Dispatcher[Message, ParcelledAnswer] | None = None
+        self._dispatcher: Dispatcher[Bundle, list[ParcelledAnswer]] | None = None
         self._failure: BaseException | None = None
         self._up = threading.Event()
         self._leaving = threading.Event()
@@ -227,13 +236,14 @@ class RayGrid(SimulationGrid):
                     scheduling_strategy="SPREAD",
                 )
                 variables = environment(self._threads, gpu=self._gpus > 0)
-                pool = RayPool(lambda: actor.remote(self._app, self._threads, variables), self._workers, self._wrap)
+                pool = RayPool(lambda: actor.remote(self._app, self._threads, variables), self._workers, self._send)
                 self._dispatcher = Dispatcher(
                     pool,
                     window=2 * self._workers + 2,
-                    key=lambda message: message.metadata.dst_node_id,
+                    keys=nodes_of,
                     max_deaths=MAX_DEATHS,
                     on_death=self._died,
+                    expected=lambda bundle: sum(map(self.pace.expected, bundle)),
                 )
                 self._up.set()
                 self._leaving.wait()
@@ -257,7 +267,7 @@ class RayGrid(SimulationGrid):
             time.sleep(0.01)
         return True
 
-    def _ready(self) -> Dispatcher[Message, ParcelledAnswer]:
+    def _ready(self) -> Dispatcher[Bundle, list[ParcelledAnswer]]:
         """Wait until Ray is there."""
         self.start()
         self._wait_until_up()
@@ -267,12 +277,38 @@ class RayGrid(SimulationGrid):
         return self._dispatcher
 
     def _exchange(self, messages: Iterator[Message], timeout: float | None) -> Iterator[Message]:
-        with contextlib.closing(self._ready().stream(messages, timeout)) as stream:
-            for message, packed in stream:
-                yield self._deliver(message, *self._unwrap(message, packed))
+        deadline = None if timeout is None else time.monotonic() + timeout
+        dispatcher = self._ready()
+        dispatcher.ahead = 0 if self.pace.work is None else AHEAD
+        bundles = self.bundling.bundles(messages) if self.bundling.size > 1 else self.pace.bundles(messages)
+        with contextlib.closing(dispatcher.stream(bundles, timeout)) as stream:
+            yield from _settled(self._replies(stream, deadline))
 
-    def _wrap(self, message: Message) -> Parcel:
-        return Parcel.of(message, *self._dispatched(message), self._store)
+    def _replies(
+        self, stream: Iterable[tuple[Bundle, list[ParcelledAnswer] | None]], deadline: float | None
+    ) -> Iterator[Message]:
+        for bundle, packed in stream:
+            if packed is None and len(bundle) > 1:  # each by itself: one of them may be what kills workers
+                left = None if deadline is None else max(0.0, deadline - time.monotonic())
+                yield from self._one_by_one(bundle, left)
+                continue
+            for index, message in enumerate(bundle):
+                yield self._received(message, None if packed is None else packed[index])
+
+    def _received(self, message: Message, packed: ParcelledAnswer | None) -> Message:
+        answer, state = self._unwrap(message, packed)
+        if packed is not None and answer.seconds:
+            self.pace.learn(message, answer.seconds, packed.num_bytes)
+        return self._deliver(message, answer, state)
+
+    def _one_by_one(self, bundle: Bundle, timeout: float | None) -> Iterator[Message]:
+        with contextlib.closing(self._ready().stream([(message,) for message in bundle], timeout)) as stream:
+            for (message,), packed in stream:
+                yield self._received(message, None if packed is None else packed[0])
+
+    def _send(self, worker: Any, bundle: Bundle) -> ObjectRef:
+        parcels = [Parcel.of(message, *self._dispatched(message), self._store) for message in bundle]
+        return worker.answer.remote(parcels, self.bundling.together)
 
     def _store(self, record: ArrayRecord) -> ObjectRef:
         """Put arrays into Ray's store, unless they are there."""
@@ -285,6 +321,23 @@ class RayGrid(SimulationGrid):
         error = Error(ErrorCode.CLIENT_APP_CRASHED, "WorkerDied")
         return Answer(Message(error, reply_to=message), f"{MAX_DEATHS} workers died over this message"), None
 
-    def _died(self, message: Message, attempt: int) -> None:
+    def _died(self, bundle: Bundle, attempt: int) -> None:
         if self.on_worker_death:
-            self.on_worker_death(message.metadata.dst_node_id, attempt)
+            self.on_worker_death(bundle[0].metadata.dst_node_id, attempt)
+
+
+def _settled(replies: Iterator[Message]) -> Iterator[Message]:
+    """Yield replies, and give those that somebody keeps arrays of their own: Ray's store is not made for them all.
+
+    Whoever folds replies as they come has dropped one when it comes back from the next.
+    """
+    before = last = None
+    while True:
+        if before is not None and (kept := before()) is not None and kept.has_content():
+            settle(kept.content)
+        before, kept = last, None
+        handed = list(itertools.islice(replies, 1))
+        if not handed:
+            break
+        last = weakref.ref(handed[0])
+        yield handed.pop()

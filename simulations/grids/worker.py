@@ -10,7 +10,7 @@ import contextlib
 import importlib
 import os
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def load_app(name: str) -> ClientApp:
 
 
 class Worker:
-    """Answers one message at a time for whichever client it is sent to.
+    """Answers messages for whichever clients they are sent to.
 
     Parameters
     ----------
@@ -83,9 +83,9 @@ class Worker:
             return traceback.format_exc()
         return None
 
-    def answer(self, parcel: Parcel) -> ParcelledAnswer:
-        """Have the app answer a message."""
-        from fedpeft.simulations.grids.base import answer, speak_for
+    def answer(self, parcels: Sequence[Parcel], together: str = "") -> list[ParcelledAnswer]:
+        """Have the app answer messages; several are answered together, see `fedpeft.simulations.grids.bundles`."""
+        from fedpeft.simulations.grids.base import answer_all
         from fedpeft.simulations.grids.transport import ParcelledAnswer
 
         assert self._loaded is not None, "load comes first"
@@ -97,6 +97,6 @@ class Worker:
 
             return shared.get(ref.hex(), lambda: ray.get(ref).unpack())
 
-        message, context = parcel.open(fetch)
-        speak_for(context.run_id, context.node_id)
-        return ParcelledAnswer.of(answer(app, message, context, parcel.verdict), context.state)
+        jobs = [(*parcel.open(fetch), parcel.verdict) for parcel in parcels]
+        answers = answer_all(app, jobs, together)
+        return [ParcelledAnswer.of(each, context.state) for each, (_, context, _) in zip(answers, jobs, strict=True)]

@@ -18,7 +18,9 @@ from flwr.clientapp.client_app import LoadClientAppError
 
 from fedpeft.errors import ConfigError, SimulationError
 from fedpeft.simulations.grids.inline import InlineGrid
+from fedpeft.simulations.grids.pace import Pace
 from fedpeft.simulations.grids.ray import RayGrid
+from fedpeft.wire import LentArray
 
 MakeContexts = Callable[[int], dict[int, Context]]
 MakeMessage = Callable[..., Message]
@@ -35,7 +37,8 @@ def workers(importable_apps: None) -> Iterator[RayGrid]:
 @pytest.fixture
 def grid(workers: RayGrid, make_contexts: MakeContexts) -> RayGrid:
     workers.contexts = make_contexts(12)
-    workers.on_failure = workers.on_worker_death = None
+    workers.on_failure = workers.on_worker_death = workers.on_dispatch = None
+    workers.pace = Pace()
     return workers
 
 
@@ -339,3 +342,33 @@ def test_a_cluster_named_by_ray_address_is_used_quietly_and_left_running(
     assert (printed.stdout, printed.stderr) == ("8 replies\n", "")
     assert ray.is_initialized()
     assert len(list(grid.send_and_receive([make_message(1), make_message(2)]))) == 2
+
+
+def test_quick_messages_travel_together_and_each_is_answered_by_itself(
+    grid: RayGrid, make_message: MakeMessage, make_arrays: MakeArrays
+) -> None:
+    list(grid.send_and_receive(make_message(node) for node in range(1, 5)))
+    sent: list[int] = []
+
+    def note(node: int, message: Message) -> None:
+        sent.append(node)
+
+    grid.on_dispatch = note
+    fails = {3: "plain", 7: "exit"}
+    messages = [
+        make_message(node, "train.fail", how=fails[node]) if node in fails else make_message(node)
+        for node in range(1, 13)
+    ]
+    replies = list(grid.send_and_receive(messages))
+    assert [reply.metadata.src_node_id for reply in replies] == list(range(1, 13))
+    assert sent == list(range(1, 13))
+    assert [node for node, reply in enumerate(replies, 1) if reply.has_error()] == [3, 7]
+
+
+def test_who_keeps_large_replies_has_their_arrays_to_himself(grid: RayGrid, make_message: MakeMessage) -> None:
+    order = ArrayRecord({"weight": Array(np.ones((200, 200), np.float32))})
+    replies = list(grid.send_and_receive(make_message(node, "train.learn", order) for node in range(1, 7)))
+    arrays = [reply.content.array_records["arrays"]["weight"] for reply in replies]
+    assert [isinstance(array, LentArray) for array in arrays] == [True] * 6
+    assert ["lent" in vars(array) for array in arrays] == [False] * 6
+    assert len({array.data for array in arrays}) == 6
