@@ -19,8 +19,10 @@ from fedpeft.resident import Resident, resident
 from fedpeft.runs import Listener, RunDirectory
 from fedpeft.simulations.charging import Charging
 from fedpeft.simulations.failures import Failures
+from fedpeft.simulations.grids.cluster import Sizing
 from fedpeft.simulations.grids.inline import InlineGrid
 from fedpeft.simulations.grids.ray import RayGrid
+from fedpeft.simulations.sizing import at_work, in_this_process
 from fedpeft.strategies import find
 from fedpeft.strategies.federation import Insight, build_strategy, exported_bytes, federate
 from fedpeft.strategies.rounds.records import Outcome
@@ -52,7 +54,11 @@ def drive(config: RunConfig, out: Path, listener: Listener, grid: InlineGrid | R
     rows = {client_ids[node]: client_rows(home, each.node_config).num_examples for node, each in contexts.items()}
     _check(config, home, client_ids, rows.values())
     adapter_bytes = exported_bytes(find(config.strategy.name), home.adapted)
-    directory = RunDirectory(out, config, adapter_bytes, {"presets": provenance(config.presets)})
+    sizing = _sized(config, grid, len(contexts))
+    details = {"presets": provenance(config.presets), "simulation": sizing.to_dict()}
+    directory = RunDirectory(out, config, adapter_bytes, details)
+    if sizing.workers:
+        listener({"event": "note", "message": f"workers: {sizing}"})
     for note in home.adapted.notes:
         listener({"event": "note", "message": note})
     grid.contexts = contexts
@@ -72,6 +78,14 @@ def drive(config: RunConfig, out: Path, listener: Listener, grid: InlineGrid | R
         insight=Insight(client_ids, lambda: personal_tensors(contexts, client_ids), failures.explain),
         books=books,
     )
+
+
+def _sized(config: RunConfig, grid: InlineGrid | RayGrid, clients: int) -> Sizing:
+    """Tell the grid how many clients are at work at a time, and return how many workers it has."""
+    if isinstance(grid, InlineGrid):
+        return in_this_process()
+    grid.most = at_work(config, clients)
+    return grid.sizing
 
 
 def _check(config: RunConfig, home: Resident, client_ids: Mapping[int, str], rows: Iterable[int]) -> None:

@@ -99,6 +99,11 @@ class Dispatcher(Generic[Job, Result]):
         Called with the job and how many workers it has cost so far.
     clock : callable
         Seconds that only grow.
+
+    Attributes
+    ----------
+    window : int
+        May be changed as the pool is.
     """
 
     def __init__(
@@ -114,7 +119,7 @@ class Dispatcher(Generic[Job, Result]):
         if window < 1 or max_deaths < 1:
             raise ValueError(f"window = {window} and max_deaths = {max_deaths} must be at least 1")
         self._pool = pool
-        self._window = window
+        self.window = window
         self._key = key
         self._max_deaths = max_deaths
         self._on_death = on_death
@@ -171,7 +176,7 @@ class Dispatcher(Generic[Job, Result]):
     def _fill(self, line: _Line[Job, Result], deadline: float | None) -> bool:
         """Pull jobs up to the window; return whether the stream has any left."""
         self._start_waiting()
-        while len(line.entries) < self._window and not self._late(deadline):
+        while len(line.entries) < self.window and not self._late(deadline):
             try:
                 job = next(line.source)
             except StopIteration:
