@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 from flwr.app import Context, RecordDict
@@ -20,6 +21,7 @@ from fedpeft.runs import Listener, RunDirectory
 from fedpeft.simulations.charging import Charging
 from fedpeft.simulations.failures import Failures
 from fedpeft.simulations.grids.cluster import Sizing
+from fedpeft.simulations.grids.freight import Freight
 from fedpeft.simulations.grids.inline import InlineGrid
 from fedpeft.simulations.grids.ray import RayGrid
 from fedpeft.simulations.sizing import at_work, in_this_process
@@ -62,6 +64,8 @@ def drive(config: RunConfig, out: Path, listener: Listener, grid: InlineGrid | R
     for note in home.adapted.notes:
         listener({"event": "note", "message": note})
     grid.contexts = contexts
+    if isinstance(grid, RayGrid):
+        grid.freight = partial(Freight.of, config.to_flat(), home)
     failures = Failures(config, directory, grid, client_ids)
     failures.watch(listener)
     books, grid.on_dispatch = None, None

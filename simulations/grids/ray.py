@@ -34,6 +34,7 @@ from fedpeft.simulations.grids.cluster import (
     ray_connection,
     this_node,
 )
+from fedpeft.simulations.grids.freight import Freight
 from fedpeft.simulations.grids.scheduling import Died, Dispatcher, Finished
 from fedpeft.simulations.grids.transport import Newest, PackedArrays, Parcel, ParcelledAnswer, contents
 from fedpeft.simulations.grids.worker import Worker, environment
@@ -67,6 +68,8 @@ class RayPool:
         self._busy: dict[ObjectRef, tuple[Any, int]] = {}
         self._failed_starts = 0
         self._patient = True
+        self.freight: Freight | None = None  # what actors on other nodes may lack
+        self._told: dict[str, Freight] = {}  # by actor, what it was told of
         self._leaving: set[ObjectRef] = set()  # what is answered by actors that are to end then
         self.resize(size)
 
@@ -110,6 +113,10 @@ class RayPool:
     def start(self, ticket: int, job: Message) -> None:
         """Send a message to an idle actor."""
         worker = self._idle.popleft()
+        name = worker._actor_id.hex()
+        if self.freight is not None and self._told.get(name) is not self.freight:
+            worker.supply.remote(self.freight)  # what one caller asks of an actor is done in order
+            self._told[name] = self.freight
         self._busy[worker.answer.remote(self._wrap(job))] = (worker, ticket)
 
     def wait(self, timeout: float | None) -> list[Finished[ParcelledAnswer] | Died]:
@@ -222,6 +229,8 @@ class RayGrid(SimulationGrid):
 
     Attributes
     ----------
+    freight : callable, optional
+        Returns what workers on other nodes than this process's may lack; asked where there are such nodes.
     most : int, optional
         Clients that are at work at a time, at most; more workers are not needed.
     on_worker_death : callable, optional
@@ -252,12 +261,14 @@ class RayGrid(SimulationGrid):
                 )
             workers = Fixed(workers, gpus_per_worker)
         self.most: int | None = None
+        self.freight: Callable[[], Freight] | None = None
         self.on_worker_death: Callable[[int, int], None] | None = None
         self._app, self._store_bytes, self._verbose = app, store_bytes, verbose
         self._sizer, self._threads, self._cluster = workers, threads_per_worker, address
         self._nodes: list[Node] = []
         self._sizing: Sizing | None = None
         self._looked = 0.0
+        self._served: tuple[object, frozenset[str]] | None = None
         self._refs: Newest[ObjectRef] = Newest(4)
         self._pool: RayPool | None = None
         self._dispatcher: Dispatcher[Message, ParcelledAnswer] | None = None
@@ -347,12 +358,25 @@ class RayGrid(SimulationGrid):
         dispatcher = self._ready()
         assert self._sizing is not None
         assert self._pool is not None
+        self._serve(self._pool)
         before, now = self._sizing, self._sizer.fit(self._nodes, self.most)
         self._sizing = now
         if (now.workers, now.gpus_per_worker) != (before.workers, before.gpus_per_worker):
             log.info("%d workers become %s", before.workers, now)
             self._pool.resize(now.workers, renew=now.gpus_per_worker != before.gpus_per_worker)
             dispatcher.window = _window(now.workers)
+
+    def _serve(self, pool: RayPool) -> None:
+        """Have ready what nodes lack, where there are others than this process's."""
+        others = frozenset(node.name for node in self._nodes if not node.drives)
+        if self._served == (self.freight, others):
+            return
+        known = pool.freight if self._served is not None and self._served[0] == self.freight else None
+        self._served = self.freight, others
+        if self.freight is None or not others:
+            pool.freight = known
+            return
+        pool.freight = (known or self.freight()).with_stored(others)
 
     def _look(self) -> None:
         """Use nodes that have come, and no longer count on those that have gone."""
