@@ -77,7 +77,7 @@ def encode(config: RunConfig, model_dir: Path) -> EncodedData:
 
 
 def entries(config: RunConfig, model_dir: Path) -> tuple[Path, Path | None]:
-    """Return the cache's folders of the configured rows, which `encode` has made; the second where there is a test part.
+    """Return the cache's folders of the configured rows, which `encode` has made, and of the test part.
 
     Parameters
     ----------

@@ -10,6 +10,7 @@ import re
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,8 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from fedpeft.errors import ConfigError, SimulationError
+from fedpeft.errors import ConfigError, FedpeftError, SimulationError
+from fedpeft.runs.checks import Finding, State
 from fedpeft.runs.machine import Footprint, Machine, here
 
 log = logging.getLogger(__name__)
@@ -107,6 +109,17 @@ def named_address(address: str | None) -> tuple[str, str]:
     if address:
         return "simulation.address", address
     return "RAY_ADDRESS", os.environ.get("RAY_ADDRESS") or OWN
+
+
+def ray_starts() -> Finding:
+    """Tell whether Ray starts, or can be connected to, and how soon."""
+    begun = time.monotonic()
+    try:
+        with ray_connection():
+            seen = f"up after {time.monotonic() - begun:.1f} s, with {len(alive())} node"
+    except FedpeftError as error:
+        return Finding("Ray", State.BROKEN, str(error), "simulation.workers=0 does without")
+    return Finding("Ray", State.OK, seen)
 
 
 def _start(address: str, options: dict[str, Any]) -> None:

@@ -4,8 +4,8 @@ A cluster whose nodes share a file system needs nothing of this: a path that lea
 it is. Else the driver puts the files into the store, and the first worker of a node that needs them writes them into
 the node's cache, under a lock, and checks what came by its hash.
 
-Ray has a way of its own, a ``working_dir`` in `runtime_env`; it goes through the cluster's head in one archive of half a
-gigabyte at most, and is unpacked anew for every job.
+Ray has a way of its own, a ``working_dir`` in `runtime_env`; it goes through the cluster's head in one archive of half
+a gigabyte at most, and is unpacked anew for every job.
 """
 
 from __future__ import annotations
