@@ -360,15 +360,20 @@ def check_gpus(workers: int, gpus_per_worker: float) -> None:
         )
 
 
-def cpus_per_worker(workers: int, threads: int) -> float:
+def cpus_per_worker(workers: int, threads: int, gpus_per_worker: float = 0.0, *, grows: bool = False) -> float:
     """Return how many of Ray's CPUs a worker should claim, such that all workers find a place.
 
     Claims spread workers over a cluster's nodes. On a single node they could only make workers wait, and having fewer
-    cores than workers is no reason to: then they claim nothing.
+    cores than workers is no reason to: then they claim nothing. But where nodes may join, the first one's CPUs must not
+    look free to those that are hired later.
     """
-    nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
-    if len(nodes) > 1:
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if len(nodes) > 1 or grows:
         for cpus in (threads, 1):
-            if sum(int(cores // cpus) for cores in nodes) >= workers:
+            places = [int(node.get("CPU", 0.0) // cpus) for node in nodes]
+            if gpus_per_worker:
+                shares = [int(node.get("GPU", 0.0) / gpus_per_worker + 1e-6) for node in nodes]
+                places = [min(pair) for pair in zip(places, shares, strict=True)]
+            if sum(places) >= workers:
                 return cpus
     return 0

@@ -126,6 +126,7 @@ class Freight:
         """Describe what a run needs; nothing is stored yet."""
         name = home.config.model.name or ""
         where = name if Path(name).expanduser().is_dir() else str(home.folder)
+        _ = home.data  # which makes what `entries` names
         train, test = entries(home.config, home.folder)
         return cls(
             config,

@@ -344,8 +344,9 @@ class RayGrid(SimulationGrid):
         """Start an actor."""
         assert self._sizing is not None
         workers, gpus = self._sizing.workers, self._sizing.gpus_per_worker
+        is_cluster = named_address(self._cluster)[1] != OWN
         actor = ray.remote(Worker).options(
-            num_cpus=cpus_per_worker(workers, self._threads),
+            num_cpus=cpus_per_worker(workers, self._threads, gpus, grows=is_cluster),
             num_gpus=gpus,
             max_restarts=0,
             scheduling_strategy="SPREAD",
