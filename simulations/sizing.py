@@ -1,6 +1,7 @@
 """How many workers a machine bears: what one of them needs, measured where it can be, against what there is.
 
-Nothing here changes a result; it changes how soon there is one, and whether there is one at all.
+Nothing here changes a result; it changes how soon there is one, and whether there is one at all. What takes seconds to
+import is imported when it is needed: Ray is started before that.
 """
 
 from __future__ import annotations
@@ -11,18 +12,14 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError, safe_open
 
 from fedpeft.cache import cache_dir
 from fedpeft.config import RunConfig, cohort_size
 from fedpeft.errors import FedpeftError
 from fedpeft.jsons import to_json
-from fedpeft.models import base_folder
-from fedpeft.privacy.levels import level_of
-from fedpeft.resident import ResidentKey
 from fedpeft.runs.machine import Footprint
 from fedpeft.simulations.grids.cluster import OWN, Fixed, Node, Sizer, Sizing, named_address, this_node
 
@@ -68,22 +65,24 @@ class Automatic:
     ----------
     config : RunConfig
         The run's; what it leaves open is chosen.
-
-    Attributes
-    ----------
-    need : Footprint
-        What a worker is taken to need.
     """
 
     def __init__(self, config: RunConfig) -> None:
-        self._asked = config.simulation
-        self._clients = _at_work(config, config.federation.clients)
-        self._file = None if config.privacy.is_private else _file_of(config)
-        self.need = (_kept(self._file) if self._file is not None else None) or estimate(config)
+        self._config, self._asked = config, config.simulation
+
+    @cached_property
+    def _file(self) -> Path | None:
+        return None if self._config.privacy.is_private else _file_of(self._config)
+
+    @cached_property
+    def need(self) -> Footprint:
+        """What a worker is taken to need."""
+        return (_kept(self._file) if self._file is not None else None) or estimate(self._config)
 
     def fit(self, nodes: Sequence[Node], most: int | None = None) -> Sizing:
         """Choose for these nodes; see `Sizer`."""
-        bound = min((count for count in (most, self._clients) if count is not None), default=None)
+        clients = _at_work(self._config, self._config.federation.clients)
+        bound = min((count for count in (most, clients) if count is not None), default=None)
         asked = self._asked
         if asked.gpus_per_worker != 0 and any(node.gpus for node in nodes):
             return self._on_gpus(nodes, bound)
@@ -191,6 +190,8 @@ def at_work(config: RunConfig, clients: int) -> int:
 def _at_work(config: RunConfig, clients: int | None) -> int | None:
     if clients is None:
         return None
+    from fedpeft.privacy.levels import level_of
+
     if level_of(config.privacy).secret_cohort(config.privacy):
         return clients  # each is drawn by its own coin
     return cohort_size(clients, config.federation.fraction, config.federation.min_clients)
@@ -210,6 +211,9 @@ def _several(nodes: Sequence[Node]) -> str:
 
 def _file_of(config: RunConfig) -> Path | None:
     """Return where the footprint of such a run is kept; its name is the hash of all that it depends on."""
+    from fedpeft.models import base_folder
+    from fedpeft.resident import ResidentKey
+
     try:
         folder = base_folder(config.model)
         parts = {name: importlib.metadata.version(name) for name in VERSIONS}
@@ -263,6 +267,11 @@ def estimate(config: RunConfig) -> Footprint:
     config : RunConfig
         Names base, precision and batch.
     """
+    from safetensors import SafetensorError
+
+    from fedpeft.models import base_folder
+    from fedpeft.privacy.levels import level_of
+
     try:
         folder = base_folder(config.model)
         described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -288,6 +297,8 @@ def estimate(config: RunConfig) -> Footprint:
 
 def _elements(path: Path) -> int:
     """Count the numbers in a file of safetensors without reading them."""
+    from safetensors import safe_open
+
     with safe_open(path, "np") as held:
         shapes = [held.get_slice(name).get_shape() for name in held.keys()]  # noqa: SIM118 - no mapping
     total = 0

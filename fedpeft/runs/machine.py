@@ -333,6 +333,6 @@ def footprint() -> Footprint:
 
 def _reserved() -> int:
     torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
+    if torch is None or not torch.cuda.is_initialized():
         return 0
     return int(torch.cuda.max_memory_reserved()) + CUDA_CONTEXT

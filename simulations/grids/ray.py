@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from flwr.app import ArrayRecord, Context, Error, Message, RecordDict
@@ -34,10 +34,12 @@ from fedpeft.simulations.grids.cluster import (
     ray_connection,
     this_node,
 )
-from fedpeft.simulations.grids.freight import Freight
 from fedpeft.simulations.grids.scheduling import Died, Dispatcher, Finished
 from fedpeft.simulations.grids.transport import Newest, PackedArrays, Parcel, ParcelledAnswer, contents
 from fedpeft.simulations.grids.worker import Worker, environment
+
+if TYPE_CHECKING:
+    from fedpeft.simulations.grids.freight import Freight  # whose imports take seconds, while Ray could start
 
 log = logging.getLogger(__name__)
 

@@ -147,7 +147,6 @@ def test_gpu_memory_is_what_torch_has_reserved_and_the_context_beside_it(monkeyp
     import torch
 
     assert footprint().gpu == 0
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 5 * GIB)
     assert footprint().gpu == 5 * GIB + machine.CUDA_CONTEXT
