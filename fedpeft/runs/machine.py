@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ PACKAGES = (
 ROOT = Path("/")
 UNLIMITED = 2**60  # bytes; version 1 of control groups writes a number near 2^63 where there is no limit
 GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA's, AMD's, and either of both under Windows
+PROCESS = Path("/proc/self")
+NEWS = 1.02  # of the peak so far, that a peak must be to be news
 CUDA_CONTEXT = 600 * 2**20  # bytes that a process takes of a GPU beside its tensors; NVIDIA's are about half a gigabyte
 
 
@@ -319,16 +321,35 @@ class Footprint:
         return dict(vars(self))
 
 
+class _Meter:
+    """Measures this process, and looks closer only when its peak has grown: that takes a walk over all its pages."""
+
+    def __init__(self) -> None:
+        self._seen: tuple[int, Footprint] | None = None
+
+    def read(self) -> Footprint:
+        status = {name: count * 1024 for name, count in _numbers(PROCESS / "status").items()}
+        peak = status.get("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if self._seen is not None and peak <= self._seen[0] * NEWS:
+            return replace(self._seen[1], gpu=_reserved())
+        pages = {name: count * 1024 for name, count in _numbers(PROCESS / "smaps_rollup").items()}
+        # files, mapped by all processes alike, and what a fork has in common with whom it was forked from
+        common = max(0, status.get("RssAnon", 0) - pages["Private_Dirty"]) if "Private_Dirty" in pages else 0
+        shared = status.get("RssFile", 0) + status.get("RssShmem", 0) + common
+        self._seen = peak, Footprint(max(0, peak - shared), shared, _reserved())
+        return self._seen[1]
+
+
+_meter = _Meter()
+
+
 def footprint() -> Footprint:
     """Measure this process from its beginning to now.
 
-    The peak counts all resident pages, those of mapped files included; what is mapped now is taken as mapped at the
-    peak, since weights and libraries stay. On a GPU, what torch has reserved, and the context beside it.
+    The peak counts all resident pages, shared ones included; what is shared now is taken as shared at the peak, since
+    weights and libraries stay. On a GPU, what torch has reserved, and the context beside it.
     """
-    status = {name: count * 1024 for name, count in _numbers(Path("/proc/self/status")).items()}
-    peak = status.get("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    shared = status.get("RssFile", 0) + status.get("RssShmem", 0)
-    return Footprint(max(0, peak - shared), shared, _reserved())
+    return _meter.read()
 
 
 def _reserved() -> int:

@@ -46,6 +46,7 @@ log = logging.getLogger(__name__)
 MAX_DEATHS = 3  # of workers for one message, or of workers that start in a row
 PATIENCE = 30.0  # seconds until it is said that workers are slow to start
 LOOK_SECONDS = 2.0  # between two looks at which nodes there are
+NODE_DIED = "its node has died"  # as Ray says it of an actor; that says nothing against the others
 LOST = (RayActorError, WorkerCrashedError, OutOfMemoryError, NodeDiedError, ObjectLostError)
 
 
@@ -188,7 +189,7 @@ class RayPool:
         try:
             trace = ray.get(ref)
         except LOST as error:
-            self._failed_starts += 1
+            self._failed_starts += NODE_DIED not in str(error)
             if self._failed_starts >= MAX_DEATHS:
                 raise SimulationError(
                     f"{MAX_DEATHS} Ray workers in a row died as they started ({type(error).__name__}); "
@@ -355,19 +356,19 @@ class RayGrid(SimulationGrid):
         )
         return actor.remote(self._app, self._threads, environment(self._threads, gpu=gpus > 0))
 
-    def _fit(self) -> None:
-        """Have as many workers as should be by what is known now."""
-        self._look()
-        dispatcher = self._ready()
+    def _tend(self) -> None:
+        """Have as many workers as should be by what is known now, and have ready what they may lack."""
         assert self._sizing is not None
         assert self._pool is not None
+        assert self._dispatcher is not None
+        self._look()
         self._serve(self._pool)
         before, now = self._sizing, self._sizer.fit(self._nodes, self.most)
         self._sizing = now
         if (now.workers, now.gpus_per_worker) != (before.workers, before.gpus_per_worker):
             log.info("%d workers become %s", before.workers, now)
             self._pool.resize(now.workers, renew=now.gpus_per_worker != before.gpus_per_worker)
-            dispatcher.window = _window(now.workers)
+            self._dispatcher.window = _window(now.workers)
 
     def _serve(self, pool: RayPool) -> None:
         """Have ready what nodes lack, where there are others than this process's."""
@@ -409,16 +410,15 @@ class RayGrid(SimulationGrid):
         if self._failure is not None:
             raise self._failure
         assert self._dispatcher is not None
+        self._tend()
         return self._dispatcher
 
     def _exchange(self, messages: Iterator[Message], timeout: float | None) -> Iterator[Message]:
-        dispatcher = self._ready()
-        self._fit()
-        with contextlib.closing(dispatcher.stream(messages, timeout)) as stream:
+        with contextlib.closing(self._ready().stream(messages, timeout)) as stream:
             for message, packed in stream:
                 if packed is not None:
                     self._sizer.learn(packed.footprint)
-                self._fit()
+                self._tend()
                 yield self._deliver(message, *self._unwrap(message, packed))
 
     def _wrap(self, message: Message) -> Parcel:
