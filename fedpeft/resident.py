@@ -30,7 +30,7 @@ from fedpeft.data.sources import places
 from fedpeft.data.splits import EncodedData, EncodedSplit
 from fedpeft.models import base_folder, load_base
 from fedpeft.presets import PREFIX, is_preset, materialize
-from fedpeft.tasks.encoding import encode, encode_rows
+from fedpeft.tasks.encoding import encode, encode_rows, encoded
 from fedpeft.training.batched.layers import OwnLayers
 
 T = TypeVar("T")
@@ -96,6 +96,27 @@ class ResidentKey:
         )
 
 
+@dataclass(frozen=True)
+class Supplies:
+    """Folders that stand in for what a configuration names, on a machine where its paths may lead nowhere.
+
+    Parameters
+    ----------
+    model : Path
+        Of the base.
+    train, test : Path
+        With encoded rows; no `test` where test rows are some of `train`.
+    """
+
+    model: Path
+    train: Path
+    test: Path | None
+
+
+# who supplies what a process is to hold; empty but in workers on other nodes than the driver's
+suppliers: dict[ResidentKey, Callable[[], Supplies]] = {}
+
+
 class Resident:
     """Model and rows of one configuration.
 
@@ -114,17 +135,22 @@ class Resident:
 
     def __init__(self, config: RunConfig) -> None:
         self.key = ResidentKey.of(config)
-        self.config = with_preset_paths(self.key.config())
+        self._supplies = suppliers[self.key]() if self.key in suppliers else None
+        self.config = with_preset_paths(self.key.config()) if self._supplies is None else self.key.config()
         self._kept: dict[tuple[Callable[..., Any], tuple[Hashable, ...]], Any] = {}
 
     @cached_property
     def folder(self) -> Path:
         """Folder of the base model."""
+        if self._supplies is not None:
+            return self._supplies.model
         return base_folder(self.config.model)
 
     @cached_property
     def data(self) -> EncodedData:
         """Encoded training and test rows of the configured source."""
+        if self._supplies is not None:
+            return encoded(self.config, self._supplies.train, self._supplies.test)
         return encode(self.config, self.folder)
 
     @cached_property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 from fedpeft.clients.app import OWN_PERSONAL, TRUST_REMOTE_CODE
@@ -18,10 +19,13 @@ from fedpeft.simulations.batching import batched, bundling_of
 from fedpeft.simulations.charging import Charging
 from fedpeft.simulations.contexts import Contexts
 from fedpeft.simulations.failures import Failures
+from fedpeft.simulations.grids.cluster import Sizing
+from fedpeft.simulations.grids.freight import Freight
 from fedpeft.simulations.grids.inline import InlineGrid
 from fedpeft.simulations.grids.ray import RayGrid
 from fedpeft.simulations.resuming import Resumption
 from fedpeft.simulations.work import Work
+from fedpeft.simulations.sizing import at_work, in_this_process
 from fedpeft.strategies import find
 from fedpeft.strategies.federation import Insight, build_strategy, exported_bytes, federate
 from fedpeft.strategies.rounds.records import Outcome
@@ -63,7 +67,10 @@ def drive(
     client_ids = dict(enumerate(clients, 1))
     rows = {client: client_rows(home, contexts.node_config(node)).num_examples for node, client in client_ids.items()}
     _check(config, home, client_ids, rows.values())
-    with _directory(config, out, home, resumption) as directory:
+    sizing = _sized(config, grid, len(contexts))
+    with _directory(config, out, home, sizing, resumption) as directory:
+        if sizing.workers:
+            listener({"event": "note", "message": f"workers: {sizing}"})
         for note in home.adapted.notes:
             listener({"event": "note", "message": note})
         charged = resumption is not None and resumption.ledger_is_begun
@@ -73,6 +80,7 @@ def drive(
         grid.contexts, grid.bundling = contexts, bundling_of(config)
         if isinstance(grid, RayGrid):
             grid.pace.work = Work(config, home, contexts)
+            grid.freight = partial(Freight.of, config.to_flat(), home)
         failures = Failures(config, directory, grid, client_ids)
         failures.watch(listener)
         books, grid.on_dispatch = None, None
@@ -92,10 +100,20 @@ def drive(
         )
 
 
-def _directory(config: RunConfig, out: Path, home: Resident, resumption: Resumption | None) -> RunDirectory:
+def _directory(
+    config: RunConfig, out: Path, home: Resident, sizing: Sizing, resumption: Resumption | None
+) -> RunDirectory:
     adapter_bytes = exported_bytes(find(config.strategy.name), home.adapted)
-    details = {SIMULATED: True, "presets": provenance(config.presets)}
+    details = {SIMULATED: True, "presets": provenance(config.presets), "simulation": sizing.to_dict()}
     return RunDirectory(out, config, adapter_bytes, details, lock=None if resumption is None else resumption.lock)
+
+
+def _sized(config: RunConfig, grid: InlineGrid | RayGrid, clients: int) -> Sizing:
+    """Tell the grid how many clients are at work at a time, and return how many workers it has."""
+    if isinstance(grid, InlineGrid):
+        return in_this_process()
+    grid.most = at_work(config, clients)
+    return grid.sizing
 
 
 def _check(config: RunConfig, home: Resident, client_ids: Mapping[int, str], rows: Iterable[int]) -> None:

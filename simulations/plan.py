@@ -20,6 +20,8 @@ from fedpeft.privacy.statement import state
 from fedpeft.resident import Resident, resident
 from fedpeft.rounding import as_given
 from fedpeft.simulations.batching import batched
+from fedpeft.simulations.grids.cluster import Sizing
+from fedpeft.simulations.sizing import planned
 from fedpeft.strategies import find, with_typed_options
 from fedpeft.strategies.base import AdapterStrategy
 from fedpeft.strategies.federation import build_strategy, client_ranks, personal_names
@@ -66,6 +68,8 @@ class DryRun:
         What may be said of a private run beforehand, see `plan_privacy`.
     notes : tuple of str
         What should be known of base and adapter, and of how the rows were read.
+    sizing : Sizing, optional
+        The workers that a run would have on this machine now.
     """
 
     config: RunConfig
@@ -86,6 +90,7 @@ class DryRun:
     changes_base: bool = False
     privacy: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()
+    sizing: Sizing | None = None
 
     @property
     def cohort(self) -> int:
@@ -122,6 +127,7 @@ class DryRun:
             "personal": list(self.personal),
             "changes_base": self.changes_base,
             "notes": list(self.notes),
+            **({} if self.sizing is None else {"workers": {**self.sizing.to_dict(), "said": str(self.sizing)}}),
             **({} if self.privacy is None else {"privacy": strict_json(self.privacy)}),
         }
 
@@ -173,6 +179,7 @@ def plan(config: RunConfig) -> DryRun:
         changes_base=facts.changes_base,
         privacy=plan_privacy(config, home),
         notes=(*adapted.notes, *home.data.notes, *([said] if said else [])),
+        sizing=planned(config, len(clients)),
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +10,7 @@ from fedpeft.chatter import silence
 from fedpeft.config import Layer, RunConfig
 from fedpeft.runs import Event, Listener, check_vacant, default_directory
 from fedpeft.simulations.grids.ray import RayGrid
+from fedpeft.simulations.sizing import sizer_of
 
 if TYPE_CHECKING:
     from fedpeft.simulations.resuming import Resumption
@@ -105,14 +105,14 @@ def ray_grid(config: RunConfig, *, verbose: bool = False) -> RayGrid | None:
 
     Ray takes seconds to start, and does so at first use. The grid must be closed.
     """
-    workers = config.simulation.workers
-    if workers == 0:
+    sizer = sizer_of(config)
+    if sizer is None:
         return None
     return RayGrid(
         CLIENT_APP,
-        workers=workers or _default_workers(config),
+        workers=sizer,
         threads_per_worker=config.simulation.threads_per_worker,
-        gpus_per_worker=config.simulation.gpus_per_worker,
+        address=config.simulation.address,
         verbose=verbose,
     )
 
@@ -143,9 +143,3 @@ def _run(
         check_rows(resident(config))
         grid.start()  # its workers start while this process loads the model
     return drive(config, out, listener, grid, resumption)
-
-
-def _default_workers(config: RunConfig) -> int:
-    """One worker a core, and no more than there are clients."""
-    cores = os.cpu_count() or 1
-    return max(1, min(cores, config.federation.clients or cores))

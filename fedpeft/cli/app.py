@@ -11,6 +11,7 @@ import typer
 from fedpeft.cli.compare import compare
 from fedpeft.cli.configuration import config
 from fedpeft.cli.deploy import deploy_app
+from fedpeft.cli.doctor import doctor
 from fedpeft.cli.merge import merge
 from fedpeft.cli.options import INTERRUPTED
 from fedpeft.cli.output import secure
@@ -28,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for command in (simulate, evaluate, merge, compare, config, partition, strategies, env, runs):
+for command in (simulate, evaluate, merge, compare, config, partition, strategies, env, doctor, runs):
     app.command()(command)
 app.add_typer(presets_app, name="presets")
 app.add_typer(deploy_app, name="deploy")

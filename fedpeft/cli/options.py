@@ -57,7 +57,10 @@ class Asked:
     clients: Annotated[int | None, typer.Option(help="Number of clients.")] = None
     rounds: Annotated[int | None, typer.Option(help="Rounds of training.")] = None
     workers: Annotated[
-        int | None, typer.Option(help="Ray workers, one per core if not given; 0 trains in this process.")
+        str | None,
+        typer.Option(
+            metavar="NUMBER", help="Ray workers; what the machine bears if not given; 0 trains in this process."
+        ),
     ] = None
     seed: Annotated[int | None, typer.Option(help="Everything random follows from it.")] = None
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from fedpeft.config.section import Section
+from fedpeft.config.values import number_or_auto
 
 
 class StrategyConfig(BaseModel):
@@ -40,12 +41,19 @@ def cohort_size(clients: int, fraction: float, min_clients: int) -> int:
 class SimulationConfig(Section):
     """The machine. No result depends on the number of workers; last digits may depend on threads, and on a GPU."""
 
-    workers: int | None = Field(None, ge=0, description="Ray workers, one per core if unset; 0 trains in this process")
+    workers: Annotated[int | None, BeforeValidator(number_or_auto)] = Field(
+        None, ge=0, description="Ray workers; auto: what cores, memory and GPUs bear; 0 trains in this process"
+    )
     threads_per_worker: int = Field(1, ge=1, description="CPU threads of a worker")
     batch_clients: Literal["auto", "off"] | Annotated[int, Field(ge=1)] = Field(
         "off", description="clients that a worker trains in one forward: a number, or auto by a timing at the start"
     )
-    gpus_per_worker: float = Field(0.0, ge=0, description="share of a GPU per worker")
+    gpus_per_worker: Annotated[float | None, BeforeValidator(number_or_auto)] = Field(
+        None, ge=0, description="share of a GPU per worker; auto: as many on each as its memory bears; 0 uses none"
+    )
+    address: str | None = Field(
+        None, min_length=1, description="Ray cluster to run on, auto for the one here; RAY_ADDRESS, or an own, if unset"
+    )
 
 
 class RunSection(Section):

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError
+from pydantic import BeforeValidator, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError, ValidationInfo
 from pydantic_core import CoreSchema, core_schema
 
 from fedpeft.errors import ConfigError
@@ -18,6 +18,19 @@ Scalar = str | int | float | bool
 def split_list(value: object) -> object:
     """Read ``"query, value"`` as a list, since run configurations on the wire and command lines hold no lists."""
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def number_or_auto(value: object, info: ValidationInfo) -> object:
+    """Read ``auto`` as a key that nobody has set: run configurations on the wire and TOML files know no None."""
+    if not isinstance(value, str):
+        return value
+    if value == "auto":
+        return None
+    try:
+        float(value)
+    except ValueError:
+        raise ValueError(f"simulation.{info.field_name} = {value!r} is neither a number nor auto") from None
+    return value
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(split_list)]

@@ -41,6 +41,7 @@ def dry_run_table(facts: Mapping[str, Any], config: RunConfig) -> RenderableType
                 *_of_model(facts, config),
                 *_of_rounds(facts, config),
                 *([] if facts.get("privacy") is None else planned_rows(facts["privacy"], config)),
+                *([("workers", facts["workers"]["said"])] if "workers" in facts else []),
                 ("seed", config.run.seed),
             ]
         )

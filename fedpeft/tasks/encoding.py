@@ -70,9 +70,55 @@ def encode(config: RunConfig, model_dir: Path) -> EncodedData:
     place, test_rows = places(config.data)
     by = config.partition.by
     train, labels = _entry(config, model_dir, place, config.data.label_names, by)
+    test = None
     if test_rows is not None:
         test, _ = _entry(config, model_dir, test_rows, labels or None, by, CLIENT)
-    else:
+    return _divided(config, train, test, labels)
+
+
+def entries(config: RunConfig, model_dir: Path) -> tuple[Path, Path | None]:
+    """Return the cache's folders of the configured rows, which `encode` has made, and of the test part.
+
+    Parameters
+    ----------
+    config, model_dir
+        As for `encode`.
+    """
+    place, test_rows = places(config.data)
+    by = config.partition.by
+    train = _folder(config, model_dir, place, config.data.label_names, by)
+    if test_rows is None:
+        return train, None
+    _, labels = _entry(config, model_dir, place, config.data.label_names, by)
+    return train, _folder(config, model_dir, test_rows, labels or None, by, CLIENT)
+
+
+def encoded(config: RunConfig, train: Path, test: Path | None) -> EncodedData:
+    """Open the configured rows where their source is not at hand.
+
+    Parameters
+    ----------
+    config : RunConfig
+        Says which rows are held out.
+    train, test : Path
+        What `entries` returns, or copies.
+
+    Raises
+    ------
+    DataError
+        There are no rows there.
+    """
+    task = tasks.named(config)
+    opened = [None if folder is None else _open(folder, task) for folder in (train, test)]
+    if opened[0] is None or (test is not None and opened[1] is None):
+        raise DataError(f"the cache entry '{train}' cannot be read. Remove the folder and run again.")
+    split, labels, _ = opened[0]
+    return _divided(config, split, None if opened[1] is None else opened[1][0], labels)
+
+
+def _divided(config: RunConfig, train: EncodedSplit, test: EncodedSplit | None, labels: tuple[str, ...]) -> EncodedData:
+    """Put both parts together, of which the second is taken from the first where there is none."""
+    if test is None:
         ids = None if train.labels is None else train.labels.numpy()
         kept, held = hold_out(ids, len(train), config.data.test_fraction, config.run.seed)
         train, test = train.take(kept), train.take(held)
@@ -151,19 +197,7 @@ def _entry(
 ) -> tuple[EncodedSplit, tuple[str, ...]]:
     """Open the entry of one table of rows, making it where there is none; also return its label names."""
     task = tasks.of(config)
-    wanted = wanted_columns(config.data, task.columns, client_column, optional)
-    key = _key(
-        task=task.name,
-        rows=digest(place, config.data, task.columns),
-        columns=dict(wanted.columns),
-        labels=labels,
-        encoding=config.data.encoding,
-        max_length=None if task.reads_images else config.data.max_length,
-        truncate=config.data.truncate or "longest",
-        model=model_digest(model_dir),
-        versions=[importlib.metadata.version(name) for name in LIBRARIES],
-    )
-    folder = cache_dir() / "encoded" / key
+    folder = _folder(config, model_dir, place, labels, client_column, optional)
     if (found := _open(folder, task.name)) is not None:
         return _noted(config, place, found)
     with locked(folder):
@@ -176,6 +210,31 @@ def _entry(
     if found is None:
         raise DataError(f"the cache entry '{folder}' was written but cannot be read. Remove the folder and run again.")
     return _noted(config, place, found)
+
+
+def _folder(
+    config: RunConfig,
+    model_dir: Path,
+    place: Place,
+    labels: tuple[str, ...] | None,
+    client_column: str | None,
+    optional: frozenset[str] = frozenset(),
+) -> Path:
+    """Return where the entry of one table of rows is, or would be."""
+    task = tasks.of(config)
+    wanted = wanted_columns(config.data, task.columns, client_column, optional)
+    key = _key(
+        task=task.name,
+        rows=digest(place, config.data, task.columns),
+        columns=dict(wanted.columns),
+        labels=labels,
+        encoding=config.data.encoding,
+        max_length=None if task.reads_images else config.data.max_length,
+        truncate=config.data.truncate or "longest",
+        model=model_digest(model_dir),
+        versions=[importlib.metadata.version(name) for name in LIBRARIES],
+    )
+    return cache_dir() / "encoded" / key
 
 
 def _noted(

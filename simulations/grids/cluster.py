@@ -1,4 +1,4 @@
-"""Connection to Ray: an own one for as long as a simulation lasts, or one that is there already."""
+"""Connection to Ray: an own one for as long as a simulation lasts, or one that is there already; and its nodes."""
 
 from __future__ import annotations
 
@@ -10,13 +10,19 @@ import re
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import ray
+from ray.exceptions import GetTimeoutError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from fedpeft.errors import ConfigError, SimulationError
+from fedpeft.errors import ConfigError, FedpeftError, SimulationError
+from fedpeft.runs.checks import Finding, State
+from fedpeft.runs.machine import Footprint, Machine, here
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +33,7 @@ PREFIX = "fedpeft-ray-"
 LOCK = "in-use"
 OWN = "local"  # Ray's word for a cluster to be started
 START_TRIES = 2
+ANSWER_SECONDS = 60.0  # that a node may take to say what it has: a process is started there, which imports fedpeft
 RAY_ENVIRONMENT = {
     # without these Ray prints warnings about its own defaults
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -37,16 +44,21 @@ RAY_ENVIRONMENT = {
 
 
 @contextlib.contextmanager
-def ray_connection(*, store_bytes: int | None = None, verbose: bool = False) -> Iterator[None]:
+def ray_connection(
+    *, address: str | None = None, store_bytes: int | None = None, verbose: bool = False
+) -> Iterator[None]:
     """Be connected to Ray.
 
-    A connection that this process has already is used and left as it is. Else the cluster that the environment variable
-    RAY_ADDRESS names is connected to. Else Ray is started on this machine and ended, files and all, with the context.
+    A connection that this process has already is used and left as it is. Else the cluster that is named is connected
+    to. Else Ray is started on this machine and ended, files and all, with the context.
 
     Ray's processes die with the THREAD that started them: the thread that enters the context must live until it leaves.
 
     Parameters
     ----------
+    address : str, optional
+        The cluster's, such as ``10.0.0.1:6379``, or ``auto`` for the one that this machine is a node of. If not given,
+        that of the environment variable RAY_ADDRESS.
     store_bytes : int, optional
         Size of an own Ray's object store; what does not fit goes to disk. 2 GiB, or what memory allows, if not given.
     verbose : bool
@@ -64,7 +76,7 @@ def ray_connection(*, store_bytes: int | None = None, verbose: bool = False) -> 
         }
         if not verbose:
             stack.enter_context(_no_reports())
-        address = os.environ.get("RAY_ADDRESS") or OWN
+        named, address = named_address(address)
         if address == OWN:
             directory = stack.enter_context(_own_directory())
             options |= {
@@ -81,9 +93,33 @@ def ray_connection(*, store_bytes: int | None = None, verbose: bool = False) -> 
             if address == OWN:
                 raise SimulationError(f"Ray cannot start: {why}; set simulation.workers = 0 to do without") from error
             raise ConfigError(
-                f"RAY_ADDRESS = '{address}' cannot be connected to: {why}; unset it to run on this machine"
+                f"{named} = '{address}' cannot be connected to: {why}; unset it to run on this machine"
             ) from None
         yield
+
+
+def named_address(address: str | None) -> tuple[str, str]:
+    """Return who names the cluster that is connected to, and its address; the last is ``local`` for one to be started.
+
+    Parameters
+    ----------
+    address : str, optional
+        What the configuration says.
+    """
+    if address:
+        return "simulation.address", address
+    return "RAY_ADDRESS", os.environ.get("RAY_ADDRESS") or OWN
+
+
+def ray_starts() -> Finding:
+    """Tell whether Ray starts, or can be connected to, and how soon."""
+    begun = time.monotonic()
+    try:
+        with ray_connection():
+            seen = f"up after {time.monotonic() - begun:.1f} s, with {len(alive())} node"
+    except FedpeftError as error:
+        return Finding("Ray", State.BROKEN, str(error), "simulation.workers=0 does without")
+    return Finding("Ray", State.OK, seen)
 
 
 def _start(address: str, options: dict[str, Any]) -> None:
@@ -166,6 +202,154 @@ def default_store_bytes() -> int:
     return size
 
 
+@dataclass(frozen=True)
+class Node:
+    """One machine of those that workers may be on.
+
+    Parameters
+    ----------
+    name : str
+        Ray's id of it; empty for this machine before Ray has started.
+    machine : Machine
+        What it had when it was first seen.
+    cpus : int
+        Ray's CPUs.
+    gpus : int
+        GPUs that Ray gives out.
+    drives : bool
+        Whether this process runs there too.
+    """
+
+    name: str
+    machine: Machine
+    cpus: int
+    gpus: int
+    drives: bool
+
+
+@dataclass(frozen=True)
+class Sizing:
+    """How many workers there are, and why.
+
+    Parameters
+    ----------
+    workers : int
+        0 where all is done in this process.
+    gpus_per_worker : float
+        Of each; 0 for none.
+    why : str
+        In a few words.
+    footprint : Footprint, optional
+        What one of them is taken to need.
+    """
+
+    workers: int
+    gpus_per_worker: float = 0.0
+    why: str = ""
+    footprint: Footprint | None = None
+
+    def __str__(self) -> str:
+        if not self.workers:
+            return f"none: {self.why}"
+        share = f" with {self.gpus_per_worker:.3g} GPU each" if self.gpus_per_worker else ""
+        return f"{self.workers} on Ray{share}: {self.why}"
+
+    def to_dict(self) -> Mapping[str, Any]:
+        """Return plain data."""
+        need = None if self.footprint is None else self.footprint.to_dict()
+        return {
+            "workers": self.workers,
+            "gpus_per_worker": self.gpus_per_worker,
+            "why": self.why,
+            **({} if need is None else {"footprint": need}),
+        }
+
+
+class Sizer(Protocol):
+    """Who decides how many workers there are."""
+
+    def fit(self, nodes: Sequence[Node], most: int | None = None) -> Sizing:
+        """Return the workers for these nodes.
+
+        Parameters
+        ----------
+        nodes : sequence of Node
+            At least one.
+        most : int, optional
+            Clients that are at work at a time, at most.
+        """
+
+    def learn(self, footprint: Footprint) -> None:
+        """Take in what a worker has needed."""
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """A `Sizer` that was told the number."""
+
+    workers: int
+    gpus_per_worker: float = 0.0
+
+    def fit(self, nodes: Sequence[Node], most: int | None = None) -> Sizing:
+        """Return the number, whatever there is."""
+        return Sizing(self.workers, self.gpus_per_worker, "as asked")
+
+    def learn(self, footprint: Footprint) -> None:
+        """Learn nothing."""
+
+
+def this_node() -> Node:
+    """Describe this machine as Ray will see it when it is started here."""
+    machine = here()
+    return Node("", machine, machine.cores, len(machine.gpus), drives=True)
+
+
+def nodes(known: Sequence[Node] = ()) -> list[Node]:
+    """Describe the nodes of the cluster that this process is connected to.
+
+    Each but this process's own is asked by a task that runs there, since the cores and the memory that a container
+    leaves, and the memory of GPUs, are not for Ray to know.
+
+    Parameters
+    ----------
+    known : sequence of Node
+        Those that need not be asked again: what they have left now would count workers twice.
+    """
+    own = ray.get_runtime_context().get_node_id()
+    before = {node.name: node for node in known}
+    alive = {str(node["NodeID"]): node["Resources"] for node in ray.nodes() if node["Alive"]}
+    asked = {name: _ask(name) for name in alive if name not in before and name != own}
+    found = []
+    for name, resources in alive.items():
+        if name in before:
+            found.append(before[name])
+            continue
+        cpus, gpus = (int(resources.get(kind, 0.0)) for kind in ("CPU", "GPU"))
+        memory = int(resources.get("memory", 0.0))
+        machine = Machine(cpus, memory, memory) if name in asked else here()
+        with contextlib.suppress(RayError, GetTimeoutError):  # it left again, or lacks fedpeft, as its workers will say
+            machine = ray.get(asked[name], timeout=ANSWER_SECONDS) if name in asked else machine
+        found.append(Node(name, machine, cpus, gpus, drives=name == own))
+    return found
+
+
+def _ask(node: str) -> Any:
+    """Have a node describe itself."""
+    there = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
+    return ray.remote(_describe).options(num_cpus=0, scheduling_strategy=there, max_retries=0).remote()
+
+
+def _describe() -> Machine:
+    """Describe the machine of a task; Ray may have hidden the GPUs from it, since it has claimed none."""
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    return here()
+
+
+def alive() -> frozenset[str]:
+    """Return the ids of the nodes that are there now."""
+    return frozenset(str(node["NodeID"]) for node in ray.nodes() if node["Alive"])
+
+
 def check_gpus(workers: int, gpus_per_worker: float) -> None:
     """Raise ConfigError where Ray would wait for GPUs for ever."""
     have = ray.cluster_resources().get("GPU", 0.0)
@@ -176,15 +360,20 @@ def check_gpus(workers: int, gpus_per_worker: float) -> None:
         )
 
 
-def cpus_per_worker(workers: int, threads: int) -> float:
+def cpus_per_worker(workers: int, threads: int, gpus_per_worker: float = 0.0, *, grows: bool = False) -> float:
     """Return how many of Ray's CPUs a worker should claim, such that all workers find a place.
 
     Claims spread workers over a cluster's nodes. On a single node they could only make workers wait, and having fewer
-    cores than workers is no reason to: then they claim nothing.
+    cores than workers is no reason to: then they claim nothing. But where nodes may join, the first one's CPUs must not
+    look free to those that are hired later.
     """
-    nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
-    if len(nodes) > 1:
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if len(nodes) > 1 or grows:
         for cpus in (threads, 1):
-            if sum(int(cores // cpus) for cores in nodes) >= workers:
+            places = [int(node.get("CPU", 0.0) // cpus) for node in nodes]
+            if gpus_per_worker:
+                shares = [int(node.get("GPU", 0.0) / gpus_per_worker + 1e-6) for node in nodes]
+                places = [min(pair) for pair in zip(places, shares, strict=True)]
+            if sum(places) >= workers:
                 return cpus
     return 0

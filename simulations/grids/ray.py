@@ -10,7 +10,8 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import ray
 from flwr.app import ArrayRecord, Context, Error, Message, RecordDict
@@ -22,17 +23,35 @@ from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, Ray
 from fedpeft.errors import SimulationError
 from fedpeft.simulations.grids.base import Answer, SimulationGrid
 from fedpeft.simulations.grids.bundles import Bundle, nodes_of
-from fedpeft.simulations.grids.cluster import check_gpus, cpus_per_worker, ray_connection
+from fedpeft.simulations.grids.cluster import (
+    OWN,
+    Fixed,
+    Node,
+    Sizer,
+    Sizing,
+    alive,
+    check_gpus,
+    cpus_per_worker,
+    named_address,
+    nodes,
+    ray_connection,
+    this_node,
+)
 from fedpeft.simulations.grids.pace import Pace
 from fedpeft.simulations.grids.scheduling import Died, Dispatcher, Finished
 from fedpeft.simulations.grids.transport import Newest, PackedArrays, Parcel, ParcelledAnswer, contents, settle
 from fedpeft.simulations.grids.worker import Worker, environment
+
+if TYPE_CHECKING:
+    from fedpeft.simulations.grids.freight import Freight  # whose imports take seconds, while Ray could start
 
 log = logging.getLogger(__name__)
 
 MAX_DEATHS = 3  # of workers for one message, or of workers that start in a row
 AHEAD = 256  # messages that are pulled for the sake of long ones, where it is known which are
 PATIENCE = 30.0  # seconds until it is said that workers are slow to start
+LOOK_SECONDS = 2.0  # between two looks at which nodes there are
+NODE_DIED = "its node has died"  # as Ray says it of an actor; that says nothing against the others
 LOST = (RayActorError, WorkerCrashedError, OutOfMemoryError, NodeDiedError, ObjectLostError)
 
 
@@ -57,8 +76,43 @@ class RayPool:
         self._busy: dict[ObjectRef, tuple[Any, int]] = {}
         self._failed_starts = 0
         self._patient = True
-        for _ in range(size):
+        self.freight: Freight | None = None  # what actors on other nodes may lack
+        self._told: dict[str, Freight] = {}  # by actor, what it was told of
+        self._leaving: set[ObjectRef] = set()  # what is answered by actors that are to end then
+        self.resize(size)
+
+    def resize(self, size: int, *, renew: bool = False) -> None:
+        """Have so many actors from now on; those at work end with what they are at, where they are too many.
+
+        Parameters
+        ----------
+        size : int
+            How many, at least 1.
+        renew : bool
+            Put new ones in the place of all, because they are hired on other terms now.
+        """
+        self._size = size
+        if renew:
+            for worker in (*self._starting.values(), *self._idle):
+                ray.kill(worker)
+            self._starting.clear()
+            self._idle.clear()
+            self._leaving |= self._busy.keys()
+        while self._staff() < size:
             self._add()
+        self._dismiss()
+
+    def _staff(self) -> int:
+        """Return how many actors there are, without those that leave."""
+        return len(self._starting) + len(self._idle) + len(self._busy.keys() - self._leaving)
+
+    def _dismiss(self) -> None:
+        """End actors that are too many and have nothing to do."""
+        for _ in range(self._staff() - self._size):
+            if self._starting:
+                ray.kill(self._starting.popitem()[1])
+            elif self._idle:
+                ray.kill(self._idle.pop())
 
     def free(self) -> int:
         """Return how many actors have nothing to do."""
@@ -67,6 +121,10 @@ class RayPool:
     def start(self, ticket: int, job: Bundle) -> None:
         """Send messages to an idle actor."""
         worker = self._idle.popleft()
+        name = worker._actor_id.hex()
+        if self.freight is not None and self._told.get(name) is not self.freight:
+            worker.supply.remote(self.freight)  # what one caller asks of an actor is done in order
+            self._told[name] = self.freight
         self._busy[self._send(worker, job)] = (worker, ticket)
 
     def wait(self, timeout: float | None) -> list[Finished[list[ParcelledAnswer]] | Died]:
@@ -97,6 +155,7 @@ class RayPool:
         for ref, (worker, begun) in list(self._busy.items()):
             if begun == ticket:
                 del self._busy[ref]
+                self._leaving.discard(ref)
                 self._replace(worker)
 
     def close(self) -> None:
@@ -110,26 +169,32 @@ class RayPool:
 
     def _replace(self, worker: Any) -> None:
         ray.kill(worker)  # it may be cut off rather than dead
-        self._add()
+        self.resize(self._size)
 
     def _settle(self, ref: ObjectRef) -> Finished[list[ParcelledAnswer]] | Died | None:
         if ref in self._starting:
             self._started(ref, self._starting.pop(ref))
             return None
+        leaves = ref in self._leaving
+        self._leaving.discard(ref)
         worker, ticket = self._busy.pop(ref)
         try:
             result = ray.get(ref)
         except LOST:
             self._replace(worker)
             return Died(ticket)
-        self._idle.append(worker)
+        if leaves:
+            self._replace(worker)
+        else:
+            self._idle.append(worker)
+            self._dismiss()
         return Finished(ticket, result)
 
     def _started(self, ref: ObjectRef, worker: Any) -> None:
         try:
             trace = ray.get(ref)
         except LOST as error:
-            self._failed_starts += 1
+            self._failed_starts += NODE_DIED not in str(error)
             if self._failed_starts >= MAX_DEATHS:
                 raise SimulationError(
                     f"{MAX_DEATHS} Ray workers in a row died as they started ({type(error).__name__}); "
@@ -156,12 +221,15 @@ class RayGrid(SimulationGrid):
         Where workers import the ClientApp from, as ``module:attribute``.
     contexts : mapping of int to Context
         By node id; see `SimulationGrid`.
-    workers : int
-        Number of actors, which may exceed the number of cores.
+    workers : int or Sizer
+        Number of actors, which may exceed the number of cores, or who decides about it and about their GPUs: he is
+        asked again when workers have shown what they need, and when a node comes or goes.
     threads_per_worker : int
         torch threads of each.
     gpus_per_worker : float
         GPUs of each, or a share of one; with 0, workers see none.
+    address : str, optional
+        See `ray_connection`.
     store_bytes : int, optional
         See `ray_connection`.
     verbose : bool
@@ -171,6 +239,10 @@ class RayGrid(SimulationGrid):
     ----------
     pace : Pace
         What messages are expected to take; its `work` may be set.
+    freight : callable, optional
+        Returns what workers on other nodes than this process's may lack; asked where there are such nodes.
+    most : int, optional
+        Clients that are at work at a time, at most; more workers are not needed.
     on_worker_death : callable, optional
         Called with the node id of the client at work, of a bundle the first one's, and the number of workers that its
         message has cost so far.
@@ -184,21 +256,33 @@ class RayGrid(SimulationGrid):
         self,
         app: str = "fedpeft.clients.app:app",
         contexts: Mapping[int, Context] | None = None,
-        workers: int = 1,
+        workers: int | Sizer = 1,
         threads_per_worker: int = 1,
         gpus_per_worker: float = 0.0,
         *,
+        address: str | None = None,
         store_bytes: int | None = None,
         verbose: bool = False,
     ) -> None:
         super().__init__(contexts)
-        if workers < 1 or threads_per_worker < 1:
-            raise ValueError(f"workers = {workers} and threads_per_worker = {threads_per_worker} must be at least 1")
+        if isinstance(workers, int):
+            if workers < 1 or threads_per_worker < 1:
+                raise ValueError(
+                    f"workers = {workers} and threads_per_worker = {threads_per_worker} must be at least 1"
+                )
+            workers = Fixed(workers, gpus_per_worker)
+        self.most: int | None = None
+        self.freight: Callable[[], Freight] | None = None
         self.on_worker_death: Callable[[int, int], None] | None = None
         self._app, self._store_bytes, self._verbose = app, store_bytes, verbose
-        self._workers, self._threads, self._gpus = workers, threads_per_worker, gpus_per_worker
         self.pace = Pace()
+        self._sizer, self._threads, self._cluster = workers, threads_per_worker, address
+        self._nodes: list[Node] = []
+        self._sizing: Sizing | None = None
+        self._looked = 0.0
+        self._served: tuple[object, frozenset[str]] | None = None
         self._refs: Newest[ObjectRef] = Newest(4)
+        self._pool: RayPool | None = None
         self._dispatcher: Dispatcher[Bundle, list[ParcelledAnswer]] | None = None
         self._failure: BaseException | None = None
         self._up = threading.Event()
@@ -223,23 +307,38 @@ class RayGrid(SimulationGrid):
             self._thread.join()
         self._dispatcher = None
 
+    @property
+    def sizing(self) -> Sizing:
+        """How many workers there are; waits for a cluster, which has to be asked, but not for a Ray that is starting.
+
+        Raises
+        ------
+        FedpeftError
+            Ray cannot be started or connected to.
+        """
+        self.start()
+        while not self._nodes and not self._up.is_set():
+            time.sleep(0.01)
+        if not self._nodes:
+            self._ready()
+        return self._sizer.fit(self._nodes, self.most)
+
     def _live(self) -> None:
         """Hold the connection to Ray, which must end in the thread that began it."""
         try:
-            with ray_connection(store_bytes=self._store_bytes, verbose=self._verbose):
-                if self._gpus:
-                    check_gpus(self._workers, self._gpus)
-                actor = ray.remote(Worker).options(
-                    num_cpus=cpus_per_worker(self._workers, self._threads),
-                    num_gpus=self._gpus,
-                    max_restarts=0,
-                    scheduling_strategy="SPREAD",
-                )
-                variables = environment(self._threads, gpu=self._gpus > 0)
-                pool = RayPool(lambda: actor.remote(self._app, self._threads, variables), self._workers, self._send)
+            if named_address(self._cluster)[1] == OWN and not ray.is_initialized():
+                self._nodes = [this_node()]
+            with ray_connection(address=self._cluster, store_bytes=self._store_bytes, verbose=self._verbose):
+                # a node that is this machine keeps what it had before Ray started
+                self._nodes = [replace(node, name=name) for node in self._nodes for name in alive()] or nodes()
+                self._looked = time.monotonic()
+                self._sizing = sizing = self._sizer.fit(self._nodes, self.most)
+                if sizing.gpus_per_worker:
+                    check_gpus(sizing.workers, sizing.gpus_per_worker)
+                self._pool = RayPool(self._hire, sizing.workers, self._send)
                 self._dispatcher = Dispatcher(
-                    pool,
-                    window=2 * self._workers + 2,
+                    self._pool,
+                    window=_window(sizing.workers),
                     keys=nodes_of,
                     max_deaths=MAX_DEATHS,
                     on_death=self._died,
@@ -247,12 +346,59 @@ class RayGrid(SimulationGrid):
                 )
                 self._up.set()
                 self._leaving.wait()
-                pool.close()
+                self._pool.close()
         except BaseException as error:
             self._failure = error
         finally:
             if not self._up.is_set():
                 self._up.set()
+
+    def _hire(self) -> Any:
+        """Start an actor."""
+        assert self._sizing is not None
+        workers, gpus = self._sizing.workers, self._sizing.gpus_per_worker
+        is_cluster = named_address(self._cluster)[1] != OWN
+        actor = ray.remote(Worker).options(
+            num_cpus=cpus_per_worker(workers, self._threads, gpus, grows=is_cluster),
+            num_gpus=gpus,
+            max_restarts=0,
+            scheduling_strategy="SPREAD",
+        )
+        return actor.remote(self._app, self._threads, environment(self._threads, gpu=gpus > 0))
+
+    def _tend(self) -> None:
+        """Have as many workers as should be by what is known now, and have ready what they may lack."""
+        assert self._sizing is not None
+        assert self._pool is not None
+        assert self._dispatcher is not None
+        self._look()
+        self._serve(self._pool)
+        before, now = self._sizing, self._sizer.fit(self._nodes, self.most)
+        self._sizing = now
+        if (now.workers, now.gpus_per_worker) != (before.workers, before.gpus_per_worker):
+            log.info("%d workers become %s", before.workers, now)
+            self._pool.resize(now.workers, renew=now.gpus_per_worker != before.gpus_per_worker)
+            self._dispatcher.window = _window(now.workers)
+
+    def _serve(self, pool: RayPool) -> None:
+        """Have ready what nodes lack, where there are others than this process's."""
+        others = frozenset(node.name for node in self._nodes if not node.drives)
+        if self._served == (self.freight, others):
+            return
+        known = pool.freight if self._served is not None and self._served[0] == self.freight else None
+        self._served = self.freight, others
+        if self.freight is None or not others:
+            pool.freight = known
+            return
+        pool.freight = (known or self.freight()).with_stored(others)
+
+    def _look(self) -> None:
+        """Use nodes that have come, and no longer count on those that have gone."""
+        if time.monotonic() - self._looked < LOOK_SECONDS:
+            return
+        self._looked = time.monotonic()
+        if alive() != {node.name for node in self._nodes}:
+            self._nodes = nodes(self._nodes)
 
     def _wait_until_up(self, timeout: float | None = None) -> bool:
         """Wait until Ray has started, or failed to; False after `timeout` seconds.
@@ -274,6 +420,7 @@ class RayGrid(SimulationGrid):
         if self._failure is not None:
             raise self._failure
         assert self._dispatcher is not None
+        self._tend()
         return self._dispatcher
 
     def _exchange(self, messages: Iterator[Message], timeout: float | None) -> Iterator[Message]:
@@ -297,6 +444,9 @@ class RayGrid(SimulationGrid):
 
     def _received(self, message: Message, packed: ParcelledAnswer | None) -> Message:
         answer, state = self._unwrap(message, packed)
+        if packed is not None:
+            self._sizer.learn(packed.footprint)
+            self._tend()
         if packed is not None and answer.seconds:
             self.pace.learn(message, answer.seconds, packed.num_bytes)
         return self._deliver(message, answer, state)
@@ -324,6 +474,11 @@ class RayGrid(SimulationGrid):
     def _died(self, bundle: Bundle, attempt: int) -> None:
         if self.on_worker_death:
             self.on_worker_death(bundle[0].metadata.dst_node_id, attempt)
+
+
+def _window(workers: int) -> int:
+    """Return how many messages are pulled ahead of the one whose reply is used."""
+    return 2 * workers + 2
 
 
 def _settled(replies: Iterator[Message]) -> Iterator[Message]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pickle import PickleBuffer
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -13,6 +13,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, 
 from flwr.app.message import make_message
 
 from fedpeft.clients.verdicts import Verdict
+from fedpeft.runs.machine import Footprint, footprint
 from fedpeft.simulations.grids.base import Answer, Cause
 from fedpeft.wire import LentArray
 
@@ -147,7 +148,10 @@ class Parcel:
 
 @dataclass(frozen=True)
 class ParcelledAnswer:
-    """A reply and its client's state on their way back; the state only where the reply is no error."""
+    """A reply and its client's state on their way back; the state only where the reply is no error.
+
+    With them goes what the worker has needed of its machine so far.
+    """
 
     metadata: Metadata
     content: PackedRecords | Error
@@ -156,6 +160,7 @@ class ParcelledAnswer:
     place: str | None = None
     cause: Cause | None = None
     seconds: float = 0.0
+    footprint: Footprint = field(default_factory=footprint)
 
     @classmethod
     def of(cls, answer: Answer, state: RecordDict) -> ParcelledAnswer:

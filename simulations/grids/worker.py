@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from flwr.clientapp import ClientApp
     from ray import ObjectRef
 
+    from fedpeft.simulations.grids.freight import Freight
     from fedpeft.simulations.grids.transport import Parcel, ParcelledAnswer, SharedRecords
 
 
@@ -82,6 +83,10 @@ class Worker:
         except Exception:
             return traceback.format_exc()
         return None
+
+    def supply(self, freight: Freight) -> None:
+        """Be told where model and rows are that this node may lack; they are fetched when they are needed."""
+        freight.announce()
 
     def answer(self, parcels: Sequence[Parcel], together: str = "") -> list[ParcelledAnswer]:
         """Have the app answer messages; several are answered together, see `fedpeft.simulations.grids.bundles`."""

@@ -116,3 +116,17 @@ def environment(message: Message, context: Context) -> Message:
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "TOKENIZERS_PARALLELISM", "CUDA_VISIBLE_DEVICES")
     values = {name: os.environ.get(name, "unset") for name in names}
     return _reply(message, threads=torch.get_num_threads(), interop=torch.get_num_interop_threads(), **values)
+
+
+@app.train("place")
+def place(message: Message, context: Context) -> Message:
+    """Do what `train` does, and say on which node, and on which GPU."""
+    import ray
+
+    train(message, context)
+    return _reply(
+        message,
+        node=ray.get_runtime_context().get_node_id(),
+        gpu=os.environ.get("CUDA_VISIBLE_DEVICES", "unset"),
+        pid=os.getpid(),
+    )

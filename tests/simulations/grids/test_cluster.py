@@ -52,6 +52,17 @@ def test_workers_claim_as_many_cpus_as_leave_room_for_all(
     dead = {"Alive": False, "Resources": {"CPU": 99.0}}
     monkeypatch.setattr(ray, "nodes", lambda: [*nodes, dead])
     assert cluster.cpus_per_worker(workers, threads) == claim
+    if len(cores) == 1:
+        assert cluster.cpus_per_worker(workers, threads, grows=True) == threads  # as on more nodes
+
+
+@pytest.mark.parametrize(("cpus", "claim"), [(1.0, 0), (2.0, 1)])
+def test_workers_with_gpus_claim_cpus_only_where_the_nodes_with_gpus_have_them(
+    monkeypatch: pytest.MonkeyPatch, cpus: float, claim: float
+) -> None:
+    nodes = [{"Alive": True, "Resources": held} for held in ({"CPU": 64.0}, {"CPU": cpus, "GPU": 1.0})]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    assert cluster.cpus_per_worker(2, 1, 0.5) == claim
 
 
 def test_gpus_that_ray_does_not_have_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,6 +84,18 @@ def test_an_address_where_nobody_listens_is_an_error_at_once(monkeypatch: pytest
             cluster.ray_connection(),
         ):
             pass
+
+
+def test_the_configurations_address_goes_before_the_environments_and_is_named_where_it_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:2")
+    monkeypatch.setattr(ray, "init", lambda **options: pytest.fail("Ray was asked"))
+    with (
+        pytest.raises(ConfigError, match=r"simulation\.address = '127\.0\.0\.1:1' cannot be connected to"),
+        cluster.ray_connection(address="127.0.0.1:1"),
+    ):
+        pass
 
 
 def test_folders_that_a_killed_process_left_are_removed_and_those_in_use_are_not(
