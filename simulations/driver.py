@@ -69,7 +69,7 @@ def drive(config: RunConfig, out: Path, listener: Listener, grid: InlineGrid | R
         grid,
         directory,
         listener=listener,
-        insight=Insight(client_ids, lambda: personal_tensors(contexts, client_ids), failures.explain),
+        insight=Insight(client_ids, lambda: personal_tensors(contexts, client_ids), failures.explain, grid.map),
         books=books,
     )
 

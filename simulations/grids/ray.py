@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import ray
@@ -22,6 +22,7 @@ from fedpeft.simulations.grids.base import Answer, SimulationGrid
 from fedpeft.simulations.grids.cluster import check_gpus, cpus_per_worker, ray_connection
 from fedpeft.simulations.grids.scheduling import Died, Dispatcher, Finished
 from fedpeft.simulations.grids.transport import Newest, PackedArrays, Parcel, ParcelledAnswer, contents
+from fedpeft.simulations.grids.work import Done, Work
 from fedpeft.simulations.grids.worker import Worker, environment
 
 log = logging.getLogger(__name__)
@@ -59,12 +60,16 @@ class RayPool:
         """Return how many actors have nothing to do."""
         return len(self._idle)
 
-    def start(self, ticket: int, job: Message) -> None:
-        """Send a message to an idle actor."""
+    def start(self, ticket: int, job: Message | Work) -> None:
+        """Send a message or other work to an idle actor."""
         worker = self._idle.popleft()
-        self._busy[worker.answer.remote(self._wrap(job))] = (worker, ticket)
+        if isinstance(job, Work):
+            begun = worker.run.remote(job.function, job.job, *job.shared)
+        else:
+            begun = worker.answer.remote(self._wrap(job))
+        self._busy[begun] = (worker, ticket)
 
-    def wait(self, timeout: float | None) -> list[Finished[ParcelledAnswer] | Died]:
+    def wait(self, timeout: float | None) -> list[Finished[ParcelledAnswer | Done] | Died]:
         """Return answers that have come and actors that have died.
 
         Raises
@@ -107,7 +112,7 @@ class RayPool:
         ray.kill(worker)  # it may be cut off rather than dead
         self._add()
 
-    def _settle(self, ref: ObjectRef) -> Finished[ParcelledAnswer] | Died | None:
+    def _settle(self, ref: ObjectRef) -> Finished[ParcelledAnswer | Done] | Died | None:
         if ref in self._starting:
             self._started(ref, self._starting.pop(ref))
             return None
@@ -190,7 +195,7 @@ class RayGrid(SimulationGrid):
         self._app, self._store_bytes, self._verbose = app, store_bytes, verbose
         self._workers, self._threads, self._gpus = workers, threads_per_worker, gpus_per_worker
         self._refs: Newest[ObjectRef] = Newest(4)
-        self._dispatcher: Dispatcher[Message, ParcelledAnswer] | None = None
+        self._dispatcher: Dispatcher[Message | Work, ParcelledAnswer | Done] | None = None
         self._failure: BaseException | None = None
         self._up = threading.Event()
         self._leaving = threading.Event()
@@ -231,7 +236,7 @@ class RayGrid(SimulationGrid):
                 self._dispatcher = Dispatcher(
                     pool,
                     window=2 * self._workers + 2,
-                    key=lambda message: message.metadata.dst_node_id,
+                    key=lambda job: object() if isinstance(job, Work) else job.metadata.dst_node_id,
                     max_deaths=MAX_DEATHS,
                     on_death=self._died,
                 )
@@ -257,7 +262,7 @@ class RayGrid(SimulationGrid):
             time.sleep(0.01)
         return True
 
-    def _ready(self) -> Dispatcher[Message, ParcelledAnswer]:
+    def _ready(self) -> Dispatcher[Message | Work, ParcelledAnswer | Done]:
         """Wait until Ray is there."""
         self.start()
         self._wait_until_up()
@@ -269,7 +274,23 @@ class RayGrid(SimulationGrid):
     def _exchange(self, messages: Iterator[Message], timeout: float | None) -> Iterator[Message]:
         with contextlib.closing(self._ready().stream(messages, timeout)) as stream:
             for message, packed in stream:
+                assert isinstance(message, Message)
+                assert not isinstance(packed, Done)
                 yield self._deliver(message, *self._unwrap(message, packed))
+
+    def map(self, function: str, jobs: Iterable[Any], *shared: Any) -> Iterator[Any]:
+        """Call a function with each job on the workers."""
+        dispatcher = self._ready()
+        refs = tuple(ray.put(value) for value in shared)
+        with contextlib.closing(dispatcher.stream(Work(function, job, refs) for job in jobs)) as stream:
+            for _, done in stream:
+                if done is None:
+                    raise SimulationError(
+                        f"{MAX_DEATHS} Ray workers died over one call of {function}; lower simulation.workers or "
+                        "run.evaluate_batch_size if memory is short"
+                    )
+                assert isinstance(done, Done)
+                yield done.result()
 
     def _wrap(self, message: Message) -> Parcel:
         return Parcel.of(message, *self._dispatched(message), self._store)
@@ -285,6 +306,6 @@ class RayGrid(SimulationGrid):
         error = Error(ErrorCode.CLIENT_APP_CRASHED, "WorkerDied")
         return Answer(Message(error, reply_to=message), f"{MAX_DEATHS} workers died over this message"), None
 
-    def _died(self, message: Message, attempt: int) -> None:
-        if self.on_worker_death:
+    def _died(self, message: Message | Work, attempt: int) -> None:
+        if self.on_worker_death and isinstance(message, Message):
             self.on_worker_death(message.metadata.dst_node_id, attempt)

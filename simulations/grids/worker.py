@@ -11,7 +11,7 @@ import importlib
 import os
 import traceback
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flwr.app import ArrayRecord
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ray import ObjectRef
 
     from fedpeft.simulations.grids.transport import Parcel, ParcelledAnswer, SharedRecords
+    from fedpeft.simulations.grids.work import Done
 
 
 def environment(threads: int, *, gpu: bool) -> dict[str, str]:
@@ -82,6 +83,12 @@ class Worker:
         except Exception:
             return traceback.format_exc()
         return None
+
+    def run(self, function: str, job: Any, *shared: Any) -> Done:
+        """Call a function of a module, see `fedpeft.simulations.grids.base.SimulationGrid.map`."""
+        from fedpeft.simulations.grids.work import do
+
+        return do(function, job, *shared)
 
     def answer(self, parcel: Parcel) -> ParcelledAnswer:
         """Have the app answer a message."""
