@@ -2,10 +2,11 @@
 
     python -m benchmarks.memory --preset docstrings [--precision fp32 bf16] [--workers 1,2] [--json FILE] [SETTING ...]
 
-Each figure is a whole `fedpeft simulate` in a process of its own. Several times a second the proportional set size (PSS:
-a page that several processes map counts once) of the command and of all its descendants, Ray's included, is summed. The
-parts are those of the moment at which the sum was largest: ``own`` is anonymous memory, ``files`` is what is mapped from
-files (weights, libraries), ``shared`` is memory in /dev/shm (Ray's object store). Linux only.
+Each figure is a whole `fedpeft simulate` in a process of its own. Several times a second the proportional set size
+(PSS: a page that several processes map counts once) of the command and of all its descendants, Ray's included, is
+summed. The parts are those of the moment at which the sum was largest: ``own`` is anonymous memory, ``files`` what is
+mapped from files (weights, libraries), ``shared`` is memory in /dev/shm (Ray's object store). The process that workers
+are forked from counts among Ray's. Linux only.
 """
 
 from __future__ import annotations
@@ -84,7 +85,6 @@ def processes(root: psutil.Process) -> Iterator[tuple[str, int]]:
             title = " ".join(child.cmdline())
         except psutil.Error:
             continue
-        # a worker that has no actor yet is called IDLE
         yield ("workers" if title.startswith("ray::Worker") else "ray"), child.pid
 
 

@@ -88,7 +88,7 @@ def _dtypes(path: Path) -> Mapping[str, str]:
     """Return the type of each tensor of a file, as safetensors calls it; empty for a damaged file."""
     try:
         with safe_open(path, "pt") as file:
-            return {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118: it is no mapping
+            return {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError):
         return {"": "damaged"}  # which the loading says better
 
@@ -121,7 +121,7 @@ def _convert(folder: Path, files: list[Path], dtype: torch.dtype, kept: Path) ->
     with publishing(kept) as draft:
         for path in files:
             with safe_open(path, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: it is no mapping
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 for name, tensor in tensors.items():
                     tensors[name] = (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
                 save_file(tensors, draft / path.name, file.metadata())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 import threading
 import time
 from collections import deque
@@ -20,6 +21,7 @@ from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, Ray
 from fedpeft.errors import SimulationError
 from fedpeft.simulations.grids.base import Answer, SimulationGrid
 from fedpeft.simulations.grids.cluster import check_gpus, cpus_per_worker, ray_connection
+from fedpeft.simulations.grids.nursery import executable
 from fedpeft.simulations.grids.scheduling import Died, Dispatcher, Finished
 from fedpeft.simulations.grids.transport import Newest, PackedArrays, Parcel, ParcelledAnswer, contents
 from fedpeft.simulations.grids.work import Done, Work
@@ -30,6 +32,19 @@ log = logging.getLogger(__name__)
 MAX_DEATHS = 3  # of workers for one message, or of workers that start in a row
 PATIENCE = 30.0  # seconds until it is said that workers are slow to start
 LOST = (RayActorError, WorkerCrashedError, OutOfMemoryError, NodeDiedError, ObjectLostError)
+
+
+# what workers need besides their app, whoever it belongs to
+PRELOADED = (
+    *("ray._private.node", "ray._private.workers.default_worker", "fedpeft.simulations.grids.transport"),
+    *("fedpeft.clients.app", "fedpeft.strategies.rounds.scoring", "flwr_datasets.partitioner"),
+)
+
+
+def _started_here() -> bool:
+    """Tell whether Ray was started on this machine by this process, and for its own workers."""
+    node = ray._private.worker._global_node
+    return sys.platform == "linux" and node is not None and bool(node.is_head())
 
 
 class RayPool:
@@ -225,13 +240,18 @@ class RayGrid(SimulationGrid):
             with ray_connection(store_bytes=self._store_bytes, verbose=self._verbose):
                 if self._gpus:
                     check_gpus(self._workers, self._gpus)
+                variables = environment(self._threads, gpu=self._gpus > 0)
+                forked: dict[str, Any] = {}
+                if not self._gpus and _started_here():  # a GPU that was looked at is no use to a fork
+                    command = executable([*PRELOADED, self._app.partition(":")[0]], variables)
+                    forked = {"runtime_env": {"py_executable": command}}
                 actor = ray.remote(Worker).options(
                     num_cpus=cpus_per_worker(self._workers, self._threads),
                     num_gpus=self._gpus,
                     max_restarts=0,
                     scheduling_strategy="SPREAD",
+                    **forked,
                 )
-                variables = environment(self._threads, gpu=self._gpus > 0)
                 pool = RayPool(lambda: actor.remote(self._app, self._threads, variables), self._workers, self._wrap)
                 self._dispatcher = Dispatcher(
                     pool,

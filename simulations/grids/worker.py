@@ -29,6 +29,9 @@ def environment(threads: int, *, gpu: bool) -> dict[str, str]:
         "MKL_NUM_THREADS": str(threads),
         # threads that wait for work must not take cores from other workers
         "OMP_WAIT_POLICY": "PASSIVE",
+        # every thread's own arena keeps what it has freed; a worker's many threads mostly wait
+        "MALLOC_ARENA_MAX": "2",
+        "ARROW_DEFAULT_MEMORY_POOL": "system",  # jemalloc makes a thread as soon as it is loaded, and keeps more
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",

@@ -30,7 +30,6 @@ from fedpeft.training.evaluation import (
 )
 from fedpeft.wire import to_tensors
 
-
 # how a function of a module is called with each job: at workers, or here if there are none
 Map = Callable[..., Iterable[Any]]
 MOST_PARTS = 64  # of the test rows, for which each a worker is asked once
