@@ -94,7 +94,7 @@ def drive(
             grid,
             directory,
             listener=listener,
-            insight=Insight(client_ids, lambda: contexts.records(OWN_PERSONAL), failures.explain, contexts),
+            insight=Insight(client_ids, lambda: contexts.records(OWN_PERSONAL), failures.explain, contexts, grid.map),
             books=books,
             resumed=resumed,
         )

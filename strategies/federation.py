@@ -32,7 +32,7 @@ from fedpeft.strategies.rounds.records import (
     Records,
     Spending,
 )
-from fedpeft.strategies.rounds.scoring import Scoring
+from fedpeft.strategies.rounds.scoring import Map, Scoring
 from fedpeft.strategies.rounds.terms import RunTerms
 from fedpeft.wire import to_record
 
@@ -51,12 +51,15 @@ class Insight:
         Says more of why a client raised than goes on record.
     states : ClientStates, optional
         What the clients keep from round to round.
+    map : callable, optional
+        Calls a function of a module with each job at the workers, as `Scoring` needs it.
     """
 
     client_ids: Mapping[int, str] = field(default_factory=dict)
     personal: Personal | None = None
     explain: Explain | None = None
     states: ClientStates | None = None
+    map: Map | None = None
 
 
 def build_strategy(config: RunConfig, home: Resident, client_ids: Mapping[int, str] | None = None) -> AdapterStrategy:
@@ -160,7 +163,7 @@ def federate(
     if resumed is not None:
         loop.recall(resumed.checkpoint.round, keeper.goes_on(resumed))
     try:
-        loop.run(last, evaluate=Scoring(config, home, personal, insight.personal))
+        loop.run(last, evaluate=Scoring(config, home, personal, insight.personal, insight.map))
     except (KeyboardInterrupt, TooFewClientsError, BudgetSpentError):
         if not records.is_closed:  # what came while the end was written is in no outcome
             raise

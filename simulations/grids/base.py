@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, Self, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -260,6 +260,26 @@ class SimulationGrid(Grid):
             A message for a node id that no client has.
         """
         return self._exchange(map(self._address, messages), timeout)
+
+    @abstractmethod
+    def map(self, function: str, jobs: Iterable[Any], *shared: Any) -> Iterator[Any]:
+        """Call a function with each job, where the clients work, and yield what it returns in the order of the jobs.
+
+        Parameters
+        ----------
+        function : str
+            As ``module:attribute``. A worker that dies of it is replaced and the job repeated, so it should change
+            nothing but what it returns.
+        jobs : iterable
+            Pulled as they can be worked on. They, and what is returned, are picklable.
+        *shared : object
+            Passed after the job, and sent once rather than with each.
+
+        Raises
+        ------
+        FedpeftError
+            What the function raised, or that its workers died again and again.
+        """
 
     @abstractmethod
     def _exchange(self, messages: Iterator[Message], timeout: float | None) -> Iterator[Message]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from flwr.app import ArrayRecord, Context, Message, RecordDict
 from flwr.app.message import make_message
@@ -13,6 +14,7 @@ from flwr.clientapp import ClientApp
 from fedpeft.simulations.grids.base import SERVER_NODE_ID, Answer, SimulationGrid, answer_all, speak_for
 from fedpeft.simulations.grids.bundles import Bundle, Job
 from fedpeft.simulations.grids.transport import SharedRecords, contents, duplicate, duplicate_arrays
+from fedpeft.simulations.grids.work import load_function
 from fedpeft.simulations.grids.worker import load_app
 
 
@@ -39,6 +41,16 @@ class InlineGrid(SimulationGrid):
         self._app = load_app(app) if isinstance(app, str) else app
         self._threads = threads
         self._shared = SharedRecords()
+
+    def map(self, function: str, jobs: Iterable[Any], *shared: Any) -> Iterator[Any]:
+        """Call a function with each job in this process, with as many threads as a client has."""
+        from fedpeft.models import num_threads
+
+        called = load_function(function)
+        for job in jobs:
+            with num_threads(self._threads):
+                value = called(job, *shared)
+            yield value
 
     def _exchange(self, messages: Iterator[Message], timeout: float | None) -> Iterator[Message]:
         deadline = None if timeout is None else time.monotonic() + timeout

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import sys
 import threading
 import time
 import weakref
@@ -37,9 +38,11 @@ from fedpeft.simulations.grids.cluster import (
     ray_connection,
     this_node,
 )
+from fedpeft.simulations.grids.nursery import executable
 from fedpeft.simulations.grids.pace import Pace
 from fedpeft.simulations.grids.scheduling import Died, Dispatcher, Finished
 from fedpeft.simulations.grids.transport import Newest, PackedArrays, Parcel, ParcelledAnswer, contents, settle
+from fedpeft.simulations.grids.work import Done, Work
 from fedpeft.simulations.grids.worker import Worker, environment
 
 if TYPE_CHECKING:
@@ -53,6 +56,19 @@ PATIENCE = 30.0  # seconds until it is said that workers are slow to start
 LOOK_SECONDS = 2.0  # between two looks at which nodes there are
 NODE_DIED = "its node has died"  # as Ray says it of an actor; that says nothing against the others
 LOST = (RayActorError, WorkerCrashedError, OutOfMemoryError, NodeDiedError, ObjectLostError)
+
+
+# what workers need besides their app, whoever it belongs to
+PRELOADED = (
+    *("ray._private.node", "ray._private.workers.default_worker", "fedpeft.simulations.grids.transport"),
+    *("fedpeft.clients.app", "fedpeft.strategies.rounds.scoring", "flwr_datasets.partitioner"),
+)
+
+
+def _started_here() -> bool:
+    """Tell whether Ray was started on this machine by this process, and for its own workers."""
+    node = ray._private.worker._global_node
+    return sys.platform == "linux" and node is not None and bool(node.is_head())
 
 
 class RayPool:
@@ -118,16 +134,20 @@ class RayPool:
         """Return how many actors have nothing to do."""
         return len(self._idle)
 
-    def start(self, ticket: int, job: Bundle) -> None:
-        """Send messages to an idle actor."""
+    def start(self, ticket: int, job: Bundle | Work) -> None:
+        """Send messages or other work to an idle actor."""
         worker = self._idle.popleft()
         name = worker._actor_id.hex()
         if self.freight is not None and self._told.get(name) is not self.freight:
             worker.supply.remote(self.freight)  # what one caller asks of an actor is done in order
             self._told[name] = self.freight
-        self._busy[self._send(worker, job)] = (worker, ticket)
+        if isinstance(job, Work):
+            begun = worker.run.remote(job.function, job.job, *job.shared)
+        else:
+            begun = self._send(worker, job)
+        self._busy[begun] = (worker, ticket)
 
-    def wait(self, timeout: float | None) -> list[Finished[list[ParcelledAnswer]] | Died]:
+    def wait(self, timeout: float | None) -> list[Finished[list[ParcelledAnswer] | Done] | Died]:
         """Return answers that have come and actors that have died.
 
         Raises
@@ -171,7 +191,7 @@ class RayPool:
         ray.kill(worker)  # it may be cut off rather than dead
         self.resize(self._size)
 
-    def _settle(self, ref: ObjectRef) -> Finished[list[ParcelledAnswer]] | Died | None:
+    def _settle(self, ref: ObjectRef) -> Finished[list[ParcelledAnswer] | Done] | Died | None:
         if ref in self._starting:
             self._started(ref, self._starting.pop(ref))
             return None
@@ -283,7 +303,7 @@ class RayGrid(SimulationGrid):
         self._served: tuple[object, frozenset[str]] | None = None
         self._refs: Newest[ObjectRef] = Newest(4)
         self._pool: RayPool | None = None
-        self._dispatcher: Dispatcher[Bundle, list[ParcelledAnswer]] | None = None
+        self._dispatcher: Dispatcher[Bundle | Work, list[ParcelledAnswer] | Done] | None = None
         self._failure: BaseException | None = None
         self._up = threading.Event()
         self._leaving = threading.Event()
@@ -339,10 +359,10 @@ class RayGrid(SimulationGrid):
                 self._dispatcher = Dispatcher(
                     self._pool,
                     window=_window(sizing.workers),
-                    keys=nodes_of,
+                    keys=lambda job: () if isinstance(job, Work) else nodes_of(job),
                     max_deaths=MAX_DEATHS,
                     on_death=self._died,
-                    expected=lambda bundle: sum(map(self.pace.expected, bundle)),
+                    expected=self._expected,
                 )
                 self._up.set()
                 self._leaving.wait()
@@ -358,13 +378,19 @@ class RayGrid(SimulationGrid):
         assert self._sizing is not None
         workers, gpus = self._sizing.workers, self._sizing.gpus_per_worker
         is_cluster = named_address(self._cluster)[1] != OWN
+        variables = environment(self._threads, gpu=gpus > 0)
+        forked: dict[str, Any] = {}
+        if not gpus and _started_here():  # a GPU that was looked at is no use to a fork
+            command = executable([*PRELOADED, self._app.partition(":")[0]], variables)
+            forked = {"runtime_env": {"py_executable": command}}
         actor = ray.remote(Worker).options(
             num_cpus=cpus_per_worker(workers, self._threads, gpus, grows=is_cluster),
             num_gpus=gpus,
             max_restarts=0,
             scheduling_strategy="SPREAD",
+            **forked,
         )
-        return actor.remote(self._app, self._threads, environment(self._threads, gpu=gpus > 0))
+        return actor.remote(self._app, self._threads, variables)
 
     def _tend(self) -> None:
         """Have as many workers as should be by what is known now, and have ready what they may lack."""
@@ -413,7 +439,7 @@ class RayGrid(SimulationGrid):
             time.sleep(0.01)
         return True
 
-    def _ready(self) -> Dispatcher[Bundle, list[ParcelledAnswer]]:
+    def _ready(self) -> Dispatcher[Bundle | Work, list[ParcelledAnswer] | Done]:
         """Wait until Ray is there."""
         self.start()
         self._wait_until_up()
@@ -432,9 +458,11 @@ class RayGrid(SimulationGrid):
             yield from _settled(self._replies(stream, deadline))
 
     def _replies(
-        self, stream: Iterable[tuple[Bundle, list[ParcelledAnswer] | None]], deadline: float | None
+        self, stream: Iterable[tuple[Bundle | Work, list[ParcelledAnswer] | Done | None]], deadline: float | None
     ) -> Iterator[Message]:
         for bundle, packed in stream:
+            assert not isinstance(bundle, Work)
+            assert not isinstance(packed, Done)
             if packed is None and len(bundle) > 1:  # each by itself: one of them may be what kills workers
                 left = None if deadline is None else max(0.0, deadline - time.monotonic())
                 yield from self._one_by_one(bundle, left)
@@ -453,12 +481,28 @@ class RayGrid(SimulationGrid):
 
     def _one_by_one(self, bundle: Bundle, timeout: float | None) -> Iterator[Message]:
         with contextlib.closing(self._ready().stream([(message,) for message in bundle], timeout)) as stream:
-            for (message,), packed in stream:
-                yield self._received(message, None if packed is None else packed[0])
+            yield from self._replies(stream, None)
+
+    def map(self, function: str, jobs: Iterable[Any], *shared: Any) -> Iterator[Any]:
+        """Call a function with each job on the workers."""
+        dispatcher = self._ready()
+        refs = tuple(ray.put(value) for value in shared)
+        with contextlib.closing(dispatcher.stream(Work(function, job, refs) for job in jobs)) as stream:
+            for _, done in stream:
+                if done is None:
+                    raise SimulationError(
+                        f"{MAX_DEATHS} Ray workers died over one call of {function}; lower simulation.workers or "
+                        "run.evaluate_batch_size if memory is short"
+                    )
+                assert isinstance(done, Done)
+                yield done.result()
 
     def _send(self, worker: Any, bundle: Bundle) -> ObjectRef:
         parcels = [Parcel.of(message, *self._dispatched(message), self._store) for message in bundle]
         return worker.answer.remote(parcels, self.bundling.together)
+
+    def _expected(self, job: Bundle | Work) -> float:
+        return 0.0 if isinstance(job, Work) else sum(map(self.pace.expected, job))
 
     def _store(self, record: ArrayRecord) -> ObjectRef:
         """Put arrays into Ray's store, unless they are there."""
@@ -471,9 +515,9 @@ class RayGrid(SimulationGrid):
         error = Error(ErrorCode.CLIENT_APP_CRASHED, "WorkerDied")
         return Answer(Message(error, reply_to=message), f"{MAX_DEATHS} workers died over this message"), None
 
-    def _died(self, bundle: Bundle, attempt: int) -> None:
-        if self.on_worker_death:
-            self.on_worker_death(bundle[0].metadata.dst_node_id, attempt)
+    def _died(self, job: Bundle | Work, attempt: int) -> None:
+        if self.on_worker_death and not isinstance(job, Work):
+            self.on_worker_death(job[0].metadata.dst_node_id, attempt)
 
 
 def _window(workers: int) -> int:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,12 +12,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import ray
 from flwr.app import Array, ArrayRecord, Context, Message
 from flwr.clientapp.client_app import LoadClientAppError
 
-from fedpeft.errors import ConfigError, SimulationError
+from fedpeft.errors import ConfigError, DataError, SimulationError
 from fedpeft.simulations.grids.inline import InlineGrid
 from fedpeft.simulations.grids.pace import Pace
 from fedpeft.simulations.grids.ray import RayGrid
@@ -102,6 +104,47 @@ def test_a_worker_killed_at_work_is_replaced_and_its_message_repeated(
     assert [seen(reply, "partition") for reply in grid.send_and_receive(messages)] == list(range(6))
     assert attempts.read_text() == "xx"
     assert deaths == [(2, 1)]
+
+
+def test_work_that_is_no_clients_is_spread_over_the_workers_and_comes_back_in_order(grid: RayGrid) -> None:
+    assert list(grid.map("simulated_work:plus", [3, 1, 2], np.ones(5), 0.5)) == [8.5, 6.5, 7.5]
+    done = list(grid.map("simulated_work:where", range(12)))
+    assert [job for job, _, _ in done] == list(range(12))
+    assert os.getpid() not in {pid for _, pid, _ in done}
+    assert {threads for _, _, threads in done} == {1}
+
+
+def test_work_can_be_done_between_two_replies(grid: RayGrid, make_message: MakeMessage) -> None:
+    replies = grid.send_and_receive(make_message(node_id) for node_id in (1, 2, 3))
+    found = [(seen(reply, "partition"), next(grid.map("simulated_work:where", [7]))[0]) for reply in replies]
+    assert found == [(0, 7), (1, 7), (2, 7)]
+
+
+def test_a_worker_that_dies_of_work_is_replaced_and_the_work_repeated(grid: RayGrid, tmp_path: Path) -> None:
+    deaths: list[tuple[int, int]] = []
+    grid.on_worker_death = lambda *death: deaths.append(death)
+    jobs = [(str(tmp_path / "first"), 0), (str(tmp_path / "second"), 1), (str(tmp_path / "third"), 0)]
+    assert list(grid.map("simulated_work:die", jobs)) == ["first", "second", "third"]
+    assert (tmp_path / "second").read_text() == "xx"
+    assert deaths == []  # it was no client's
+
+
+def test_what_work_raises_is_raised_here_and_the_workers_go_on(grid: RayGrid) -> None:
+    with pytest.raises(DataError, match="job 1 holds no rows"):
+        list(grid.map("simulated_work:refuse", [0, 1, 2]))
+    with pytest.raises(SimulationError, match=r"simulated_work:refuse failed on a worker:(.|\n)*KeyError: 3"):
+        list(grid.map("simulated_work:refuse", [3]))
+    assert list(grid.map("simulated_work:refuse", [4])) == [4]
+
+
+def test_workers_are_forks_of_one_process_that_has_imported_everything(grid: RayGrid) -> None:
+    pids = {pid for _, pid, _ in grid.map("simulated_work:where", range(8))}
+    parents = {psutil.Process(pid).ppid() for pid in pids}
+    assert len(parents) == 1
+    assert "fedpeft.simulations.grids.nursery" in psutil.Process(parents.pop()).cmdline()
+    for pid in pids:
+        sizes = dict(re.findall(r"(\w+): +(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text()))
+        assert int(sizes["Private_Dirty"]) < int(sizes["Shared_Dirty"])  # what is imported is written to by nobody
 
 
 def test_a_message_that_costs_three_workers_gets_an_error_and_the_others_their_replies(
