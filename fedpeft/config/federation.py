@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -43,6 +43,14 @@ class SimulationConfig(Section):
     workers: int | None = Field(None, ge=0, description="Ray workers, one per core if unset; 0 trains in this process")
     threads_per_worker: int = Field(1, ge=1, description="CPU threads of a worker")
     gpus_per_worker: float = Field(0.0, ge=0, description="share of a GPU per worker")
+    prefix_cache: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="keep each row's hidden states below the lowest adapted block on disk; auto is decided as the run "
+        "begins, and config.toml says how",
+    )
+    prefix_cache_limit: float | None = Field(
+        None, gt=0, description="gigabytes that all such states take at most; 10 or a fifth of the free disk if unset"
+    )
 
 
 class RunSection(Section):

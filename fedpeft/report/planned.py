@@ -59,7 +59,8 @@ def _kind_in_words(adapter: AdapterConfig, layers: int) -> str:
     ranks = f"{', '.join(map(str, adapter.ranks))} in turn" if adapter.ranks else str(adapter.rank)
     numbers = {"rank": f"rank {ranks}", "alpha": f"alpha {adapter.alpha:g}"}
     own = [said for key, said in numbers.items() if key not in adapter.facts.lacks]
-    return ", ".join([adapter.kind, *own, f"{layers} layers ({targets})"])
+    among = "" if adapter.layers is None else f" of blocks {adapter.layers}"
+    return ", ".join([adapter.kind, *own, f"{layers} layers ({targets}{among})"])
 
 
 def _of_model(facts: Mapping[str, Any], config: RunConfig) -> list[tuple[str, object]]:
