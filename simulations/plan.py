@@ -19,6 +19,7 @@ from fedpeft.privacy.rows import public_counts
 from fedpeft.privacy.statement import state
 from fedpeft.resident import Resident, resident
 from fedpeft.rounding import as_given
+from fedpeft.simulations.prefixing import NOTHING_KEPT, Prefixing, decide
 from fedpeft.strategies import find, with_typed_options
 from fedpeft.strategies.base import AdapterStrategy
 from fedpeft.strategies.federation import build_strategy, client_ranks, personal_names
@@ -65,6 +66,8 @@ class DryRun:
         What may be said of a private run beforehand, see `plan_privacy`.
     notes : tuple of str
         What should be known of base and adapter, and of how the rows were read.
+    prefixing : Prefixing
+        Whether hidden states below the lowest adapted block would be kept.
     """
 
     config: RunConfig
@@ -85,6 +88,7 @@ class DryRun:
     changes_base: bool = False
     privacy: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()
+    prefixing: Prefixing = NOTHING_KEPT
 
     @property
     def cohort(self) -> int:
@@ -121,6 +125,7 @@ class DryRun:
             "personal": list(self.personal),
             "changes_base": self.changes_base,
             "notes": list(self.notes),
+            "prefix_cache": {**self.prefixing.to_dict(), "said": str(self.prefixing)},
             **({} if self.privacy is None else {"privacy": strict_json(self.privacy)}),
         }
 
@@ -171,6 +176,7 @@ def plan(config: RunConfig) -> DryRun:
         changes_base=facts.changes_base,
         privacy=plan_privacy(config, home),
         notes=(*adapted.notes, *home.data.notes),
+        prefixing=decide(config, home),
     )
 
 

@@ -134,7 +134,8 @@ class AdaptedModel:
             kept = within(base.model, base.head, chosen, adapter.layers)
             if adapter.layers is not None and not kept:
                 raise AdapterError(
-                    f"adapter.layers = '{adapter.layers}' leaves adapter.kind = '{adapter.kind}' nothing to adapt; drop it."
+                    f"adapter.layers = '{adapter.layers}' leaves adapter.kind = '{adapter.kind}' nothing to adapt; "
+                    "drop it."
                 )
             return kept
         needed = self.init.ranks * adapter.rank if everything else adapter.rank

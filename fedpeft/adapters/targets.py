@@ -111,8 +111,8 @@ def choose_targets(base: BaseModel, targets: Sequence[str] | None, rank: int, la
     Raises
     ------
     AdapterError
-        Blocks that there are not, a target that matches nothing, or a rank larger than a layer that is named. ``all-linear`` leaves such layers
-        out, see `left_out`.
+        Blocks that there are not, a target that matches nothing, or a rank larger than a layer that is named.
+        ``all-linear`` leaves such layers out, see `left_out`.
     """
     modules = adaptable_modules(base)
     if not modules:

@@ -98,6 +98,7 @@ def _of_rounds(facts: Mapping[str, Any], config: RunConfig) -> list[tuple[str, o
             "a round trains",
             f"{length} with batches of {train.batch_size}, {train.optimizer}, learning rate {train.learning_rate:g}",
         ),
+        ("prefix cache", facts["prefix_cache"]["said"]),
         ("partition", f"{config.partition.scheme}{_partition_options(config)}"),
         ("clients", rows_summary(list(facts["client_rows"].values()))),
         ("rounds", f"{rounds}, {_cohorts(facts, config)}"),

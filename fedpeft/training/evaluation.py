@@ -17,9 +17,9 @@ from fedpeft.data.splits import EncodedSplit
 from fedpeft.errors import ConfigError
 from fedpeft.tasks.losses import logits_of
 from fedpeft.tasks.metrics import Scores, find, measures_of
+from fedpeft.training.prefix import feeding
 
 
-@torch.no_grad()
 def score(model: nn.Module, split: EncodedSplit, config: RunConfig) -> Scores:
     """Run a model over a split.
 
@@ -34,6 +34,11 @@ def score(model: nn.Module, split: EncodedSplit, config: RunConfig) -> Scores:
     config : RunConfig
         Gives the task, the batch size and the precision.
     """
+    with torch.no_grad(), feeding(model, config):
+        return _score(model, split, config)
+
+
+def _score(model: nn.Module, split: EncodedSplit, config: RunConfig) -> Scores:
     model.eval()
     task = tasks.of(config)
     count, size = len(split), config.run.evaluate_batch_size

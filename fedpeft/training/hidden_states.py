@@ -49,12 +49,15 @@ class HiddenStates:
     ----------
     full : bool
         Whether there was no room, or the disk refused: rows that are not here are computed each time.
+    waiting : int
+        Bytes that are not on disk yet.
     """
 
     def __init__(self, folder: Path, limit: float | None = None) -> None:
         self.folder, self.limit, self.full = folder, limit, False
         self._rows: dict[bytes, Tensor] = {}  # views into mapped files
         self._waiting: dict[bytes, Tensor] = {}
+        self.waiting = 0
         self._read: set[str] = set()
         self._seen = -1
 
@@ -65,16 +68,12 @@ class HiddenStates:
 
     def put(self, key: bytes, states: Tensor) -> None:
         """Keep a row's states, if there is room."""
-        if self.full:
+        if self.full or key in self._waiting:
             return
         self._waiting[key] = states
+        self.waiting += states.nbytes
         if self.waiting >= FILE_BYTES:
             self.publish()
-
-    @property
-    def waiting(self) -> int:
-        """Bytes that are not on disk yet."""
-        return sum(states.nbytes for states in self._waiting.values())
 
     def refresh(self) -> None:
         """Map what others have written since the last look."""
@@ -104,6 +103,7 @@ class HiddenStates:
         except (OSError, SafetensorError, DataError):  # a cache that cannot be written is merely not used
             self.full = True
         self._waiting.clear()
+        self.waiting = 0
 
     def _write(self) -> None:
         self.folder.mkdir(exist_ok=True)
@@ -185,6 +185,6 @@ def _rows_of(path: Path) -> dict[bytes, Tensor]:
     try:
         held = load_file(path)
         keys, lengths, states = held["keys"], held["lengths"].tolist(), held["states"]
-        return {bytes(key): row for key, row in zip(keys.numpy(), states.split(lengths), strict=True)}
+        return {bytes(key): row for key, row in zip(keys.numpy(), torch.split(states, lengths), strict=True)}
     except (OSError, SafetensorError, KeyError, RuntimeError, ValueError):
         return {}
