@@ -16,7 +16,6 @@ from fedpeft.config import RunConfig, cohort_size
 from fedpeft.data.splits import EncodedSplit
 from fedpeft.errors import AdapterError
 from fedpeft.formats import size
-from fedpeft.privacy.independence import public_rows
 from fedpeft.resident import Resident
 from fedpeft.training.hidden_states import default_limit
 from fedpeft.training.local import num_steps
@@ -72,6 +71,9 @@ class Prefixing:
         return f"on: the first {self.below} of {self.blocks} blocks run once a row{much}, at most {size(self.limit)}"
 
 
+NOTHING_KEPT = Prefixing(on=False, why="not asked")
+
+
 def decide(config: RunConfig, home: Resident) -> Prefixing:
     """Decide whether a run keeps hidden states.
 
@@ -104,10 +106,8 @@ def decide(config: RunConfig, home: Resident) -> Prefixing:
     problem, of_token = home.once(_look)
     if problem:
         return _off(asked, f"the model {problem}", surprising=True)
-    rows = (
-        None if config.privacy.is_private else sum(int(split.lengths.sum()) for split in (home.data.train, home.test))
-    )
-    nbytes = None if rows is None else rows * of_token
+    lengths = [] if config.privacy.is_private else [home.data.train.lengths, home.test.lengths]
+    nbytes = sum(int(each.sum()) for each in lengths) * of_token if lengths else None
     if asked == "auto" and nbytes is not None and nbytes > limit:
         why = f"the states of all rows take {size(nbytes)}, of at most {size(limit)} (simulation.prefix_cache_limit)"
         return _off(asked, why, surprising=True)
@@ -141,6 +141,8 @@ def with_prefix_cache(config: RunConfig, home: Resident, tell: Callable[[str], N
 
 def _look(home: Resident) -> tuple[str, int]:
     """Return what is wrong with keeping states, and the bytes of a token's, or of an image's."""
+    from fedpeft.privacy.independence import public_rows  # which loads Opacus
+
     prefix = prefix_of(home.adapted.model, home.config.train.precision)
     rows: EncodedSplit = public_rows(home)
     if problem := prefix.problem(rows.batch(range(len(rows)))):

@@ -1,10 +1,11 @@
 """What lies below the lowest adapted block is computed once a row: the frozen prefix of a model.
 
 With adapters in the last blocks alone (``adapter.layers=last:2``), the hidden states that enter the lowest of them
-depend on the row and on frozen weights only. They are computed for each row alone, at its own length and with one thread, so
-that they do not depend on the rows beside it nor on who computes them; `fedpeft.training.hidden_states` keeps them.
-While a model is fed, the blocks below give these states in place of running, padded to the batch's width with zeros,
-which the attention mask leaves out. All else of the model runs as ever: embeddings, masks and positions included.
+depend on the row and on frozen weights only. They are computed for each row alone, at its own length and with one
+thread, so that they depend neither on the rows beside it nor on who computes them;
+`fedpeft.training.hidden_states` keeps them. While a model is fed, the blocks below give these states in place of
+running, padded to the batch's width with zeros, which the attention mask leaves out. All else of the model runs as
+ever: embeddings, masks and positions included.
 """
 
 from __future__ import annotations
