@@ -141,9 +141,8 @@ def choose_targets(base: BaseModel, targets: Sequence[str] | None, rank: int, la
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in modules):
             raise AdapterError(
-                f"adapter.targets: '{target}' matches no linear module of '{base.folder}'{_among(layers)} that PEFT "
-                f"adapts. "
-                f"{nearest(target, leaves)}"
+                f"adapter.targets: '{target}' matches no linear module of '{base.folder}' that PEFT "
+                f"adapts{_among(layers)}. {nearest(target, leaves)}"
             )
     chosen = [n for n in modules if any(n == target or n.endswith(f".{target}") for target in targets)]
     for name in chosen:
@@ -156,7 +155,7 @@ def choose_targets(base: BaseModel, targets: Sequence[str] | None, rank: int, la
 
 
 def _among(layers: str | None) -> str:
-    return "" if layers is None else f" in adapter.layers = '{layers}'"
+    return "" if layers is None else f", within adapter.layers = '{layers}'"
 
 
 def left_out(base: BaseModel, rank: int) -> list[str]:
