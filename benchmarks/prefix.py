@@ -141,9 +141,8 @@ def measure(base: Path, precision: str, options: argparse.Namespace) -> list[Row
     adapted = below.count - len(below.blocks)
     print(f"{precision}: {adapted} of {below.count} blocks adapted, rows of {split.lengths[rows].mean():.0f} tokens")
     found = [("first round", begun), ("later rounds", later), ("scoring", scored)]
-    return [
-        row(precision, what, taken, limit(adapted, below.count, trains=taken is not scored)) for what, taken in found
-    ]
+    most = {trains: limit(adapted, below.count, trains=trains) for trains in (True, False)}
+    return [row(precision, what, taken, most[taken is not scored]) for what, taken in found]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -166,15 +165,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for each in rows:
         spread = f"{each.low:.2f} to {each.high:.2f}"
         reached = "yes" if each.ratio >= TARGET else "no"
-        table.add_row(
-            each.precision,
-            each.what,
-            f"{each.without:.2f} s",
-            f"{each.ratio:.2f}",
-            spread,
-            f"{each.limit:.2f}",
-            reached,
-        )
+        figures = (f"{each.without:.2f} s", f"{each.ratio:.2f}", spread, f"{each.limit:.2f}")
+        table.add_row(each.precision, each.what, *figures, reached)
     print(f"{platform.machine()}, one thread, {options.steps} steps of {options.batch_size}, {options.turns} pairs")
     Console().print(table)
     if options.json:

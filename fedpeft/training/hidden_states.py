@@ -34,6 +34,8 @@ RESERVE = 2**30  # bytes of the disk that are always left free
 STALE = 3600.0  # seconds after which a folder that nobody uses may go, and a draft has no writer any more
 IN_USE = ".in-use"
 
+_Place = tuple[Tensor, int, int]  # a mapped file's states, and where those of a row begin and how many they are
+
 
 class HiddenStates:
     """States of rows by their keys, of one fingerprint.
@@ -55,7 +57,7 @@ class HiddenStates:
 
     def __init__(self, folder: Path, limit: float | None = None) -> None:
         self.folder, self.limit, self.full = folder, limit, False
-        self._rows: dict[bytes, Tensor] = {}  # views into mapped files
+        self._rows: dict[bytes, _Place] = {}
         self._waiting: dict[bytes, Tensor] = {}
         self.waiting = 0
         self._read: set[str] = set()
@@ -63,8 +65,10 @@ class HiddenStates:
 
     def get(self, key: bytes) -> Tensor | None:
         """Return a row's states; not to be written to."""
-        found = self._rows.get(key)
-        return self._waiting.get(key) if found is None else found
+        if (place := self._rows.get(key)) is None:
+            return self._waiting.get(key)
+        states, start, length = place
+        return states[start : start + length]
 
     def put(self, key: bytes, states: Tensor) -> None:
         """Keep a row's states, if there is room."""
@@ -88,6 +92,13 @@ class HiddenStates:
             if path.name not in self._read:
                 self._read.add(path.name)
                 self._rows.update(_rows_of(path))
+
+    def settle(self) -> None:
+        """Write what is waiting, if it is worth a file: a turn is over, and others may go on with these rows."""
+        if self.waiting >= LEAST_BYTES:
+            self.publish()
+        with contextlib.suppress(OSError):
+            os.utime(self.folder / IN_USE)
 
     def publish(self) -> None:
         """Write what is waiting to a file of its own."""
@@ -180,11 +191,13 @@ def _last_used(folder: Path) -> float:
         return 0.0
 
 
-def _rows_of(path: Path) -> dict[bytes, Tensor]:
-    """Return views of a mapped file's rows; none of a file that is damaged, or gone."""
+def _rows_of(path: Path) -> dict[bytes, _Place]:
+    """Return where a mapped file's rows are; none of a file that is damaged, or gone."""
     try:
         held = load_file(path)
-        keys, lengths, states = held["keys"], held["lengths"].tolist(), held["states"]
-        return {bytes(key): row for key, row in zip(keys.numpy(), torch.split(states, lengths), strict=True)}
+        keys, lengths, states = held["keys"].numpy(), held["lengths"], held["states"]
+        starts = lengths.cumsum(0) - lengths
+        places = zip(keys, starts.tolist(), lengths.tolist(), strict=True)
+        return {bytes(key): (states, start, length) for key, start, length in places}
     except (OSError, SafetensorError, KeyError, RuntimeError, ValueError):
         return {}

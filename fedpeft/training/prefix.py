@@ -32,7 +32,7 @@ from fedpeft.cache import cache_dir
 from fedpeft.config import RunConfig
 from fedpeft.errors import AdapterError
 from fedpeft.models import num_threads
-from fedpeft.training.hidden_states import LEAST_BYTES, HiddenStates
+from fedpeft.training.hidden_states import HiddenStates
 from fedpeft.training.local import training_mode
 
 FOLDER = "prefix"  # in the cache
@@ -95,12 +95,9 @@ class Prefix:
             yield
         finally:
             del vars(self.model)[FORWARD]
-            if self.states.waiting >= LEAST_BYTES:
-                self.states.publish()
+            self.states.settle()
 
     def _forward(self, **inputs: Tensor) -> Any:
-        if not len(next(iter(inputs.values()))):
-            return self._plain(inputs)
         if not self._checked and (problem := self.problem({name: t[:CHECKED] for name, t in inputs.items()})):
             raise AdapterError(
                 f"simulation.prefix_cache = 'on': the model {problem}, on this machine. Set "

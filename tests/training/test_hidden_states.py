@@ -65,6 +65,31 @@ def test_a_file_is_written_as_soon_as_there_is_enough_for_one(tmp_path: Path, mo
     assert len(list((tmp_path / "a").glob("*.safetensors"))) > 1
 
 
+def test_processes_write_side_by_side(tmp_path: Path) -> None:
+    code = """
+import sys
+import torch
+from pathlib import Path
+from fedpeft.training import hidden_states
+hidden_states.FILE_BYTES = 1000
+held = hidden_states.HiddenStates(Path(sys.argv[1]))
+for number in map(int, sys.argv[2:]):
+    held.refresh()
+    held.put(number.to_bytes(16, "big"), torch.full((3, 4), float(number)))
+held.publish()
+"""
+    shares = [range(60), range(40, 100)]
+    command = [sys.executable, "-c", code, str(tmp_path / "a")]
+    writers = [subprocess.Popen([*command, *map(str, share)]) for share in shares]
+    assert [writer.wait() for writer in writers] == [0, 0]
+    held = HiddenStates(tmp_path / "a")
+    held.refresh()
+    for number in range(100):
+        found = held.get(key(number))
+        assert found is not None
+        assert torch.equal(found, states(number))
+
+
 def test_a_writer_that_is_killed_leaves_nothing_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = """
 import os, signal, sys

@@ -12,7 +12,7 @@ from torch import Tensor
 from fedpeft.adapters.adapted import AdaptedModel
 from fedpeft.config import RunConfig, nest, resolve
 from fedpeft.errors import AdapterError
-from fedpeft.models import base_folder, load_base
+from fedpeft.models import base_folder, load_base, torch_seed
 from fedpeft.tasks.losses import mean_loss
 from fedpeft.training.local import training_mode
 from fedpeft.training.prefix import Prefix, UnfitError, feeding, prefix_of
@@ -104,7 +104,7 @@ def test_a_fed_model_has_the_gradients_of_one_that_runs_all_its_blocks(
         parameters = model.begin_training(model.trained)
         model.model.zero_grad()
         settings = config if on else config.model_copy(update={"simulation": RunConfig().simulation})
-        with feeding(model.model, settings):
+        with feeding(model.model, settings), torch_seed(3):  # of dropout above, such as DistilBERT's before its head
             mean_loss(model.task, model.model, batch, precision).backward()  # type: ignore[no-untyped-call]
         found.append([parameter.grad.clone() for parameter in parameters if parameter.grad is not None])
     plain, cold, warm = found
@@ -190,13 +190,6 @@ def test_only_blocks_above_run_and_afterwards_all_do(folders: Callable[[str], Pa
         ran.clear()
         mean_loss(model.task, model.model, rows())
     assert ran == [0, 1, 2]
-
-
-def test_no_rows_are_no_problem(folders: Callable[[str], Path]) -> None:
-    model, config = adapted(folders("vit"), "image-classification")
-    none = {name: value[:0] for name, value in rows("image-classification").items()}
-    with torch.no_grad(), feeding(model.model, config):
-        assert model.model(pixel_values=none["pixel_values"]).logits.shape == (0, 3)
 
 
 def test_states_are_known_by_what_lies_below_and_not_by_what_is_trained(folders: Callable[[str], Path]) -> None:
