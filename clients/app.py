@@ -35,6 +35,7 @@ from fedpeft.models import num_threads
 from fedpeft.privacy.levels import level_of
 from fedpeft.resident import Resident, resident
 from fedpeft.training.local import LocalResult, Turn, num_steps, train_locally
+from fedpeft.training.prefix import feeding
 from fedpeft.wire import Identity, ShortAnswer, TrainAnswer, TrainOrder, to_record, to_tensors
 
 TRUST_REMOTE_CODE = "trust-remote-code"  # key of the node's own config: a server cannot decide this for a site
@@ -148,7 +149,7 @@ def prepare(message: Message, context: Context) -> Ready | ShortAnswer:
     rows = client_rows(home, context.node_config)
     permission, level = None, level_of(run.privacy)
     if level.clients_add_noise:
-        with num_threads(run.simulation.threads_per_worker):
+        with num_threads(run.simulation.threads_per_worker), feeding(adapted.model, run):
             level.check_model(home)  # a model that mixes rows is refused before anything is charged
         permission = permit(order, context, home, rows, run)
         if permission is None:
@@ -237,7 +238,7 @@ def _train(ready: Ready, penalty: Callable[[], Tensor] | None) -> LocalResult:
     if permission is not None:
         level, mechanism = level_of(run.privacy), permission.mechanism
         private = level.gradients(home, rows.split, rows.indices, mechanism, permission.randomness)
-    with num_threads(run.simulation.threads_per_worker):
+    with num_threads(run.simulation.threads_per_worker), feeding(home.adapted.model, run):
         return train_locally(
             home.adapted,
             rows.split,

@@ -23,13 +23,15 @@ from fedpeft.simulations.grids.cluster import Sizing
 from fedpeft.simulations.grids.freight import Freight
 from fedpeft.simulations.grids.inline import InlineGrid
 from fedpeft.simulations.grids.ray import RayGrid
+from fedpeft.simulations.prefixing import with_prefix_cache
 from fedpeft.simulations.resuming import Resumption
-from fedpeft.simulations.work import Work
 from fedpeft.simulations.sizing import at_work, in_this_process
+from fedpeft.simulations.work import Work
 from fedpeft.strategies import find
 from fedpeft.strategies.federation import Insight, build_strategy, exported_bytes, federate
 from fedpeft.strategies.rounds.records import Outcome
 from fedpeft.strategies.rounds.report import require_enough
+from fedpeft.training.prefix import feeding
 
 
 def drive(
@@ -56,6 +58,7 @@ def drive(
     """
     home = resident(config)
     check_rows(home)
+    config = with_prefix_cache(config, home, lambda note: listener({"event": "note", "message": note}))
     privacy, level = config.privacy, level_of(config.privacy)
     if not privacy.is_private:  # else what is told of rows would need noise
         for note in home.data.notes:
@@ -125,4 +128,5 @@ def _check(config: RunConfig, home: Resident, client_ids: Mapping[int, str], row
     method.check_cohort(method.options, cohort)
     level = level_of(config.privacy)
     level.check_counts(config, rows)
-    level.check_model(home)  # which every worker does for itself as well
+    with feeding(home.adapted.model, config):
+        level.check_model(home)  # which every worker does for itself as well

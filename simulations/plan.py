@@ -21,6 +21,7 @@ from fedpeft.resident import Resident, resident
 from fedpeft.rounding import as_given
 from fedpeft.simulations.batching import batched
 from fedpeft.simulations.grids.cluster import Sizing
+from fedpeft.simulations.prefixing import NOTHING_KEPT, Prefixing, decide
 from fedpeft.simulations.sizing import planned
 from fedpeft.strategies import find, with_typed_options
 from fedpeft.strategies.base import AdapterStrategy
@@ -70,6 +71,8 @@ class DryRun:
         What should be known of base and adapter, and of how the rows were read.
     sizing : Sizing, optional
         The workers that a run would have on this machine now.
+    prefixing : Prefixing
+        Whether hidden states below the lowest adapted block would be kept.
     """
 
     config: RunConfig
@@ -91,6 +94,7 @@ class DryRun:
     privacy: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()
     sizing: Sizing | None = None
+    prefixing: Prefixing = NOTHING_KEPT
 
     @property
     def cohort(self) -> int:
@@ -128,6 +132,7 @@ class DryRun:
             "changes_base": self.changes_base,
             "notes": list(self.notes),
             **({} if self.sizing is None else {"workers": {**self.sizing.to_dict(), "said": str(self.sizing)}}),
+            "prefix_cache": {**self.prefixing.to_dict(), "said": str(self.prefixing)},
             **({} if self.privacy is None else {"privacy": strict_json(self.privacy)}),
         }
 
@@ -180,6 +185,7 @@ def plan(config: RunConfig) -> DryRun:
         privacy=plan_privacy(config, home),
         notes=(*adapted.notes, *home.data.notes, *([said] if said else [])),
         sizing=planned(config, len(clients)),
+        prefixing=decide(config, home),
     )
 
 

@@ -19,6 +19,7 @@ from fedpeft.adapters.draws import draw_a, first_ranks
 from fedpeft.adapters.export import PEFT_PREFIX, write_adapter, write_labels
 from fedpeft.adapters.initial import adapt
 from fedpeft.adapters.kinds import INITS, Kind
+from fedpeft.adapters.stacks import within
 from fedpeft.adapters.state import A_SUFFIX, AdapterState, LoraFactors, Role, base_changes, fingerprint, role_of
 from fedpeft.adapters.targets import ALL_LINEAR, check_layers, choose_targets, left_out
 from fedpeft.config import RunConfig
@@ -129,10 +130,17 @@ class AdaptedModel:
         everything = tuple(adapter.targets or ()) == (ALL_LINEAR,)
         if self.kind.choose is not None:
             self.notes: tuple[str, ...] = tuple(base.notes)
-            return self.kind.choose(base.model, adapter.targets)
+            chosen = self.kind.choose(base.model, adapter.targets)
+            kept = within(base.model, base.head, chosen, adapter.layers)
+            if adapter.layers is not None and not kept:
+                raise AdapterError(
+                    f"adapter.layers = '{adapter.layers}' leaves adapter.kind = '{adapter.kind}' nothing to adapt; "
+                    "drop it."
+                )
+            return kept
         needed = self.init.ranks * adapter.rank if everything else adapter.rank
         needed = needed if self.kind.rank else 1
-        targets = choose_targets(base, adapter.targets, needed)
+        targets = choose_targets(base, adapter.targets, needed, adapter.layers)
         check_layers(base, targets, adapter)
         self.notes = (*base.notes, *(left_out(base, needed) if everything else ()))
         return targets

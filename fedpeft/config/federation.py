@@ -54,6 +54,14 @@ class SimulationConfig(Section):
     address: str | None = Field(
         None, min_length=1, description="Ray cluster to run on, auto for the one here; RAY_ADDRESS, or an own, if unset"
     )
+    prefix_cache: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="keep each row's hidden states below the lowest adapted block on disk; auto is decided as the run "
+        "begins, and config.toml says how",
+    )
+    prefix_cache_limit: float | None = Field(
+        None, gt=0, description="gigabytes that all such states take at most; 10 or a fifth of the free disk if unset"
+    )
 
 
 class RunSection(Section):

@@ -18,6 +18,7 @@ from fedpeft.data.splits import EncodedSplit
 from fedpeft.errors import ConfigError
 from fedpeft.tasks.losses import logits_of
 from fedpeft.tasks.metrics import Scores, find, measures_of
+from fedpeft.training.prefix import feeding
 
 
 @dataclass(frozen=True)
@@ -62,11 +63,17 @@ def batches_of(split: EncodedSplit, config: RunConfig) -> list[NDArray[np.int64]
     return [order[start : start + size] for start in range(0, len(split), size)]
 
 
-@torch.no_grad()
 def score_batches(
     model: nn.Module, split: EncodedSplit, config: RunConfig, batches: Iterable[NDArray[np.int64]]
 ) -> list[RowScores]:
     """Run a model over some batches of a split, each by itself: what a row is given depends on its batch alone."""
+    with torch.no_grad(), feeding(model, config):
+        return _score_batches(model, split, config, batches)
+
+
+def _score_batches(
+    model: nn.Module, split: EncodedSplit, config: RunConfig, batches: Iterable[NDArray[np.int64]]
+) -> list[RowScores]:
     model.eval()
     task = tasks.of(config)
     found = []
