@@ -16,6 +16,7 @@ from fedpeft import tasks
 from fedpeft.bases import check_folder, describe_base, first_line
 from fedpeft.config import ModelConfig, RunConfig
 from fedpeft.data.tokens import load_tokenizer
+from fedpeft.dropout import configure_dropout, set_dropout
 from fedpeft.errors import ConfigError, ModelError
 from fedpeft.presets import PREFIX, is_preset, materialize
 from fedpeft.seeds import derive_seed
@@ -170,6 +171,8 @@ def load_base(config: RunConfig, folder: Path, labels: Sequence[str]) -> BaseMod
         for name in BESIDES:
             if getattr(part, name, None):
                 setattr(part, name, False)
+    if (dropout := config.model.dropout) != "checkpoint":
+        configure_dropout(held, dropout)
     if task.has_head:
         options["ignore_mismatched_sizes"] = True  # a saved head for other labels is drawn anew
     transformers.utils.logging.disable_progress_bar()  # it would spoil the run's own lines
@@ -178,6 +181,8 @@ def load_base(config: RunConfig, folder: Path, labels: Sequence[str]) -> BaseMod
             model, info = getattr(transformers, task.auto).from_pretrained(folder, config=held, **options)
     except Exception as error:  # what a folder holds makes a model's own code raise whatever it likes
         raise ModelError(f"cannot load '{folder}' for {task.name}: {first_line(error)}") from error
+    if dropout != "checkpoint":
+        set_dropout(model, dropout)  # of what no configuration names
     text = model.config.get_text_config()
     if task.reads_last_token and getattr(text, "pad_token_id", 0) is None:
         # Llama-like classifiers read the last token that is not padding

@@ -17,6 +17,7 @@ from fedpeft import tasks
 from fedpeft.adapters.base_change import BaseWeights, check_plain
 from fedpeft.adapters.draws import draw_a, first_ranks
 from fedpeft.adapters.export import PEFT_PREFIX, write_adapter, write_labels
+from fedpeft.adapters.fused import fuse
 from fedpeft.adapters.initial import adapt
 from fedpeft.adapters.kinds import INITS, Kind
 from fedpeft.adapters.state import A_SUFFIX, AdapterState, LoraFactors, Role, base_changes, fingerprint, role_of
@@ -113,6 +114,7 @@ class AdaptedModel:
                 f"adapter.kind = '{self.kind.name}' begins at random values, equal at all clients, with which the "
                 "model computes something else than its base",
             )
+        fuse(self.model)
         self._layers = [each for each in self.model.modules() if isinstance(each, LoraLayer) and self.kind.resizable]
         self._base_weights = self._weights_of_layers()
         self._check_roles()
