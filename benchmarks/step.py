@@ -1,6 +1,6 @@
 """What a client's step costs beside its matrix products alone: all-MiniLM-L6 with LoRA of rank 8 on query and value.
 
-    python -m benchmarks.step [--precision bf16] [--batch-size 16] [--tokens 128] [--turns 30] [--json FILE] [KEY=VALUE ...]
+    python -m benchmarks.step [--precision bf16] [--batch-size 16] [--tokens 128] [--json FILE] [KEY=VALUE ...]
 
 One step is recorded: every matrix product and every fused attention that torch runs, forward and backward, with its
 shapes, strides and types. These are then run alone, in the same order and on tensors of their own, in turns with whole

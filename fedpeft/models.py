@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fedpeft import tasks
+from fedpeft.attention import attention_for
 from fedpeft.bases import check_folder, describe_base, first_line
 from fedpeft.config import ModelConfig, RunConfig
 from fedpeft.data.tokens import load_tokenizer
@@ -162,11 +163,11 @@ def load_base(config: RunConfig, folder: Path, labels: Sequence[str]) -> BaseMod
         "trust_remote_code": config.model.trust_remote_code,
         "output_loading_info": True,
     }
-    if bf16 and on.type == "cpu":
-        options["attn_implementation"] = "eager"  # bf16 attention's fused backward is slower on CPUs than the plain one
     task = tasks.of(config)
     saved, held = describe_base(config, folder), describe_base(config, folder, **_of_this_run(task, labels))
-    model_class(config, held)
+    architecture = model_class(config, held)
+    if attention := attention_for(architecture, held, bf16, on):
+        options["attn_implementation"] = attention
     for part in (held, held.get_text_config()):
         for name in BESIDES:
             if getattr(part, name, None):

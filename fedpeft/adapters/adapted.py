@@ -22,6 +22,7 @@ from fedpeft.adapters.initial import adapt
 from fedpeft.adapters.kinds import INITS, Kind
 from fedpeft.adapters.state import A_SUFFIX, AdapterState, LoraFactors, Role, base_changes, fingerprint, role_of
 from fedpeft.adapters.targets import ALL_LINEAR, check_layers, choose_targets, left_out
+from fedpeft.allocation import keep_freed_memory
 from fedpeft.config import RunConfig
 from fedpeft.errors import AdapterError, nearest
 from fedpeft.models import BaseModel, num_threads, seeded
@@ -115,6 +116,7 @@ class AdaptedModel:
                 "model computes something else than its base",
             )
         fuse(self.model)
+        keep_freed_memory()
         self._layers = [each for each in self.model.modules() if isinstance(each, LoraLayer) and self.kind.resizable]
         self._base_weights = self._weights_of_layers()
         self._check_roles()
