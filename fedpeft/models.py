@@ -15,9 +15,11 @@ import torch
 from torch import nn
 
 from fedpeft import tasks
+from fedpeft.attention import attention_for
 from fedpeft.bases import check_folder, describe_base, first_line
 from fedpeft.config import ModelConfig, RunConfig
 from fedpeft.data.tokens import load_tokenizer
+from fedpeft.dropout import configure_dropout, set_dropout
 from fedpeft.errors import ConfigError, DataError, ModelError
 from fedpeft.mapped import mapped_folder
 from fedpeft.presets import PREFIX, is_preset, materialize
@@ -167,15 +169,17 @@ def load_base(config: RunConfig, folder: Path, labels: Sequence[str]) -> BaseMod
         "trust_remote_code": config.model.trust_remote_code,
         "output_loading_info": True,
     }
-    if bf16 and on.type == "cpu":
-        options["attn_implementation"] = "eager"  # bf16 attention's fused backward is slower on CPUs than the plain one
     task = tasks.of(config)
     saved, held = describe_base(config, folder), describe_base(config, folder, **_of_this_run(task, labels))
-    model_class(config, held)
+    architecture = model_class(config, held)
+    if attention := attention_for(architecture, held, bf16, on):
+        options["attn_implementation"] = attention
     for part in (held, held.get_text_config()):
         for name in BESIDES:
             if getattr(part, name, None):
                 setattr(part, name, False)
+    if (dropout := config.model.dropout) != "checkpoint":
+        configure_dropout(held, dropout)
     if task.has_head:
         options["ignore_mismatched_sizes"] = True  # a saved head for other labels is drawn anew
     transformers.utils.logging.disable_progress_bar()  # it would spoil the run's own lines
@@ -186,6 +190,8 @@ def load_base(config: RunConfig, folder: Path, labels: Sequence[str]) -> BaseMod
     except Exception as error:  # what a folder holds makes a model's own code raise whatever it likes
         raise ModelError(f"cannot load '{folder}' for {task.name}: {first_line(error)}") from error
     model.name_or_path = model.config.name_or_path = str(folder)
+    if dropout != "checkpoint":
+        set_dropout(model, dropout)  # of what no configuration names
     text = model.config.get_text_config()
     if task.reads_last_token and getattr(text, "pad_token_id", 0) is None:
         # Llama-like classifiers read the last token that is not padding

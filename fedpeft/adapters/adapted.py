@@ -17,11 +17,13 @@ from fedpeft import tasks
 from fedpeft.adapters.base_change import BaseWeights, check_plain
 from fedpeft.adapters.draws import draw_a, first_ranks
 from fedpeft.adapters.export import PEFT_PREFIX, write_adapter, write_labels
+from fedpeft.adapters.fused import fuse
 from fedpeft.adapters.initial import adapt
 from fedpeft.adapters.kinds import INITS, Kind
 from fedpeft.adapters.stacks import within
 from fedpeft.adapters.state import A_SUFFIX, AdapterState, LoraFactors, Role, base_changes, fingerprint, role_of
 from fedpeft.adapters.targets import ALL_LINEAR, check_layers, choose_targets, left_out
+from fedpeft.allocation import keep_freed_memory
 from fedpeft.config import RunConfig
 from fedpeft.errors import AdapterError, nearest
 from fedpeft.models import BaseModel, num_threads, seeded
@@ -114,6 +116,8 @@ class AdaptedModel:
                 f"adapter.kind = '{self.kind.name}' begins at random values, equal at all clients, with which the "
                 "model computes something else than its base",
             )
+        fuse(self.model)
+        keep_freed_memory()
         self._layers = [each for each in self.model.modules() if isinstance(each, LoraLayer) and self.kind.resizable]
         self._base_weights = self._weights_of_layers()
         self._check_roles()
