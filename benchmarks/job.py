@@ -167,7 +167,7 @@ def listened(command: list[str], folder: Path, **more: str) -> Simulated:
     ):
         assert process.stdout is not None
         events = []
-        with Peak(process.pid) as whole, Peak(process.pid, tree=False) as own:
+        with Peak(process.pid) as memory:
             for line in process.stdout:
                 if line.startswith("{"):
                     events.append({**json.loads(line), "at": time.perf_counter() - started})
@@ -176,4 +176,4 @@ def listened(command: list[str], folder: Path, **more: str) -> Simulated:
         if process.returncode:
             errors.seek(0)
             raise CommandError(f"{' '.join(command)} ended with {process.returncode}:\n{errors.read()[-3000:]}")
-    return Simulated(wall, events, whole.highest, own.highest)
+    return Simulated(wall, events, memory.highest, memory.own)

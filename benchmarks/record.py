@@ -176,40 +176,54 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> float:
 
 def pss(process: int) -> int:
     """Return a process's proportional share of memory in bytes, 0 where it is gone; sums count shared pages once."""
+    return _kilobytes(Path(f"/proc/{process}/smaps_rollup"), "Pss")
+
+
+def high_water(process: int) -> int:
+    """Return the most memory that a process has had resident, in bytes, as the kernel keeps it; 0 where it is gone."""
+    return _kilobytes(Path(f"/proc/{process}/status"), "VmHWM")
+
+
+def reset_high_water() -> None:
+    """Let this process's `high_water` begin anew."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _kilobytes(path: Path, name: str) -> int:
     try:
-        text = Path(f"/proc/{process}/smaps_rollup").read_text()
+        text = path.read_text()
     except OSError:
         return 0
-    found = re.search(r"^Pss:\s+(\d+) kB", text, re.MULTILINE)
+    found = re.search(rf"^{name}:\s+(\d+) kB", text, re.MULTILINE)
     return 1024 * int(found.group(1)) if found else 0
 
 
 class Peak:
-    """The largest memory of a process, or of it and all below it, while a block runs; looked at every so often.
+    """The largest memory of a process and all below it while a block runs, looked at every so often.
+
+    Looking walks all their pages, which takes time of theirs: hence seldom. The process's own high water is the
+    kernel's, which misses nothing.
 
     Parameters
     ----------
     process : int
         Its id.
-    tree : bool
-        Whether what it started counts too.
     every : float
         Seconds between two looks.
 
     Attributes
     ----------
-    first, highest : int
-        Bytes.
+    highest, own : int
+        Bytes of all of them, and of the process alone.
     """
 
-    def __init__(self, process: int, *, tree: bool = True, every: float = 0.1) -> None:
-        self._process, self._tree, self._every = process, tree, every
+    def __init__(self, process: int, every: float = 1.0) -> None:
+        self._process, self._every = process, every
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
-        self.first = self.highest = 0
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self.highest = self.own = 0
 
     def __enter__(self) -> Self:
-        self.first = self.highest = self.now()
         self._thread.start()
         return self
 
@@ -217,19 +231,18 @@ class Peak:
         self._done.set()
         self._thread.join()
 
-    def now(self) -> int:
-        """Return the memory at this moment."""
-        processes = [self._process]
-        if self._tree:
-            try:
-                processes += [child.pid for child in psutil.Process(self._process).children(recursive=True)]
-            except psutil.Error:
-                return 0
-        return sum(map(pss, processes))
+    def look(self) -> None:
+        """Look now."""
+        try:
+            children = psutil.Process(self._process).children(recursive=True)
+        except psutil.Error:
+            return
+        self.highest = max(self.highest, sum(map(pss, [self._process, *(child.pid for child in children)])))
+        self.own = max(self.own, high_water(self._process))
 
-    def _look(self) -> None:
+    def _watch(self) -> None:
         while not self._done.wait(self._every):
-            self.highest = max(self.highest, self.now())
+            self.look()
 
 
 @contextmanager

@@ -10,28 +10,29 @@ from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from benchmarks.echo import app
-from benchmarks.record import Peak
+from benchmarks.record import high_water, reset_high_water
 
 
 def rounds(grid: Grid, nodes: Iterable[int], size: int, count: int) -> dict[str, Any]:
     """Hold rounds of FedAvg over one array, folding replies in as they are handed over."""
     nodes, sent = list(nodes), np.zeros(max(1, size // 4), np.float32)
     seconds = []
-    with Peak(os.getpid(), tree=False, every=0.02) as memory:
-        for number in range(count):
-            started = time.perf_counter()
-            record = ArrayRecord({"x": Array(sent)})
-            messages = [Message(RecordDict({"arrays": record}), node, "train", group_id=str(number)) for node in nodes]
-            total = np.zeros_like(sent)
-            replies = 0
-            for reply in grid.send_and_receive(messages):
-                total += reply.content.array_records["arrays"]["x"].numpy()
-                replies += 1
-            sent = total / replies
-            seconds.append(time.perf_counter() - started)
+    before = high_water(os.getpid())
+    reset_high_water()
+    for number in range(count):
+        started = time.perf_counter()
+        record = ArrayRecord({"x": Array(sent)})
+        messages = [Message(RecordDict({"arrays": record}), node, "train", group_id=str(number)) for node in nodes]
+        total = np.zeros_like(sent)
+        replies = 0
+        for reply in grid.send_and_receive(messages):
+            total += reply.content.array_records["arrays"]["x"].numpy()
+            replies += 1
+        sent = total / replies
+        seconds.append(time.perf_counter() - started)
     assert replies == len(nodes)
     assert sent[0] == count, "every client has added one in every round"
-    return {"seconds": seconds, "before": memory.first, "peak": memory.highest}
+    return {"seconds": seconds, "before": before, "peak": high_water(os.getpid())}
 
 
 def through_flower(size: int, clients: int, count: int, workers: int) -> dict[str, Any]:
