@@ -359,7 +359,7 @@ class RayGrid(SimulationGrid):
                 self._dispatcher = Dispatcher(
                     self._pool,
                     window=_window(sizing.workers),
-                    keys=lambda job: () if isinstance(job, Work) else nodes_of(job),
+                    keys=lambda job: frozenset() if isinstance(job, Work) else nodes_of(job),
                     max_deaths=MAX_DEATHS,
                     on_death=self._died,
                     expected=self._expected,
