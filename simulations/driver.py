@@ -19,6 +19,7 @@ from fedpeft.simulations.charging import Charging
 from fedpeft.simulations.contexts import Contexts
 from fedpeft.simulations.failures import Failures
 from fedpeft.simulations.grids.inline import InlineGrid
+from fedpeft.simulations.grids.pace import Pace
 from fedpeft.simulations.grids.ray import RayGrid
 from fedpeft.simulations.work import Work
 from fedpeft.strategies import find
@@ -62,7 +63,7 @@ def drive(config: RunConfig, out: Path, listener: Listener, grid: InlineGrid | R
         listener({"event": "note", "message": said})
     grid.contexts, grid.bundling = contexts, bundling_of(config)
     if isinstance(grid, RayGrid):
-        grid.pace.work = Work(config, home, contexts)
+        grid.pace = Pace(Work(config, home, contexts))
     failures = Failures(config, directory, grid, client_ids)
     failures.watch(listener)
     books, grid.on_dispatch = None, None
