@@ -22,6 +22,7 @@ from fedpeft.simulations.failures import Failures
 from fedpeft.simulations.grids.cluster import Sizing
 from fedpeft.simulations.grids.freight import Freight
 from fedpeft.simulations.grids.inline import InlineGrid
+from fedpeft.simulations.grids.pace import Pace
 from fedpeft.simulations.grids.ray import RayGrid
 from fedpeft.simulations.prefixing import with_prefix_cache
 from fedpeft.simulations.resuming import Resumption
@@ -82,7 +83,7 @@ def drive(
             listener({"event": "note", "message": said})
         grid.contexts, grid.bundling = contexts, bundling_of(config)
         if isinstance(grid, RayGrid):
-            grid.pace.work = Work(config, home, contexts)
+            grid.pace = Pace(Work(config, home, contexts))
             grid.freight = partial(Freight.of, config.to_flat(), home)
         failures = Failures(config, directory, grid, client_ids)
         failures.watch(listener)

@@ -453,7 +453,9 @@ class RayGrid(SimulationGrid):
         deadline = None if timeout is None else time.monotonic() + timeout
         dispatcher = self._ready()
         dispatcher.ahead = 0 if self.pace.work is None else AHEAD
-        bundles = self.bundling.bundles(messages) if self.bundling.size > 1 else self.pace.bundles(messages)
+        # a client that hangs until time is up would take with it what others of its bundle have answered
+        by_pace = self.bundling.size == 1 and timeout is None
+        bundles = self.pace.bundles(messages) if by_pace else self.bundling.bundles(messages)
         with contextlib.closing(dispatcher.stream(bundles, timeout)) as stream:
             yield from _settled(self._replies(stream, deadline))
 
@@ -530,13 +532,17 @@ def _settled(replies: Iterator[Message]) -> Iterator[Message]:
 
     Whoever folds replies as they come has dropped one when it comes back from the next.
     """
-    before = last = None
-    while True:
-        if before is not None and (kept := before()) is not None and kept.has_content():
-            settle(kept.content)
-        before, kept = last, None
-        handed = list(itertools.islice(replies, 1))
-        if not handed:
-            break
-        last = weakref.ref(handed[0])
+    recent: deque[weakref.ref[Message]] = deque()
+    while handed := list(itertools.islice(replies, 1)):
+        recent.append(weakref.ref(handed[0]))
         yield handed.pop()
+        if len(recent) > 1:
+            _settle(recent.popleft())
+    for reference in recent:
+        _settle(reference)
+
+
+def _settle(reference: weakref.ref[Message]) -> None:
+    message = reference()
+    if message is not None and message.has_content():
+        settle(message.content)

@@ -112,6 +112,10 @@ class Worker:
 
             return shared.get(ref.hex(), lambda: ray.get(ref).unpack())
 
-        jobs = [(*parcel.open(fetch), parcel.verdict) for parcel in parcels]
-        answers = answer_all(app, jobs, together)
-        return [ParcelledAnswer.of(each, context.state) for each, (_, context, _) in zip(answers, jobs, strict=True)]
+        answers = []
+        # those that only travel together are opened one by one: a client may change what it is given
+        for group in [parcels] if together else [[parcel] for parcel in parcels]:
+            jobs = [(*parcel.open(fetch), parcel.verdict) for parcel in group]
+            for each, (_, context, _) in zip(answer_all(app, jobs, together), jobs, strict=True):
+                answers.append(ParcelledAnswer.of(each, context.state))
+        return answers

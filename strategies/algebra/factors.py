@@ -175,7 +175,7 @@ def aggregation_error(
     weights = client_weights(cohort)
     pairs = []
     for name, f in sent.items():
-        terms = [_ideal([u.factors[name] for u in cohort], weights), f]
+        terms = [stacked([u.factors[name] for u in cohort], weights), f]
         whole: dict[int, float] = {0: 1}
         if offset and name in offset:
             terms.append(offset[name])
@@ -184,7 +184,8 @@ def aggregation_error(
     return _ratio(sum(residual for residual, _ in pairs), sum(target for _, target in pairs))
 
 
-def _ideal(factors: Sequence[LoraFactors], weights: Sequence[float]) -> LoraFactors:
+def stacked(factors: Sequence[LoraFactors], weights: Sequence[float]) -> LoraFactors:
+    """Return sum_k weights_k s_k B_k A_k as one product, see `stack`."""
     B, A = stack(factors, weights)
     return LoraFactors(A, B, 1.0)
 
@@ -212,12 +213,25 @@ def round_errors(
     merged: AdapterState,
     offset: Mapping[str, LoraFactors] | None = None,
 ) -> RoundErrors:
+    """Measure a round by its cohort; see `errors_of`."""
+    cohort = list(updates)
+    weights = client_weights(cohort)
+    ideal = {layer: stacked([update.factors[layer] for update in cohort], weights) for layer in current.factors}
+    return errors_of(ideal, current, merged, offset)
+
+
+def errors_of(
+    ideal: Mapping[str, LoraFactors | Tensor],
+    current: AdapterState,
+    merged: AdapterState,
+    offset: Mapping[str, LoraFactors] | None = None,
+) -> RoundErrors:
     """Measure a round, alike for methods whose adapter goes on, begins anew, or is folded into the base.
 
     Parameters
     ----------
-    updates : iterable of ClientUpdate
-        Its cohort.
+    ideal : mapping of str to LoraFactors or Tensor
+        DW by layer; layers that are not in it do not count.
     current, merged : AdapterState
         What it began with, and what the next one begins with; their changes of the base count.
     offset : mapping of str to LoraFactors, optional
@@ -228,17 +242,15 @@ def round_errors(
     RoundErrors
         Where a norm to be relative to is zero up to rounding, 0 if nothing but rounding was changed, else infinity.
     """
-    cohort = list(updates)
-    weights = client_weights(cohort)
     squares = [0.0] * 5
     resolution = 0.0
-    for layer, begun in current.factors.items():
-        sent = merged.factors[layer]
+    for layer, product in ideal.items():
+        begun, sent = current.factors[layer], merged.factors[layer]
         last = merged.base[layer].last if layer in merged.base else None
         earlier = current.base.get(layer, BaseChange())
         learned = [piece for piece in (earlier.earlier, earlier.last) if piece is not None]
         drawn = [offset[layer]] if offset and layer in offset else []
-        terms: list[LoraFactors | Tensor] = [_ideal([u.factors[layer] for u in cohort], weights), begun, sent]
+        terms: list[LoraFactors | Tensor] = [product, begun, sent]
         parts = []
         for pieces, sign in (([] if last is None else [last], -1), (learned, 1), (drawn, -1)):
             parts.append({len(terms) + i: float(sign) for i in range(len(pieces))})

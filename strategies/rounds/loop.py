@@ -21,10 +21,10 @@ from fedpeft.adapters.state import A_SUFFIX, AdapterState, ClientUpdate, Role, T
 from fedpeft.config import cohort_size
 from fedpeft.errors import ConfigError, TooFewClientsError, nearest
 from fedpeft.seeds import generator
-from fedpeft.strategies.algebra.factors import round_errors
 from fedpeft.strategies.averaging.private_mean import PrivateMean
 from fedpeft.strategies.rounds.answers import Answers, known_clients
 from fedpeft.strategies.rounds.exchange import Exchange
+from fedpeft.strategies.rounds.measuring import ErrorMeasure
 from fedpeft.strategies.rounds.memory import MEAN, METHOD, Memory, remember
 from fedpeft.strategies.rounds.method import Method
 from fedpeft.strategies.rounds.outgoing import Outgoing
@@ -86,6 +86,9 @@ class Loop:
         self._private = None if terms.client_privacy is None else PrivateMean(terms.client_privacy, terms.seed)
         self._outgoing = Outgoing(AdapterState.from_tensors(tensors, terms.scaling), method)
         self._sent: list[Message] = []
+        self._known: dict[int, str] = {}
+        self._nodes: dict[str, int] = {}
+        self._in_order: list[str] = []
         self._started = 0.0
         self.done = 0
 
@@ -160,8 +163,7 @@ class Loop:
         self.report, self._sent, self._started = None, [], time.perf_counter()
         for watcher in self.watchers:
             watcher.round_begins(server_round)
-        nodes = {client: node for node, client in known_clients(self.grid, self.client_ids, self.timeout).items()}
-        everyone = sorted(nodes, key=client_order)
+        nodes, everyone = self._everyone()
         require_enough(len(everyone), self.terms.min_clients)
         cohort = self._draw(everyone, server_round)
         if self._ranks is not None:
@@ -174,6 +176,15 @@ class Loop:
             for client, content in zip(cohort, contents, strict=True)
         ]
         return self._sent
+
+    def _everyone(self) -> tuple[Mapping[str, int], Sequence[str]]:
+        """Return the node of each client that is there, and all clients in the order of their ids."""
+        known = known_clients(self.grid, self.client_ids, self.timeout)
+        if known != self._known:  # else a hundred thousand clients are not sorted again in every round
+            self._known = known
+            self._nodes = {client: node for node, client in known.items()}
+            self._in_order = sorted(self._nodes, key=client_order)
+        return self._nodes, self._in_order
 
     def _draw(self, everyone: Sequence[str], server_round: int) -> list[str]:
         terms, private = self.terms, self._private
@@ -203,8 +214,8 @@ class Loop:
         exchange = self.method.exchange(report.server_round)
         # under privacy, what follows from single updates may not be told: the error, who answered, their losses
         measured = self.terms.measure_error and self._private is None and _has_products(state, exchange)
-        cohort: list[ClientUpdate] | None = [] if measured else None
-        stream = self._good(replies, exchange, report, cohort)
+        measure = ErrorMeasure(state, len(self._sent), self.terms.seed) if measured else None
+        stream = self._good(replies, exchange, report, measure)
         if self._private is not None:
             names = exchange.sent_up(list(state.adapter_tensors()), self._frozen)
             stream = iter([self._private.as_one_client(stream, state, names, report.server_round)])
@@ -215,18 +226,19 @@ class Loop:
         report.seconds = time.perf_counter() - self._started
         self._require_good(merged, report)
         assert merged is not None
-        if cohort is not None:
-            errors = round_errors(cohort, state, merged, self.terms.offset)
+        if measure is not None:
+            errors = measure.errors(merged, self.terms.offset)
             report.aggregation_error, report.aggregation_error_of_total = errors.of_step, errors.of_total
+            report.aggregation_error_layers = len(measure.layers) if measure.is_sample else None
         report.seconds = time.perf_counter() - self._started
         self._outgoing.update(merged)
         metrics = MetricRecord({} if report.train_loss is None else {TRAIN_LOSS: report.train_loss})
         return to_record(merged.to_tensors()), metrics
 
     def _good(
-        self, replies: Iterable[Message], exchange: Exchange, report: RoundReport, cohort: list[ClientUpdate] | None
+        self, replies: Iterable[Message], exchange: Exchange, report: RoundReport, measure: ErrorMeasure | None
     ) -> Iterator[ClientUpdate]:
-        """Yield good updates as they arrive, note all in the report, and keep their factors in `cohort` if given."""
+        """Yield good updates as they arrive, note all in the report, and show them to `measure` if given."""
         private = self._private is not None
         answers = Answers(self.grid, self.timeout, self._outgoing, self.client_ids, self.terms.stop_when_spent)
         for client, answer in answers.good(self._sent, replies, report):
@@ -239,8 +251,8 @@ class Loop:
             report.updates.append(facts)
             for watcher in () if private else self.watchers:
                 watcher.update_arrived(report.server_round, facts)
-            if cohort is not None:
-                cohort.append(ClientUpdate(client, update.num_examples, update.factors))
+            if measure is not None:
+                measure.add(update)
             yield update
 
     def _read(self, client: str, answer: TrainAnswer, exchange: Exchange) -> ClientUpdate:

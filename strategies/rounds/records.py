@@ -131,6 +131,8 @@ class Records(Watcher):
         if report.aggregation_error is not None:
             event["aggregation_error"] = report.aggregation_error
             event["aggregation_error_of_total"] = report.aggregation_error_of_total
+        if report.aggregation_error_layers is not None:
+            event["aggregation_error_layers"] = report.aggregation_error_layers
         self.journal.emit(event)
 
     def round_broken(self, report: RoundReport, error: BaseException) -> None:

@@ -49,6 +49,8 @@ class RoundReport:
         B_t A_t what the round began with: relative to what the round was to change.
     aggregation_error_of_total : float or None
         The same distance, relative to all that has been learned since the run began.
+    aggregation_error_layers : int or None
+        On so many layers both were measured, where that is not all of them.
     """
 
     server_round: int
@@ -62,6 +64,7 @@ class RoundReport:
     asked: Counter[str] = field(default_factory=Counter)
     aggregation_error: float | None = None
     aggregation_error_of_total: float | None = None
+    aggregation_error_layers: int | None = None
 
     @property
     def train_loss(self) -> float | None:

@@ -5,9 +5,16 @@ from collections.abc import Callable
 import pytest
 from flwr.app import Message
 
+from fedpeft.simulations.grids.base import SERVER_NODE_ID, speak_for
 from fedpeft.simulations.grids.pace import MOST_BYTES, MOST_MESSAGES, QUICK_SECONDS, Pace
 
 MakeMessage = Callable[..., Message]
+
+
+@pytest.fixture(autouse=True)
+def speaking() -> None:
+    """Let this process make messages, as a grid does."""
+    speak_for(1, SERVER_NODE_ID)
 
 
 def test_before_anything_is_known_the_work_is_what_is_expected(make_message: MakeMessage) -> None:
