@@ -4,7 +4,6 @@ import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import pytest
 
 from fedpeft.config import RunConfig
@@ -18,14 +17,12 @@ Make = Callable[..., RunConfig]
 
 
 class Elsewhere:
-    """Calls functions as workers do: what comes and goes is pickled, and arrays that are shared cannot be written to."""
+    """Calls functions as workers do: what comes and goes is pickled, and shared arrays cannot be written to."""
 
     def __init__(self) -> None:
         self.jobs: list[Part] = []
 
-    def __call__(
-        self, function: str, jobs: Iterable[Part], shared: Mapping[str, np.ndarray[Any, Any]]
-    ) -> Iterator[Any]:
+    def __call__(self, function: str, jobs: Iterable[Part], shared: Mapping[str, Any]) -> Iterator[Any]:
         assert function == "fedpeft.strategies.rounds.scoring:score_part"
         shared = pickle.loads(pickle.dumps(shared))
         for array in shared.values():
