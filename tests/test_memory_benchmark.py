@@ -25,10 +25,7 @@ def test_the_memory_of_a_process_is_the_sum_of_its_parts_and_that_of_a_dead_one_
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc tells of the pages")
 def test_a_run_is_its_command_with_all_descendants_by_what_they_are_for() -> None:
-    code = (
-        "import setproctitle, time; setproctitle.setproctitle('ray::Worker.answer'); print(flush=True); time.sleep(60)"
-    )
-    code = code.replace("setproctitle, ", "ray._raylet as setproctitle, ")
+    code = "import ray._raylet as r, time; r.setproctitle('ray::Worker.answer'); print(flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as child:
         assert child.stdout is not None
         child.stdout.readline()
