@@ -23,9 +23,11 @@ def main(spec: str, arguments: list[str]) -> None:
     os.makedirs(folder, mode=0o700, exist_ok=True)
     raylet = os.environ.get("RAY_RAYLET_PID") or str(os.getppid())
     path = os.path.join(folder, f"{raylet}.{hashlib.sha256(spec.encode()).hexdigest()[:12]}")
-    with open(f"{path}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the first worker starts the nursery, and the others wait for it
-        connection = _connected(path) or _started(path, spec)
+    connection = None
+    if os.stat(folder).st_uid == os.getuid():  # nobody else may say what workers are
+        with open(f"{path}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the first worker starts the nursery, and the others wait for it
+            connection = _connected(path) or _started(path, spec)
     if connection is None or not _forked(connection, arguments):
         os.execv(sys.executable, [sys.executable, *arguments])  # a worker that shares nothing
     # the worker holds the other end until it dies; so long must this process live, and nothing is smaller than cat
