@@ -5,6 +5,9 @@ Everything is made when it is first asked for and then kept, so that no message 
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import sys
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cached_property
@@ -210,7 +213,9 @@ class Resident:
         """The base and its adapter, as drawn from the run's seed."""
         base = load_base(self.config, self.folder, self.labels)
         agree(base, self.config, self.test.image_shape if self._knows_rows else None)
-        return AdaptedModel(base, self.config)
+        adapted = AdaptedModel(base, self.config)
+        give_back()
+        return adapted
 
     @cached_property
     def own_layers(self) -> OwnLayers:
@@ -221,6 +226,13 @@ class Resident:
     def _knows_rows(self) -> bool:
         data = self.config.data
         return data.source is not None or data.test is not None
+
+
+def give_back() -> None:
+    """Return to the machine what is free in this process's heap: a tokenizer that was looked at leaves 70 MB there."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def with_preset_paths(config: RunConfig) -> RunConfig:

@@ -42,6 +42,8 @@ RAY_ENVIRONMENT = {
     "RAY_worker_niceness": "0",
     # a worker answers Ray only when all is imported, which takes a minute on a machine that does much else
     "RAY_worker_register_timeout_seconds": "300",
+    # workers begin as forks of one process: those that Ray keeps ready for others would never be used
+    "RAY_prestart_worker_first_driver": "0",
 }
 
 

@@ -23,15 +23,26 @@ def main(spec: str, arguments: list[str]) -> None:
     os.makedirs(folder, mode=0o700, exist_ok=True)
     raylet = os.environ.get("RAY_RAYLET_PID") or str(os.getppid())
     path = os.path.join(folder, f"{raylet}.{hashlib.sha256(spec.encode()).hexdigest()[:12]}")
-    with open(f"{path}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the first worker starts the nursery, and the others wait for it
-        connection = _connected(path) or _started(path, spec)
-    order = json.dumps({"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd()}).encode()
-    socket.send_fds(connection, [len(order).to_bytes(8, "big")], [0, 1, 2])
-    connection.sendall(order)
+    connection = None
+    if os.stat(folder).st_uid == os.getuid():  # nobody else may say what workers are
+        with open(f"{path}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the first worker starts the nursery, and the others wait for it
+            connection = _connected(path) or _started(path, spec)
+    if connection is None or not _forked(connection, arguments):
+        os.execv(sys.executable, [sys.executable, *arguments])  # a worker that shares nothing
     # the worker holds the other end until it dies; so long must this process live, and nothing is smaller than cat
     os.dup2(connection.fileno(), 0)
     os.execvp("cat", ["cat"])
+
+
+def _forked(connection: socket.socket, arguments: list[str]) -> bool:
+    """Ask for a fork, and say whether it is there: not if the nursery has died."""
+    order = json.dumps({"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd()}).encode()
+    with contextlib.suppress(OSError):
+        socket.send_fds(connection, [len(order).to_bytes(8, "big")], [0, 1, 2])
+        connection.sendall(order)
+        return connection.recv(1) == b"+"
+    return False
 
 
 def _connected(path: str) -> socket.socket | None:
@@ -44,7 +55,7 @@ def _connected(path: str) -> socket.socket | None:
     return connection
 
 
-def _started(path: str, spec: str) -> socket.socket:
+def _started(path: str, spec: str) -> socket.socket | None:
     with contextlib.suppress(OSError):
         os.unlink(path)  # of one that was killed
     facts = json.loads(spec)
@@ -58,7 +69,7 @@ def _started(path: str, spec: str) -> socket.socket:
         if connection := _connected(path):
             return connection
         time.sleep(0.02)
-    raise SystemExit("the process that workers are forked from did not start")
+    return None
 
 
 if __name__ == "__main__":

@@ -27,6 +27,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ray._raylet import setproctitle  # type: ignore[attr-defined]
+
 from fedpeft.simulations.grids import launcher
 
 LOOK = 1.0  # seconds until it is seen that Ray is gone
@@ -60,6 +62,9 @@ def main(path: Path, modules: Sequence[str]) -> None:
     raylet = int(path.name.partition(".")[0])
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # so that a dead worker leaves nothing behind
     os.umask(0o077)
+    for left in path.parent.glob("*.*"):  # by nurseries that were killed
+        if not _lives(int(left.name.partition(".")[0])):
+            left.unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen(1024)  # who asks meanwhile waits
@@ -77,6 +82,7 @@ def main(path: Path, modules: Sequence[str]) -> None:
 
 
 def _import(modules: Sequence[str]) -> None:
+    setproctitle("fedpeft: what workers are forked from")  # else a fork could not call itself what it is
     gc.disable()
     for name in modules:
         # the worker imports it once more, and tells of the error
@@ -91,6 +97,7 @@ def _serve(listener: socket.socket, connection: socket.socket) -> None:
     order, streams = _read(connection)
     if order is not None and os.fork() == 0:
         listener.close()
+        connection.sendall(b"+")
         _become(order, streams)
     for stream in streams:
         os.close(stream)

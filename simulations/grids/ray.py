@@ -58,7 +58,7 @@ NODE_DIED = "its node has died"  # as Ray says it of an actor; that says nothing
 LOST = (RayActorError, WorkerCrashedError, OutOfMemoryError, NodeDiedError, ObjectLostError)
 
 
-# what workers need besides their app, whoever it belongs to
+# not the app, where that is another's: nobody knows what its import does
 PRELOADED = (
     *("ray._private.node", "ray._private.workers.default_worker", "fedpeft.simulations.grids.transport"),
     *("fedpeft.clients.app", "fedpeft.strategies.rounds.scoring", "flwr_datasets.partitioner"),
@@ -381,7 +381,7 @@ class RayGrid(SimulationGrid):
         variables = environment(self._threads, gpu=gpus > 0)
         forked: dict[str, Any] = {}
         if not gpus and _started_here():  # a GPU that was looked at is no use to a fork
-            command = executable([*PRELOADED, self._app.partition(":")[0]], variables)
+            command = executable(PRELOADED, variables)
             forked = {"runtime_env": {"py_executable": command}}
         actor = ray.remote(Worker).options(
             num_cpus=cpus_per_worker(workers, self._threads, gpus, grows=is_cluster),
