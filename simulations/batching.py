@@ -88,17 +88,19 @@ def _disagreement(config: RunConfig, home: Resident) -> str:
         gradients.compute(stacks, batches)
         for index, (part, batch) in enumerate(zip(parts, batches, strict=True)):
             adapted.load(part.tensors, part.scaling)
-            adapted.begin_training(adapted.trained)
+            for parameter in adapted.begin_training(adapted.trained):
+                parameter.grad = None
             PlainGradients(adapted, split, part.rows, train, 1, part.turn.batches).compute(batch)
             for name, whole in stacks.trained.items():
                 parameter = adapted.parameter(name)
                 together = None if whole.grad is None else whole.grad[index]
                 if not _alike(parameter.grad, together, TOLERANCE[train.precision]):
                     return f"the model gives '{name}' another gradient when two clients share a batch"
-                parameter.grad = None
     except Exception as error:  # a model's own code raises whatever it likes
         return f"the model cannot be run for several at once ({type(error).__name__})"
     finally:
+        for parameter in adapted.begin_training(adapted.trained):
+            parameter.grad = None
         adapted.load(adapted.initial, adapted.scaling)
     return ""
 
