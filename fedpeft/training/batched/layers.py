@@ -77,9 +77,9 @@ class OwnLayers:
             for layer in self._layers:
                 own = [stacks[name] for name in layer.names]
                 vars(layer.module)["forward"] = (
-                    _lora_forward(layer.module, own[0], own[1], scaling)
+                    lora_forward(layer.module, own[0], own[1], scaling)
                     if isinstance(layer.module, LoraLayer)
-                    else _head_forward(layer.module, *own)
+                    else head_forward(*own)
                 )
                 patched.append(layer.module)
             yield
@@ -145,7 +145,18 @@ def _grouped(x: Tensor, groups: int) -> Tensor:
     return x.reshape(groups, -1, x.shape[-1])
 
 
-def _lora_forward(module: nn.Module, A: Tensor, B: Tensor, scaling: Tensor) -> Forward:
+def lora_forward(module: nn.Module, A: Tensor, B: Tensor, scaling: Tensor) -> Forward:
+    """Return a forward of PEFT's layer: its base, and G groups' own updates.
+
+    Parameters
+    ----------
+    module : nn.Module
+        A plain LoRA layer.
+    A, B : Tensor
+        ``(G, r, d_in)`` and ``(G, d_out, r)``.
+    scaling : Tensor
+        ``(G,)``.
+    """
     layer = cast(Any, module)
     base: nn.Module = layer.get_base_layer()
     by = scaling[:, None, None]  # (G, 1, 1)
@@ -159,7 +170,9 @@ def _lora_forward(module: nn.Module, A: Tensor, B: Tensor, scaling: Tensor) -> F
     return forward
 
 
-def _head_forward(module: nn.Module, weight: Tensor, bias: Tensor | None = None) -> Forward:
+def head_forward(weight: Tensor, bias: Tensor | None = None) -> Forward:
+    """Return a forward of a linear layer with G groups' own weights, ``(G, d_out, d_in)`` and ``(G, d_out)``."""
+
     def forward(x: Tensor) -> Tensor:
         grouped = _grouped(x, len(weight))  # (G, m, d_in)
         result = torch.bmm(grouped, weight.mT)
