@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -72,7 +73,8 @@ def _refusal(config: RunConfig, home: Resident) -> str:
     """Say why clients of this run cannot be trained together; empty if they can."""
     if why := why_not(home.adapted, home.own_layers, config.train):
         return why
-    with num_threads(config.simulation.threads_per_worker):
+    with num_threads(config.simulation.threads_per_worker), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Full backward hook is firing")  # of a private run, whose hooks sleep
         return _disagreement(config, home)
 
 

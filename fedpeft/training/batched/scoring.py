@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -21,7 +20,7 @@ from fedpeft.config import RunConfig
 from fedpeft.data.splits import EncodedSplit
 from fedpeft.tasks.losses import logits_of
 from fedpeft.tasks.metrics import Scores, measures_of
-from fedpeft.training.batched.layers import Forward, head_forward, lora_forward, stacked
+from fedpeft.training.batched.layers import Forward, head_forward, lora_forward, running, stacked
 
 
 def side_by_side(model: PeftModel, adapters: Sequence[str]) -> list[tuple[nn.Module, Forward]] | None:
@@ -79,17 +78,6 @@ def _of_head(module: ModulesToSaveWrapper, adapters: Sequence[str]) -> list[tupl
     return found
 
 
-@contextlib.contextmanager
-def _running(layers: Sequence[tuple[nn.Module, Forward]]) -> Iterator[None]:
-    try:
-        for module, forward in layers:
-            vars(module)["forward"] = forward
-        yield
-    finally:
-        for module, _ in layers:
-            vars(module).pop("forward", None)
-
-
 @torch.no_grad()
 def score_side_by_side(
     model: PeftModel,
@@ -120,7 +108,7 @@ def score_side_by_side(
     loss, tokens = np.zeros((count, total)), np.ones((count, total))
     predicted: list[NDArray[np.generic]] = []
     right: list[NDArray[np.generic]] = []
-    with _running(layers):
+    with running(layers):
         for start in range(0, total, size):
             rows = order[start : start + size]
             batch = split.batch(rows)
