@@ -2,9 +2,10 @@
 
     python -m benchmarks.batched [--clients 1000] [--sizes 8 32] [--pairs 3] [--json FILE]
 
-A client makes 2 steps of 4 x 16 tokens with LoRA and a head on a BERT of width 64, made up here; what it costs is mostly
-the handling of its message and of many small tensors. Timed is the CPU time of a second round, in this process and on one
-thread: messages, training, replies, checks and the mean. The two take turns; a figure is the median of the ratios.
+A client makes 2 steps of 4 x 16 tokens with LoRA and a head on a BERT of width 64, made up here; what it costs is
+mostly the handling of its message and of many small tensors. Timed is the CPU time of a second round, in this process
+and on one thread: messages, training, replies, checks and the mean. The two take turns; a figure is the median of the
+ratios.
 """
 
 from __future__ import annotations

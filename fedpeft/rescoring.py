@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from peft import PeftModel
+from torch import nn
 
 from fedpeft.adapters.export import LABELS
 from fedpeft.agreement import agree
-from fedpeft.config import Layer, resolve
+from fedpeft.config import Layer, RunConfig, resolve
 from fedpeft.data.splits import EncodedSplit
 from fedpeft.errors import ConfigError, DataError, RunDirectoryError
 from fedpeft.models import load_base
@@ -17,8 +19,11 @@ from fedpeft.privacy.overlap import shared_rows
 from fedpeft.resident import Resident
 from fedpeft.runs import ADAPTER, Event, read_config
 from fedpeft.tasks.encoding import encode_rows
+from fedpeft.tasks.metrics import Scores
+from fedpeft.training.batched.scoring import score_side_by_side, side_by_side
 from fedpeft.training.evaluation import mean_metrics, score
 
+AT_ONCE = 32  # adapters that are held, and scored side by side
 ALLOWED = {
     "data": {"test", "text", "text_pair", "image", "label", "prompt", "completion", "domain"},
     "run": {"evaluate_batch_size"},
@@ -66,11 +71,9 @@ def rescore(run: Path, overrides: Layer) -> Event:
     split = encode_rows(home.config, home.folder, chosen["test"], labels, test=True) if "test" in chosen else home.test
     base = load_base(home.config, home.folder, labels)
     agree(base, home.config, split.image_shape)
-    every = []
-    for folder in folders:
-        model = PeftModel.from_pretrained(base.model, str(folder))
-        every.append(score(model, split, config))
-        model.unload()
+    every: list[Scores] = []
+    for start in range(0, len(folders), AT_ONCE):
+        every += _scores(base.model, folders[start : start + AT_ONCE], split, config)
     result: Event = {"run": str(run), "examples": len(split), **mean_metrics([scores.metrics() for scores in every])}
     if config.privacy.is_private:
         result["training_rows"] = _protected_rows(home, split, own="test" not in chosen)
@@ -78,6 +81,27 @@ def rescore(run: Path, overrides: Layer) -> Event:
         groups = [scores.by_group(split.domains) for scores in every]
         result["domains"] = {name: mean_metrics([each[name] for each in groups]) for name in groups[0]}
     return result
+
+
+def _scores(base: nn.Module, folders: Sequence[Path], split: EncodedSplit, config: RunConfig) -> list[Scores]:
+    """Score the adapters in some folders: side by side in one pass where they differ in plain linear layers alone."""
+    names = [f"model-{index}" for index in range(len(folders))]
+    model = PeftModel.from_pretrained(base, str(folders[0]), adapter_name=names[0])
+    if len(folders) > 1 and side_by_side(model, names[:1]) is not None:
+        for name, folder in zip(names[1:], folders[1:], strict=True):
+            model.load_adapter(str(folder), adapter_name=name)
+        layers = side_by_side(model, names)
+        if layers is not None:
+            scores = score_side_by_side(model, layers, len(names), split, config)
+            model.unload()
+            return scores
+    scores = [score(model, split, config)]
+    model.unload()
+    for folder in folders[1:]:
+        model = PeftModel.from_pretrained(base, str(folder))
+        scores.append(score(model, split, config))
+        model.unload()
+    return scores
 
 
 def _protected_rows(home: Resident, split: EncodedSplit, *, own: bool) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -72,7 +73,8 @@ def _refusal(config: RunConfig, home: Resident) -> str:
     """Say why clients of this run cannot be trained together; empty if they can."""
     if why := why_not(home.adapted, home.own_layers, config.train):
         return why
-    with num_threads(config.simulation.threads_per_worker):
+    with num_threads(config.simulation.threads_per_worker), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Full backward hook is firing")  # of a private run, whose hooks sleep
         return _disagreement(config, home)
 
 
@@ -88,17 +90,19 @@ def _disagreement(config: RunConfig, home: Resident) -> str:
         gradients.compute(stacks, batches)
         for index, (part, batch) in enumerate(zip(parts, batches, strict=True)):
             adapted.load(part.tensors, part.scaling)
-            adapted.begin_training(adapted.trained)
+            for parameter in adapted.begin_training(adapted.trained):
+                parameter.grad = None
             PlainGradients(adapted, split, part.rows, train, 1, part.turn.batches).compute(batch)
             for name, whole in stacks.trained.items():
                 parameter = adapted.parameter(name)
                 together = None if whole.grad is None else whole.grad[index]
                 if not _alike(parameter.grad, together, TOLERANCE[train.precision]):
                     return f"the model gives '{name}' another gradient when two clients share a batch"
-                parameter.grad = None
     except Exception as error:  # a model's own code raises whatever it likes
         return f"the model cannot be run for several at once ({type(error).__name__})"
     finally:
+        for parameter in adapted.begin_training(adapted.trained):
+            parameter.grad = None
         adapted.load(adapted.initial, adapted.scaling)
     return ""
 

@@ -8,6 +8,7 @@ noise a client and step from the client's own randomness, also where no row was 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -90,7 +91,9 @@ class JointPrivateGradients:
             logits = logits_of(self.adapted.model, inputs, self.precision)
         losses, counted = self.adapted.task.losses(logits, inputs["labels"].to(logits.device))
         losses = losses / counted.clamp(min=1)  # each row's own mean, whatever the others are
-        losses.sum().backward()  # type: ignore[no-untyped-call]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Full backward hook is firing")  # hooks that sleep are no concern here
+            losses.sum().backward()  # type: ignore[no-untyped-call]
         samples = {name: copy.grad.float() for name, copy in copies.items() if copy.grad is not None}
         squares = torch.stack([sample.flatten(1).pow(2).sum(1) for sample in samples.values()])  # (tensors, b)
         norms = squares.sum(0).sqrt()  # (b,)

@@ -72,20 +72,30 @@ class OwnLayers:
         scaling : Tensor
             Of each group's update, ``(G,)``.
         """
-        patched: list[nn.Module] = []
-        try:
-            for layer in self._layers:
-                own = [stacks[name] for name in layer.names]
-                vars(layer.module)["forward"] = (
-                    _lora_forward(layer.module, own[0], own[1], scaling)
-                    if isinstance(layer.module, LoraLayer)
-                    else _head_forward(layer.module, *own)
-                )
-                patched.append(layer.module)
+        forwards: list[tuple[nn.Module, Forward]] = []
+        for layer in self._layers:
+            own = [stacks[name] for name in layer.names]
+            is_lora = isinstance(layer.module, LoraLayer)
+            forward = lora_forward(layer.module, own[0], own[1], scaling) if is_lora else head_forward(*own)
+            forwards.append((layer.module, forward))
+        with running(forwards):
             yield
-        finally:
-            for module in patched:
-                del vars(module)["forward"]
+
+
+@contextlib.contextmanager
+def running(forwards: Sequence[tuple[nn.Module, Forward]]) -> Iterator[None]:
+    """Run modules by other forwards inside the block, and after it by those that they had."""
+    before = [(module, vars(module).get("forward")) for module, _ in forwards]
+    try:
+        for module, forward in forwards:
+            vars(module)["forward"] = forward
+        yield
+    finally:
+        for module, own in before:
+            if own is None:
+                vars(module).pop("forward", None)
+            else:
+                vars(module)["forward"] = own
 
 
 def _factors(adapted: AdaptedModel) -> list[_Layer]:
@@ -108,7 +118,7 @@ def _heads(adapted: AdaptedModel) -> list[_Layer]:
     names = {id(adapted.parameter(name)): name for name in adapted.initial if role_of(name) is Role.HEAD}
     found = []
     for module in adapted.model.modules():
-        if type(module) is nn.Linear and id(module.weight) in names and "forward" not in vars(module):
+        if type(module) is nn.Linear and id(module.weight) in names:
             own = [module.weight, *([] if module.bias is None else [module.bias])]
             if all(id(tensor) in names for tensor in own):
                 found.append(_Layer(module, tuple(names[id(tensor)] for tensor in own)))
@@ -145,7 +155,18 @@ def _grouped(x: Tensor, groups: int) -> Tensor:
     return x.reshape(groups, -1, x.shape[-1])
 
 
-def _lora_forward(module: nn.Module, A: Tensor, B: Tensor, scaling: Tensor) -> Forward:
+def lora_forward(module: nn.Module, A: Tensor, B: Tensor, scaling: Tensor) -> Forward:
+    """Return a forward of PEFT's layer: its base, and G groups' own updates.
+
+    Parameters
+    ----------
+    module : nn.Module
+        A plain LoRA layer.
+    A, B : Tensor
+        ``(G, r, d_in)`` and ``(G, d_out, r)``.
+    scaling : Tensor
+        ``(G,)``.
+    """
     layer = cast(Any, module)
     base: nn.Module = layer.get_base_layer()
     by = scaling[:, None, None]  # (G, 1, 1)
@@ -159,7 +180,9 @@ def _lora_forward(module: nn.Module, A: Tensor, B: Tensor, scaling: Tensor) -> F
     return forward
 
 
-def _head_forward(module: nn.Module, weight: Tensor, bias: Tensor | None = None) -> Forward:
+def head_forward(weight: Tensor, bias: Tensor | None = None) -> Forward:
+    """Return a forward of a linear layer with G groups' own weights, ``(G, d_out, d_in)`` and ``(G, d_out)``."""
+
     def forward(x: Tensor) -> Tensor:
         grouped = _grouped(x, len(weight))  # (G, m, d_in)
         result = torch.bmm(grouped, weight.mT)

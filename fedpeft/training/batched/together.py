@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -139,8 +139,11 @@ class Stacks:
             for name, whole in self.trained.items()
         }
 
-    def keep_first(self, count: int, optimizer: torch.optim.Optimizer) -> None:
-        """Go on with the first clients only: the others have done their steps."""
+    def leave(self, count: int, optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Tensor]]:
+        """Go on with so many of the first clients: the others have done their steps. Return what these have trained."""
+        done = {self.clients[place]: self.own(place) for place in range(count, len(self))}
+        if not done:
+            return done
         self.frozen = {name: whole[:count] for name, whole in self.frozen.items()}
         self.scaling = self.scaling[:count]
         for parameter in self.trained.values():
@@ -150,6 +153,7 @@ class Stacks:
                     state[key] = value[:count]
             parameter.grad = None
             parameter.data = parameter.data[:count]
+        return done
 
 
 class JointGradients(Protocol):
@@ -260,7 +264,7 @@ def train_together(
     adapted.begin_training(())
     stacks = Stacks.of(adapted, parts, order, names)
     optimizer = make_optimizer(train, stacks.trained)
-    anchors = [p.detach().clone() for p in stacks.trained.values()] if train.proximal_mu else []
+    regularise = _regulariser(train, list(stacks.trained.values()))
     drawn = [gradients.batches(client) for client in order]
     losses: list[Tensor] = []
     counted = np.zeros(len(parts))
@@ -274,34 +278,37 @@ def train_together(
                 group["lr"] = rate
             optimizer.zero_grad(set_to_none=True)
             loss, counts = gradients.compute(stacks, batches)
-            _regularise(train, list(stacks.trained.values()), anchors)
+            regularise()
             optimizer.step()
             losses.append(loss.double())
             counted[: len(counts)] += counts
-            at_work = sum(steps[client] > step + 1 for client in order)
-            for place in range(at_work, len(stacks)):
-                after[order[place]] = stacks.own(place)
-            if 0 < at_work < len(stacks):
-                stacks.keep_first(at_work, optimizer)
+            after |= stacks.leave(sum(steps[client] > step + 1 for client in order), optimizer)
     finally:
         adapted.model.eval()
-    totals = torch.stack([nn.functional.pad(loss, (0, len(parts) - len(loss))) for loss in losses]).sum(0).tolist()
+    means = dict(zip(order, _means(losses, counted), strict=True))
     seconds = (time.perf_counter() - started) / len(parts)
-    means = {c: total / count if count else math.nan for c, total, count in zip(order, totals, counted, strict=True)}
-    return [
-        Trained(after[client], LocalResult(float(means[client]), steps[client], seconds))
-        for client in range(len(parts))
-    ]
+    return [Trained(after[client], LocalResult(means[client], steps[client], seconds)) for client in range(len(parts))]
 
 
-def _regularise(train: TrainConfig, parameters: Sequence[nn.Parameter], anchors: Sequence[Tensor]) -> None:
-    """Add FedProx's gradient to each client's, and clip each client's as a whole."""
-    for parameter, anchor in zip(parameters, anchors, strict=False):
-        if parameter.grad is not None:
-            parameter.grad.add_(parameter.detach() - anchor[: len(parameter)], alpha=train.proximal_mu)
-    if train.max_grad_norm:
-        held = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in held]).norm(dim=0)  # (k,)
-        factors = (train.max_grad_norm / (norms + CLIP_FLOOR)).clamp(max=1.0)
-        for gradient in held:
-            gradient.mul_(factors.view(-1, *[1] * (gradient.ndim - 1)))
+def _means(losses: Sequence[Tensor], counted: NDArray[np.float64]) -> list[float]:
+    """Return each client's mean of the losses of its steps; NaN where nothing was counted."""
+    totals = torch.stack([nn.functional.pad(loss, (0, len(counted) - len(loss))) for loss in losses]).sum(0).tolist()
+    return [total / count if count else math.nan for total, count in zip(totals, counted.tolist(), strict=True)]
+
+
+def _regulariser(train: TrainConfig, parameters: Sequence[nn.Parameter]) -> Callable[[], None]:
+    """Return what adds FedProx's gradient to each client's, and clips each client's as a whole."""
+    anchors = [parameter.detach().clone() for parameter in parameters] if train.proximal_mu else []
+
+    def regularise() -> None:
+        for parameter, anchor in zip(parameters, anchors, strict=False):
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter.detach() - anchor[: len(parameter)], alpha=train.proximal_mu)
+        if train.max_grad_norm:
+            held = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in held]).norm(dim=0)  # (k,)
+            factors = (train.max_grad_norm / (norms + CLIP_FLOOR)).clamp(max=1.0)
+            for gradient in held:
+                gradient.mul_(factors.view(-1, *[1] * (gradient.ndim - 1)))
+
+    return regularise
