@@ -20,6 +20,7 @@ from benchmarks import (
     mixed_ranks,
     peer,
     pfl_peer,
+    prefix,
     scaling,
     startup,
 )
@@ -68,6 +69,11 @@ def test_the_aggregation_benchmark_has_all_its_rows(tmp_path: Path, capsys: pyte
 
 def test_growth_is_a_slope_on_logarithmic_axes() -> None:
     assert aggregation.slope([10, 20, 50], [1.0, 4.0, 25.0]) == pytest.approx(2.0)
+
+
+def test_what_a_kept_prefix_can_save_is_bounded_by_its_products() -> None:
+    assert prefix.limit(2, 6, trains=False) == 3.0
+    assert prefix.limit(2, 6, trains=True) == pytest.approx((6 + 1.75) / (2 + 1.75))
 
 
 def test_the_audit_benchmark_has_a_row_for_a_run() -> None:

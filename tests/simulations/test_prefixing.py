@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedpeft.cache import CACHE_VARIABLE
 from fedpeft.config import RunConfig
@@ -21,6 +21,7 @@ from fedpeft.runs import Event, read_config, read_events
 from fedpeft.simulations.plan import plan
 from fedpeft.simulations.prefixing import decide
 from fedpeft.simulations.simulate import simulate
+from fedpeft.strategies import with_typed_options
 from fedpeft.training import hidden_states
 from fedpeft.training.prefix import FOLDER
 
@@ -124,10 +125,14 @@ def test_auto_is_off_where_it_would_not_pay(make: Make, settings: dict[str, Any]
     assert why in decided.why
 
 
-def test_dropout_below_is_a_reason_that_is_told_in_one_note(text_config: Make, tiny_bert: Path, tmp_path: Path) -> None:
+def test_dropout_below_is_a_reason_that_is_told_in_one_note(make: Make, tmp_path: Path) -> None:
+    _held.clear()
+    for module in resident(with_typed_options(make())).adapted.model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.1
     notes: list[Event] = []
-    dropping = text_config(adapter__layers="last:1", train__local_steps=30, federation__rounds=2)
-    run = simulate(dropping, tmp_path / "run", listener=notes.append).path
+    run = simulate(make(), tmp_path / "run", listener=notes.append).path
+    _held.clear()
     said = [event["message"] for event in notes if "prefix cache" in str(event.get("message"))]
     assert said == ["prefix cache off: the model draws dropout below its lowest adapted block"]
     assert read_config(run).simulation.prefix_cache == "off"

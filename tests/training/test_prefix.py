@@ -47,7 +47,6 @@ MODELS: dict[str, Callable[[], Any]] = {
         transformers.CLIPConfig(vision_config=IMAGE, text_config={**TEXT, **TOKENS})
     ),
     "t5": lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(**T5, **BOTH, dropout_rate=0.0)),
-    "dropping": lambda: transformers.BertModel(transformers.BertConfig(**TEXT)),
 }
 CASES = [
     *((name, "sequence-classification") for name in ("bert", "roberta", "distilbert", "modernbert", "gpt2", "llama")),
@@ -119,7 +118,6 @@ def test_a_fed_model_has_the_gradients_of_one_that_runs_all_its_blocks(
 @pytest.mark.parametrize(
     ("name", "settings", "why"),
     [
-        ("dropping", {}, "draws dropout below"),
         ("t5", {}, "hands more from block to block"),
         ("bert", {"adapter.kind": "ln_tuning"}, "is adapted before its blocks too"),
     ],
@@ -129,6 +127,16 @@ def test_a_model_that_would_compute_something_else_is_told(
 ) -> None:
     model, _ = adapted(folders(name), **settings)
     assert why in Prefix(model.model, "fp32").problem(rows())
+
+
+@pytest.mark.parametrize("place", ["embeddings.dropout", "encoder.layer.1.output.dropout"])
+def test_dropout_is_a_reason_below_the_adapter_alone(folders: Callable[[str], Path], place: str) -> None:
+    model, _ = adapted(folders("bert"))
+    inner: Any = model.model.get_base_model()
+    inner.bert.encoder.layer[2].output.dropout.p = 0.1
+    assert Prefix(model.model, "fp32").problem(rows()) == ""
+    inner.bert.get_submodule(place).p = 0.1
+    assert "draws dropout below" in Prefix(model.model, "fp32").problem(rows())
 
 
 @pytest.mark.parametrize(
