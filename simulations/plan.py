@@ -181,7 +181,8 @@ def _on_precision(config: RunConfig, home: Resident) -> Iterator[str]:
     """Recommend a precision by timing the base's products; what a run uses is what its configuration says."""
     if home.adapted.device.type != "cpu":
         return
-    shapes = [tuple(each.weight.shape) for each in home.adapted.model.modules() if type(each) is nn.Linear]
+    linear = [each for each in home.adapted.model.modules() if type(each) is nn.Linear]
+    shapes = [(each.out_features, each.in_features) for each in linear]
     lengths = home.data.train.lengths
     rows = config.train.batch_size * int(lengths.max(initial=1))
     timing = time_products([shape for shape in shapes if min(shape) > config.adapter.rank], rows)

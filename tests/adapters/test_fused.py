@@ -31,7 +31,9 @@ def pair(bias: bool = True, dtype: torch.dtype = torch.float32, **options: Any) 
         model: Any = get_peft_model(Base(bias).to(dtype), settings)  # type: ignore[arg-type]
         for name, parameter in model.named_parameters():
             if "lora_" in name:
-                parameter.data = torch.randn(parameter.shape)
+                parameter.data = torch.randn(
+                    parameter.shape, dtype=max(dtype, torch.float32, key=lambda each: each.itemsize)
+                )
         models.append(model)
     assert fuse(models[1]) == 2
     return models[0], models[1]
@@ -42,7 +44,7 @@ def gradients(model: nn.Module, x: Tensor, bf16: bool = False) -> tuple[Tensor, 
     model.zero_grad()
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         y = model(x)
-    (y.float() ** 2).sum().backward()
+    (y.double() ** 2).sum().backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     assert x.grad is not None
     return y.detach(), found | {"x": x.grad}
@@ -51,13 +53,13 @@ def gradients(model: nn.Module, x: Tensor, bf16: bool = False) -> tuple[Tensor, 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(5, D_IN), (2, 4, D_IN), (0, D_IN)])
 def test_the_short_way_has_pefts_outputs_and_gradients(bias: bool, shape: tuple[int, ...]) -> None:
-    theirs, ours = pair(bias)
-    x = torch.randn(shape)
+    theirs, ours = pair(bias, torch.float64)
+    x = torch.randn(shape, dtype=torch.float64)
     (y, wanted), (z, found) = gradients(theirs, x), gradients(ours, x)
     torch.testing.assert_close(z, y)
     assert found.keys() == wanted.keys()
     for name in wanted:
-        torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found[name], wanted[name])
 
 
 def test_over_a_16_bit_base_it_is_as_near_to_the_truth_as_peft() -> None:
