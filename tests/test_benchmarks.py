@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import aggregation, audit, lora_fair_lambda, mixed_ranks
+from benchmarks import aggregation, audit, lora_fair_lambda, mixed_ranks, step
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -79,3 +80,13 @@ def test_the_low_rank_regression_has_a_cell_for_each_lambda(monkeypatch: pytest.
     assert len(cells) == len(header)
     fedit, nearest = map(float, cells[-2:])
     assert 0 < nearest <= fedit < 1
+
+
+def test_a_steps_products_are_recorded_forward_and_backward() -> None:
+    layer, x = torch.nn.Linear(6, 4), torch.randn(3, 6, requires_grad=True)
+    with step.Recorder() as recorder:
+        torch.tanh(layer(x)).sum().backward()
+    names = sorted(operation.name().rpartition("::")[2] for operation, *_ in recorder.products)
+    assert names == ["addmm", "mm", "mm"]
+    for operation, arguments, settings in recorder.products:
+        operation(*arguments, **settings)

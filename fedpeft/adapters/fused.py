@@ -102,13 +102,12 @@ def _shorten(layer: Linear) -> None:
 def _computed_in(layer: Any, x: Tensor) -> torch.dtype | None:
     """Return the type that the short way computes in; None where PEFT's own has to be taken."""
     base = layer.base_layer
-    if type(base) is not nn.Linear or base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
-        return None
     if layer.disable_adapters or layer.merged or list(layer.active_adapters) != [ADAPTER] or layer.lora_variant:
         return None
-    A, B = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
-    parts: tuple[Any, ...] = (base, A, B, layer.lora_dropout[ADAPTER])
-    plain = type(A) is nn.Linear and type(B) is nn.Linear and B.bias is None and type(parts[-1]) is nn.Identity
+    if type(base) is not nn.Linear or base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
+        return None
+    parts = (base, layer.lora_A[ADAPTER], layer.lora_B[ADAPTER], layer.lora_dropout[ADAPTER])
+    plain = [type(each) for each in parts] == [nn.Linear, nn.Linear, nn.Linear, nn.Identity] and parts[2].bias is None
     if not plain or any(each._forward_hooks or each._forward_pre_hooks or each._backward_hooks for each in parts):
         return None
     device = x.device.type
