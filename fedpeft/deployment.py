@@ -17,7 +17,7 @@ from typing import Any
 import tomli_w
 
 from fedpeft.config import DataConfig, RunConfig, Scalar, from_flat, nest
-from fedpeft.errors import DeploymentError
+from fedpeft.errors import ConfigError, DeploymentError
 
 SERVER_APP = "fedpeft.server:app"
 CLIENT_APP = "fedpeft.clients.app:app"
@@ -124,7 +124,18 @@ def split_run_config(flat: Mapping[str, Scalar]) -> tuple[RunConfig, Path]:
 
 
 def run_config(flat: Mapping[str, Scalar]) -> RunConfig:
-    """Read the run config that Flower brings to a client, in a deployment or a simulation: the run alone."""
+    """Read the run config that Flower brings to a client, in a deployment or a simulation: the run alone.
+
+    Raises
+    ------
+    ConfigError
+        A key or value that does not exist, or one that every machine would read as it likes.
+    """
+    if flat.get("train.precision") == "auto":
+        raise ConfigError(
+            "train.precision = 'auto': nodes would each choose their own. Give 'fp32' or 'bf16', or write the app with "
+            "`fedpeft deploy init`, which fixes it."
+        )
     return from_flat({name: value for name, value in flat.items() if name != OUT})
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+from torch import nn
 
 from fedpeft import tasks
 from fedpeft.adapters.adapted import AdaptedModel
@@ -12,6 +14,7 @@ from fedpeft.adapters.state import AdapterState, Role, role_of
 from fedpeft.config import RunConfig, cohort_size
 from fedpeft.config.privacy import PrivacyConfig
 from fedpeft.jsons import strict_json
+from fedpeft.precision import time_products
 from fedpeft.privacy.accounting import Charge, spent
 from fedpeft.privacy.levels import level_of
 from fedpeft.privacy.overlap import in_the_clear
@@ -183,10 +186,27 @@ def plan(config: RunConfig) -> DryRun:
         personal=tuple(sorted({str(role_of(name)) for name in personal_names(method, adapted)})),
         changes_base=facts.changes_base,
         privacy=plan_privacy(config, home),
-        notes=(*adapted.notes, *home.data.notes, *([said] if said else [])),
+        notes=(*adapted.notes, *home.data.notes, *_on_precision(config, home), *([said] if said else [])),
         sizing=planned(config, len(clients)),
         prefixing=decide(config, home),
     )
+
+
+def _on_precision(config: RunConfig, home: Resident) -> Iterator[str]:
+    """Recommend a precision by timing the base's products; what a run uses is what its configuration says."""
+    if home.adapted.device.type != "cpu":
+        return
+    linear = [each for each in home.adapted.model.modules() if type(each) is nn.Linear]
+    shapes = [(each.out_features, each.in_features) for each in linear]
+    lengths = home.data.train.lengths
+    rows = config.train.batch_size * int(lengths.max(initial=1))
+    timing = time_products([shape for shape in shapes if min(shape) > config.adapter.rank], rows)
+    given = config.train.precision
+    if timing.better not in (None, given):
+        yield (
+            f"train.precision = '{given}': the base's products of a batch took {1000 * timing.fp32:.3g} ms in fp32 and "
+            f"{1000 * timing.bf16:.3g} ms in bf16 here; train.precision='{timing.better}' would be faster"
+        )
 
 
 def plan_privacy(config: RunConfig, home: Resident) -> dict[str, Any] | None:

@@ -26,7 +26,7 @@ UNITS: tuple[tuple[str, ...], ...] = (
     ("errors", "seeds", "jsons", "rounding", "formats", "chatter"),
     ("places", "registry"),
     ("adapters.kinds", "training.optimizers"),  # names and what is known of each, before any configuration
-    ("cache",),
+    ("cache", "precision"),
     ("presets", "data.formats"),
     ("config",),
     ("bases", "mapped", "dropout", "attention", "allocation"),

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import (
     aggregation,
@@ -23,6 +24,7 @@ from benchmarks import (
     prefix,
     scaling,
     startup,
+    step,
 )
 from benchmarks import all as everything
 from benchmarks import loop as bare_loop
@@ -210,3 +212,13 @@ def test_the_drawing_and_the_tables_are_made_of_the_results(results: Path, tmp_p
     page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
     there = [name for name in everything.present(list(everything.RECORD)) if f"<!-- {name} -->" in page]
     assert there == everything.present(list(everything.RECORD)), "each benchmark of the record has its table"
+
+
+def test_a_steps_products_are_recorded_forward_and_backward() -> None:
+    layer, x = torch.nn.Linear(6, 4), torch.randn(3, 6, requires_grad=True)
+    with step.Recorder() as recorder:
+        torch.tanh(layer(x)).sum().backward()
+    names = sorted(operation.name().rpartition("::")[2] for operation, *_ in recorder.products)
+    assert names == ["addmm", "mm", "mm"]
+    for operation, arguments, settings in recorder.products:
+        operation(*arguments, **settings)

@@ -53,7 +53,7 @@ class _LoraLinear(torch.autograd.Function):
         return y.view(*x.shape[:-1], W.shape[0])
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, A and B."""
         rows, W, down, up, h = ctx.saved_tensors
@@ -80,6 +80,9 @@ def fuse(model: nn.Module) -> int:
     return len(layers)
 
 
+apply: Callable[..., Tensor] = _LoraLinear.apply
+
+
 def _shorten(layer: Linear) -> None:
     whole: Callable[..., Tensor] = layer.forward
 
@@ -90,22 +93,21 @@ def _shorten(layer: Linear) -> None:
         base: Any = layer.base_layer
         A, B = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
         with torch.autocast(x.device.type, enabled=False):
-            y: Tensor = _LoraLinear.apply(x.to(kind), base.weight, base.bias, A, B, layer.scaling[ADAPTER])
+            y: Tensor = apply(x.to(kind), base.weight, base.bias, A, B, layer.scaling[ADAPTER])
         return y
 
-    layer.forward = forward  # type: ignore[method-assign]
+    layer.forward = forward
 
 
-def _computed_in(layer: Linear, x: Tensor) -> torch.dtype | None:
+def _computed_in(layer: Any, x: Tensor) -> torch.dtype | None:
     """Return the type that the short way computes in; None where PEFT's own has to be taken."""
-    base: Any = layer.base_layer
-    if type(base) is not nn.Linear or base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
-        return None
+    base = layer.base_layer
     if layer.disable_adapters or layer.merged or list(layer.active_adapters) != [ADAPTER] or layer.lora_variant:
         return None
-    A, B = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
-    parts: tuple[Any, ...] = (base, A, B, layer.lora_dropout[ADAPTER])
-    plain = type(A) is nn.Linear and type(B) is nn.Linear and B.bias is None and type(parts[-1]) is nn.Identity
+    if type(base) is not nn.Linear or base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
+        return None
+    parts = (base, layer.lora_A[ADAPTER], layer.lora_B[ADAPTER], layer.lora_dropout[ADAPTER])
+    plain = [type(each) for each in parts] == [nn.Linear, nn.Linear, nn.Linear, nn.Identity] and parts[2].bias is None
     if not plain or any(each._forward_hooks or each._forward_pre_hooks or each._backward_hooks for each in parts):
         return None
     device = x.device.type

@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, ValidationError, model_validator
 
 from fedpeft.config.section import Section
 from fedpeft.config.values import OneOf, describe
 from fedpeft.errors import nearest
+from fedpeft.precision import of_hardware
 from fedpeft.training.optimizers import OPTIMIZERS, SCHEDULES, OptimizerOptions
+
+
+def _fixed(value: str) -> str:
+    """Put this machine's precision in place of ``"auto"``, so that whoever is told of it, or resumes, has the same."""
+    return of_hardware() if value == "auto" else value
 
 
 class TrainConfig(Section):
@@ -33,7 +39,10 @@ class TrainConfig(Section):
     lr_schedule: Annotated[str, OneOf(SCHEDULES)] = Field("constant", description="decay over all rounds' steps")
     max_grad_norm: float = Field(0.0, ge=0, description="clip the whole gradient to this norm; 0 is off")
     proximal_mu: float = Field(0.0, ge=0, description="FedProx: mu/2 |w - w_global|^2")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the frozen base; adapters stay in fp32")
+    precision: Annotated[Literal["fp32", "bf16", "auto"], AfterValidator(_fixed)] = Field(
+        "fp32",
+        description="of the frozen base; adapters stay in fp32. 'auto' is fixed as one of the two by the machine",
+    )
 
     @property
     def options(self) -> Any:

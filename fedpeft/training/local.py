@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedpeft.adapters.adapted import AdaptedModel
@@ -133,12 +133,29 @@ def _in_pairs(names: Iterable[str]) -> bool:
     return bool(of_role["A"]) and of_role["A"] == of_role["B"]
 
 
-def training_mode(model: torch.nn.Module) -> None:
+def training_mode(model: nn.Module) -> None:
     """Put a model into the mode in which adapters are trained."""
-    model.train()
-    for module in model.modules():
-        if isinstance(module, _BatchNorm):
-            module.eval()  # its running statistics belong to the frozen base, and rows of clients would move them
+    _set_mode(model, training=True)
+
+
+def scoring_mode(model: nn.Module) -> None:
+    """Put a model back into the mode in which it is scored, in which nothing is drawn."""
+    _set_mode(model, training=False)
+
+
+MODES = "_fedpeft_modes"  # kept with the model, and gone with it
+
+
+def _set_mode(model: nn.Module, *, training: bool) -> None:
+    """Set every module's mode; how a model's own ``train`` sets them is found out once, since it takes a while."""
+    if MODES not in vars(model):
+        model.train()
+        for module in model.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()  # its running statistics belong to the frozen base, and rows of clients would move them
+        vars(model)[MODES] = [(module, module.training) for module in model.modules()]
+    for module, trains in vars(model)[MODES]:
+        vars(module)["training"] = training and trains
 
 
 class Gradients(Protocol):
@@ -283,15 +300,16 @@ def train_locally(
     training_mode(adapted.model)
     with torch_seed(turn.dropout):
         for step, batch in enumerate(gradients.batches()):
+            rate = learning_rate(train, turn.progress(step / steps))
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(train, turn.progress(step / steps))
+                group["lr"] = rate
             optimizer.zero_grad(set_to_none=True)
             loss, count = gradients.compute(batch)
             regularise()
             optimizer.step()
             losses.append(loss)
             counted += count
-    adapted.model.eval()
+    scoring_mode(adapted.model)
     optimizer.zero_grad(set_to_none=True)
     total = torch.stack([torch.as_tensor(loss, dtype=torch.float64) for loss in losses]).sum()
     return LocalResult(float(total) / counted if counted else math.nan, steps, time.perf_counter() - started)

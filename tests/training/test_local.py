@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 
 from fedpeft.config import RunConfig, TrainConfig
 from fedpeft.resident import Resident
-from fedpeft.training.local import Turn, batches, learning_rate, num_steps, train_locally
+from fedpeft.training.local import (
+    Turn,
+    batches,
+    learning_rate,
+    num_steps,
+    scoring_mode,
+    train_locally,
+    training_mode,
+)
 
 Make = Callable[..., RunConfig]
 
@@ -31,6 +39,51 @@ def test_each_pass_takes_every_row_once_in_a_new_order(rows: list[int], size: in
         assert sorted(np.concatenate(drawn[start : start + a_pass])) == sorted(rows)
     again = batches(held, size, steps, np.random.default_rng(seed))
     assert all(np.array_equal(one, two) for one, two in zip(drawn, again, strict=True))
+
+
+@given(
+    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=60),
+    size=st.integers(1, 9),
+    bucket=st.integers(2, 5),
+    seed=st.integers(0, 2**32),
+)
+def test_sorted_by_length_a_pass_still_takes_every_row_once(
+    lengths: list[int], size: int, bucket: int, seed: int
+) -> None:
+    of, rows = np.asarray(lengths), np.arange(len(lengths))
+    a_pass = math.ceil(len(rows) / size)
+    plain, sorted_, again = (
+        list(batches(rows, size, 2 * a_pass, np.random.default_rng(seed), **settings))
+        for settings in ({}, {"lengths": of, "bucket": bucket}, {"lengths": of, "bucket": bucket})
+    )
+    for half in (sorted_[:a_pass], sorted_[a_pass:]):
+        assert sorted(np.concatenate(half)) == list(rows)
+        assert sorted(len(batch) for batch in half) == sorted(len(batch) for batch in plain[:a_pass])
+    assert all(np.array_equal(one, two) for one, two in zip(sorted_, again, strict=True))
+    if len(set(lengths)) == 1:  # images, above all: nothing changes
+        assert all(np.array_equal(one, two) for one, two in zip(sorted_, plain, strict=True))
+
+
+def test_batches_of_like_lengths_are_padded_less() -> None:
+    lengths = np.random.default_rng(0).integers(1, 100, 400)
+    rows = np.arange(400)
+    padded = {
+        bucket: sum(
+            len(batch) * lengths[batch].max()
+            for batch in batches(rows, 16, 25, np.random.default_rng(1), lengths=lengths, bucket=bucket)
+        )
+        for bucket in (1, 8)
+    }
+    assert lengths.sum() <= padded[8] < 0.7 * padded[1]
+
+
+def test_every_module_is_back_in_the_mode_it_was_found_in() -> None:
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Sequential(torch.nn.Dropout(0.5)))
+    for _ in range(2):
+        training_mode(model)
+        assert [module.training for module in model.modules()] == [True, False, True, True]
+        scoring_mode(model)
+        assert not any(module.training for module in model.modules())
 
 
 def test_steps_are_those_named_else_those_of_the_epochs() -> None:
