@@ -126,7 +126,7 @@ def table_of(kept: Kept) -> str:
     machine = kept["machine"]
     gigabytes, units = f"{machine['memory_gb']:.0f} GB", ", ".join(machine["units"]) or "no vector units"
     lines += ["", f"{kept['when'][:10]}, {machine['cores']} cores of {machine['processor']} ({units}), {gigabytes}; "]
-    lines[-1] += f"load before: {machine['load_before']:g}."
+    lines[-1] += f"load before: {machine['load_before']:g}. `{kept['command']}`"
     return "\n".join(lines)
 
 
