@@ -37,8 +37,7 @@ def rounds(grid: Grid, nodes: Iterable[int], size: int, count: int) -> dict[str,
 
 def through_flower(size: int, clients: int, count: int, workers: int) -> dict[str, Any]:
     """Use Flower's simulation runtime, one CPU a client."""
-    os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
-    os.environ["RAY_worker_niceness"] = "0"  # as `RayGrid` does
+    os.environ.update({"FLWR_TELEMETRY_ENABLED": "0", "RAY_worker_niceness": "0"})  # the latter as in `RayGrid`
     from flwr.simulation import run_simulation
 
     found: dict[str, Any] = {}

@@ -7,8 +7,8 @@ from benchmarks.peer_app.task import VARIABLE, settings
 
 if __name__ == "__main__":
     os.environ[VARIABLE] = os.path.abspath(sys.argv[1])
-    os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
-    os.environ["RAY_worker_niceness"] = "0"  # else whatever else runs here takes its workers' time
+    # with Ray's own niceness, whatever else runs here would take the workers' time
+    os.environ.update({"FLWR_TELEMETRY_ENABLED": "0", "RAY_worker_niceness": "0"})
     from flwr.simulation import run_simulation
 
     from benchmarks.peer_app.client_app import app as client_app
