@@ -20,6 +20,6 @@ if __name__ == "__main__":
         num_supernodes=len(settings()["partitions"]),
         backend_config={
             "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
-            "init_args": {"num_cpus": settings()["cores"]},
+            "init_args": {"address": "local", "num_cpus": settings()["cores"]},  # never another's Ray that runs here
         },
     )
