@@ -1,6 +1,6 @@
 """What a private step costs beside a plain one, on the same batch: all-MiniLM-L6, and the digits' toy ViT.
 
-    python -m benchmarks.dp_step [--turns 40] [--batch-size 16] [--json FILE]
+    python -m benchmarks.dp_step [--turns 40] [--batch-size 16] [--quick] [--json FILE]
 
 The two take turns within one process, step by step, so that what else the machine does slows both alike; a figure is
 the median over turns of the ratio of one pair. A step is gradient and optimizer step; hooks are attached once, as they
@@ -9,22 +9,14 @@ are in a worker. Plain steps are taken by a model without hooks.
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import statistics
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 
-from fedpeft.chatter import silence
+from benchmarks.record import Figure, in_turns, machine, parser, publish, ratio
 from fedpeft.config import configure
 from fedpeft.privacy.dp_sgd import PrivateGradients
 from fedpeft.privacy.independence import row_engine
@@ -34,19 +26,6 @@ from fedpeft.resident import Resident
 from fedpeft.training.local import PlainGradients
 
 TARGET = 1.15
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table."""
-
-    model: str
-    kind: str
-    noise: str
-    plain: float  # seconds, median
-    ratio: float  # median of pairs
-    low: float
-    high: float
 
 
 def steps(home: Resident, batch: np.ndarray[Any, Any], source: Randomness | None) -> Callable[[], None]:
@@ -72,7 +51,7 @@ def steps(home: Resident, batch: np.ndarray[Any, Any], source: Randomness | None
     return step
 
 
-def measure(preset: str, kind: str, noise: str, batch_size: int, turns: int) -> Row:
+def measure(preset: str, kind: str, noise: str, batch_size: int, turns: int) -> Figure:
     """Time pairs of steps."""
     settings = {"adapter.kind": kind, "train.batch_size": batch_size}
     plain_home, private_home = (Resident(configure(settings, preset=preset)) for _ in range(2))
@@ -82,47 +61,36 @@ def measure(preset: str, kind: str, noise: str, batch_size: int, turns: int) -> 
     private = steps(private_home, batch, secure() if noise == "secure" else seeded(0, "benchmark"))
     for warm in (plain, private) * 3:
         warm()
-    pairs = []
-    for turn in range(turns):
-        taken = {}
-        for name, step in (("plain", plain), ("private", private))[:: 1 if turn % 2 else -1]:
-            started = time.perf_counter()
-            step()
-            taken[name] = time.perf_counter() - started
-        pairs.append((taken["plain"], taken["private"]))
-    ratios = sorted(after / before for before, after in pairs)
-    quarter = len(ratios) // 4
-    seconds = statistics.median(before for before, _ in pairs)
-    return Row(preset, kind, noise, seconds, statistics.median(ratios), ratios[quarter], ratios[-quarter - 1])
+    taken = in_turns({"plain": plain, "private": private}, turns)
+    ratios = sorted(after / before for before, after in zip(taken["plain"], taken["private"], strict=True))
+    detail = {
+        "plain_ms": 1000 * statistics.median(taken["plain"]),
+        "low": ratios[turns // 4],
+        "high": ratios[-(turns // 4) - 1],
+    }
+    what = f"{preset}, {kind}, {noise} noise: private / plain"
+    return Figure(what, ratio(taken["private"], taken["plain"]), "x", TARGET, "most", detail)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--turns", type=int, default=40)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--presets", nargs="+", default=["docstrings", "digits"])
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args(arguments)
-    silence()
-    torch.set_num_threads(options.threads)
-    rows = [
-        measure(preset, kind, noise, options.batch_size, options.turns)
-        for preset in options.presets
+    given_options = parser(__doc__)
+    given_options.add_argument("--turns", type=int, default=40)
+    given_options.add_argument("--batch-size", type=int, default=16)
+    given_options.add_argument("--threads", type=int, default=1)
+    given_options.add_argument("--presets", nargs="+", default=["docstrings", "digits"])
+    given = given_options.parse_args(arguments)
+    before = machine()
+    if given.quick:
+        given.turns, given.batch_size, given.presets = 2, 4, ["digits"]
+    torch.set_num_threads(given.threads)
+    figures = [
+        measure(preset, kind, noise, given.batch_size, given.turns)
+        for preset in given.presets
         for kind in ("lora", "ffa-lora")
         for noise in ("seeded", "secure")
     ]
-    table = Table("model", "adapter", "noise", "plain step", "private / plain", "middle half", f"at most {TARGET:g}")
-    for row in rows:
-        within = "yes" if row.ratio <= TARGET else "no"
-        spread = f"{row.low:.3f} to {row.high:.3f}"
-        table.add_row(row.model, row.kind, row.noise, f"{1000 * row.plain:.1f} ms", f"{row.ratio:.3f}", spread, within)
-    print(f"{platform.machine()}, {options.threads} thread(s), batches of {options.batch_size}, {options.turns} pairs")
-    Console().print(table)
-    if options.json:
-        facts = {"threads": options.threads, "batch_size": options.batch_size, "turns": options.turns}
-        options.json.write_text(json.dumps(facts | {"rows": [asdict(row) for row in rows]}, indent=2) + "\n")
+    publish("dp_step", figures, given, before)
 
 
 if __name__ == "__main__":

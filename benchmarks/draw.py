@@ -20,6 +20,7 @@ from benchmarks.record import RESULTS, ROOT, read, shown
 
 DOCUMENT = ROOT / "docs" / "performance.md"
 IMAGE = ROOT / "docs" / "performance.svg"
+ALT = "Accuracy over time, throughput, cost of the engine and memory"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito's
 Kept = Mapping[str, Any]
 
@@ -126,7 +127,7 @@ def table_of(kept: Kept) -> str:
     machine = kept["machine"]
     gigabytes, units = f"{machine['memory_gb']:.0f} GB", ", ".join(machine["units"]) or "no vector units"
     lines += ["", f"{kept['when'][:10]}, {machine['cores']} cores of {machine['processor']} ({units}), {gigabytes}; "]
-    lines[-1] += f"load before: {machine['load_before']:g}."
+    lines[-1] += f"load before: {machine['load_before']:g}. `{kept['command']}`"
     return "\n".join(lines)
 
 
@@ -141,6 +142,8 @@ def _short(value: float) -> str:
 def write_tables(results: Path = RESULTS, document: Path = DOCUMENT) -> None:
     """Write each benchmark's table between its marks, ``<!-- NAME -->`` and ``<!-- end of NAME -->``."""
     text = document.read_text(encoding="utf-8")
+    if "<!-- drawing -->" in text and (document.parent / IMAGE.name).is_file():
+        text = between(text, "drawing", f"![{ALT}]({IMAGE.name})")
     for path in sorted(results.glob("*.json")):
         if f"<!-- {path.stem} -->" in text:
             text = between(text, path.stem, table_of(read(path)))

@@ -200,12 +200,15 @@ def test_contenders_take_turns_and_memory_is_that_of_the_whole_tree() -> None:
 
 
 def test_the_drawing_and_the_tables_are_made_of_the_results(results: Path, tmp_path: Path) -> None:
-    out, document = tmp_path / "drawn.svg", tmp_path / "page.md"
+    out, document = tmp_path / "performance.svg", tmp_path / "page.md"
     assert draw.draw(results, out) == ["peer", "scaling", "engine", "engine", "cohorts"]
     assert "<svg" in out.read_text(encoding="utf-8")
-    document.write_text("before\n<!-- startup -->\n<!-- end of startup -->\nafter\n")
+    document.write_text(
+        "before\n<!-- drawing -->\n<!-- end of drawing -->\n<!-- startup -->\n<!-- end of startup -->\nafter\n"
+    )
     draw.write_tables(results, document)
     text = document.read_text()
+    assert "](performance.svg)" in text
     assert "| tiny: start to first trained client |" in text
     assert text.startswith("before\n")
     assert text.endswith("after\n")

@@ -12,6 +12,8 @@ from flwr.serverapp import Grid, ServerApp
 from benchmarks.echo import app
 from benchmarks.record import high_water, reset_high_water
 
+PATIENCE = 120.0  # seconds
+
 
 def rounds(grid: Grid, nodes: Iterable[int], size: int, count: int) -> dict[str, Any]:
     """Hold rounds of FedAvg over one array, folding replies in as they are handed over."""
@@ -37,7 +39,7 @@ def rounds(grid: Grid, nodes: Iterable[int], size: int, count: int) -> dict[str,
 
 def through_flower(size: int, clients: int, count: int, workers: int) -> dict[str, Any]:
     """Use Flower's simulation runtime, one CPU a client."""
-    os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
+    os.environ.update({"FLWR_TELEMETRY_ENABLED": "0", "RAY_worker_niceness": "0"})  # the latter as in `RayGrid`
     from flwr.simulation import run_simulation
 
     found: dict[str, Any] = {}
@@ -45,7 +47,10 @@ def through_flower(size: int, clients: int, count: int, workers: int) -> dict[st
 
     @server.main()
     def main(grid: Grid, context: Context) -> None:
+        deadline = time.monotonic() + PATIENCE
         while len(nodes := list(grid.get_node_ids())) < clients:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{len(nodes)} of {clients} clients are there after {PATIENCE:g} s")
             time.sleep(0.1)
         found.update(rounds(grid, nodes, size, count))
 
@@ -53,7 +58,10 @@ def through_flower(size: int, clients: int, count: int, workers: int) -> dict[st
         server_app=server,
         client_app=app,
         num_supernodes=clients,
-        backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}, "init_args": {"num_cpus": workers}},
+        backend_config={
+            "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
+            "init_args": {"address": "local", "num_cpus": workers},
+        },
     )
     return found
 

@@ -7,7 +7,8 @@ from benchmarks.peer_app.task import VARIABLE, settings
 
 if __name__ == "__main__":
     os.environ[VARIABLE] = os.path.abspath(sys.argv[1])
-    os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
+    # with Ray's own niceness, whatever else runs here would take the workers' time
+    os.environ.update({"FLWR_TELEMETRY_ENABLED": "0", "RAY_worker_niceness": "0"})
     from flwr.simulation import run_simulation
 
     from benchmarks.peer_app.client_app import app as client_app
@@ -19,6 +20,6 @@ if __name__ == "__main__":
         num_supernodes=len(settings()["partitions"]),
         backend_config={
             "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
-            "init_args": {"num_cpus": settings()["cores"]},
+            "init_args": {"address": "local", "num_cpus": settings()["cores"]},  # never another's Ray that runs here
         },
     )

@@ -285,7 +285,8 @@ def render_figure(title: str, fill: Callable[[Axes], bool], theme: Theme) -> byt
         figure = Figure(figsize=SIZE, dpi=DPI, facecolor=theme.paper)
         canvas = FigureCanvasAgg(figure)
         axes = figure.add_subplot(facecolor=theme.paper)
-        axes.set_title(title, loc="left", color=theme.ink, fontweight="bold", fontsize=11)
+        # where it stands anyway: left to find that, matplotlib lays the axes out a second time
+        axes.set_title(title, loc="left", y=1.0, color=theme.ink, fontweight="bold", fontsize=11)
         axes.grid(color=theme.grid, linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)

@@ -283,3 +283,12 @@ def test_another_process_opens_the_same_rows_and_divides_them_alike(text_csv: Pa
     )
     digest = hashlib.sha256(b"".join(rows.tobytes() for rows in held.indices)).hexdigest()
     assert ran.stdout.split() == [data.fingerprint, digest]
+
+
+def test_partitioners_come_without_the_plots_of_their_package_which_can_still_be_had() -> None:
+    program = (
+        "import sys; from fedpeft.data.schemes import partitioners; partitioners().IidPartitioner\n"
+        "assert not {'seaborn', 'matplotlib', 'flwr_datasets.visualization'} & sys.modules.keys()\n"
+        "from flwr_datasets.visualization import plot_label_distributions"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd="/")
