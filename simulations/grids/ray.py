@@ -116,10 +116,9 @@ class RayPool:
     def start(self, ticket: int, job: Message) -> None:
         """Send a message to an idle actor."""
         worker = self._idle.popleft()
-        name = worker._actor_id.hex()
-        if self.freight is not None and self._told.get(name) is not self.freight:
+        if self.freight is not None and self._told.get(worker._actor_id.hex()) is not self.freight:
             worker.supply.remote(self.freight)  # what one caller asks of an actor is done in order
-            self._told[name] = self.freight
+            self._told[worker._actor_id.hex()] = self.freight
         self._busy[worker.answer.remote(self._wrap(job))] = (worker, ticket)
 
     def wait(self, timeout: float | None) -> list[Finished[ParcelledAnswer] | Died]:
