@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Self
 
 from flwr.app import Context, Message, RecordDict
@@ -35,6 +35,7 @@ from fedpeft.models import num_threads
 from fedpeft.privacy.levels import level_of
 from fedpeft.resident import Resident, resident
 from fedpeft.training.local import LocalResult, Turn, num_steps, train_locally
+from fedpeft.training.prefix import feeding
 from fedpeft.wire import Identity, ShortAnswer, TrainAnswer, TrainOrder, to_record, to_tensors
 
 TRUST_REMOTE_CODE = "trust-remote-code"  # key of the node's own config: a server cannot decide this for a site
@@ -59,7 +60,7 @@ def withhold_error_text(message: Message, context: Context, call_next: ClientApp
     of them.
     """
     try:
-        check_site(_run_config(context), context.node_config)
+        check_site(run_config_of(context), context.node_config)
         return call_next(message, context)
     except Exception as error:
         name = type(error).__name__
@@ -80,34 +81,112 @@ def tell_name(message: Message, context: Context) -> Message:
 @app.train(mods=[withhold_error_text])
 def train(message: Message, context: Context) -> Message:
     """Train the adapter that the order brings, and send back what was trained."""
-    home, run = _home(context), _run_config(context)
+    ready = prepare(message, context)
+    if isinstance(ready, ShortAnswer):
+        return Message(ready.to_record(), reply_to=message)
+    order, adapted = ready.order, ready.home.adapted
+    adapted.load(ready.start.tensors, order.scaling)
+    tail = Tail.of(adapted, order.settings)
+    result = _train(ready, None if tail is None else tail.loss)
+    content = finish(ready, adapted.tensors([*ready.trained, *ready.start.personal]), result, context.state, tail)
+    return Message(content, reply_to=message)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """An order that passed every check, and all that its training takes.
+
+    Parameters
+    ----------
+    run : RunConfig
+        The run.
+    home : Resident
+        Model and rows.
+    order : TrainOrder
+        What is asked.
+    start : Start
+        The tensors that the round begins with.
+    rows : ClientRows
+        The client's.
+    permission : Permission or None
+        How to train under record-level privacy.
+    """
+
+    run: RunConfig
+    home: Resident
+    order: TrainOrder
+    start: Start
+    rows: ClientRows
+    permission: Permission | None
+
+    @cached_property
+    def trained(self) -> list[str]:
+        """Names of what is trained."""
+        adapted = self.home.adapted
+        return [name for name in _names(adapted, self.order.trained) if name in adapted.trained]
+
+    @cached_property
+    def turn(self) -> Turn:
+        """Whose round it is, and which; under privacy its dropout's seed is the first that is drawn."""
+        run, order, rows, permission = self.run, self.order, self.rows, self.permission
+        return Turn(
+            run.run.seed,
+            rows.client_id,
+            order.server_round,
+            order.num_rounds,
+            rows.num_examples,
+            None if permission is None else permission.randomness.seed(),
+        )
+
+
+def prepare(message: Message, context: Context) -> Ready | ShortAnswer:
+    """Read an order and check it, charge what it costs; or say why it is not followed."""
+    home, run = _home(context), run_config_of(context)
     order, adapted = TrainOrder.from_record(message.content), home.adapted
     start = Start.of(order, adapted, context.state)
     if start.held_hash(adapted) != order.held_hash:
-        return Message(ShortAnswer.NEEDS_ARRAYS.to_record(), reply_to=message)
+        return ShortAnswer.NEEDS_ARRAYS
     rows = client_rows(home, context.node_config)
     permission, level = None, level_of(run.privacy)
     if level.clients_add_noise:
-        with num_threads(run.simulation.threads_per_worker):
+        with num_threads(run.simulation.threads_per_worker), feeding(adapted.model, run):
             level.check_model(home)  # a model that mixes rows is refused before anything is charged
         permission = permit(order, context, home, rows, run)
         if permission is None:
-            return Message(ShortAnswer.BUDGET_SPENT.to_record(), reply_to=message)
+            return ShortAnswer.BUDGET_SPENT
     else:
         note_open_training(order, context, rows, num_steps(run.train, rows.num_examples))
-    adapted.load({**start.sent, **start.held, **start.personal}, order.scaling)
-    if kept := _names(adapted, order.kept):
-        context.state[OWN_KEPT] = to_record(adapted.tensors(kept))
-    tail = Tail.of(adapted, order.settings)
-    trained = [name for name in _names(adapted, order.trained) if name in adapted.trained]
-    result = _train(home, run, order, rows, trained, None if tail is None else tail.loss, permission)
+    return Ready(run, home, order, start, rows, permission)
+
+
+def finish(
+    ready: Ready, tensors: Mapping[str, Tensor], result: LocalResult, state: RecordDict, tail: Tail | None = None
+) -> RecordDict:
+    """Keep what a client keeps, and return what it sends back.
+
+    Parameters
+    ----------
+    ready : Ready
+        What was trained, and how.
+    tensors : mapping of str to Tensor
+        As they are after training, on the CPU: what was trained, and what is personal.
+    result : LocalResult
+        How it went.
+    state : RecordDict
+        The client's own.
+    tail : Tail, optional
+        Of the ranks that the client may leave out.
+    """
+    adapted, start, permission = ready.home.adapted, ready.start, ready.permission
+    if kept := _names(adapted, ready.order.kept):
+        state[OWN_KEPT] = to_record({name: start.tensors[name].to(adapted.parameter(name).dtype) for name in kept})
     if start.personal:
-        context.state[OWN_PERSONAL] = to_record(adapted.tensors(start.personal))
-    update = adapted.tensors([name for name in trained if name not in start.personal])
+        state[OWN_PERSONAL] = to_record({name: tensors[name] for name in start.personal})
+    update = {name: tensors[name] for name in ready.trained if name not in start.personal}
     if tail is not None:
         update = tail.left_out(update)
-    answer = _answer(update, run, rows, result, None if permission is None else permission.claim)
-    return Message(answer.to_record(), reply_to=message)
+    claim = None if permission is None else permission.claim
+    return _answer(update, ready.run, ready.rows, result, claim).to_record()
 
 
 @dataclass(frozen=True)
@@ -139,6 +218,11 @@ class Start:
             sent, _stored(state, OWN_KEPT, drawn, adapted.initial.keys() - sent.keys() - personal.keys()), personal
         )
 
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """The whole adapter, and changes of the base."""
+        return {**self.sent, **self.held, **self.personal}
+
     def held_hash(self, adapted: AdaptedModel) -> str:
         """Return the fingerprint of what is held, empty for nothing."""
         held = self.held
@@ -147,35 +231,21 @@ class Start:
         return fingerprint(held) if held else ""
 
 
-def _train(
-    home: Resident,
-    run: RunConfig,
-    order: TrainOrder,
-    rows: ClientRows,
-    trained: list[str],
-    penalty: Callable[[], Tensor] | None,
-    permission: Permission | None,
-) -> LocalResult:
+def _train(ready: Ready, penalty: Callable[[], Tensor] | None) -> LocalResult:
     """Train the loaded adapter on the client's rows, by the mechanism of its permission if it needs one."""
+    run, home, rows, permission = ready.run, ready.home, ready.rows, ready.permission
     private = None
     if permission is not None:
         level, mechanism = level_of(run.privacy), permission.mechanism
         private = level.gradients(home, rows.split, rows.indices, mechanism, permission.randomness)
-    with num_threads(run.simulation.threads_per_worker):
+    with num_threads(run.simulation.threads_per_worker), feeding(home.adapted.model, run):
         return train_locally(
             home.adapted,
             rows.split,
             rows.indices,
             run.train,
-            Turn(
-                run.run.seed,
-                rows.client_id,
-                order.server_round,
-                order.num_rounds,
-                rows.num_examples,
-                None if permission is None else permission.randomness.seed(),
-            ),
-            names=trained,
+            ready.turn,
+            names=ready.trained,
             penalty=penalty,
             private=private,
         )
@@ -200,12 +270,13 @@ def _parsed(flat: tuple[tuple[str, Scalar], ...]) -> RunConfig:
     return run_config(dict(flat))
 
 
-def _run_config(context: Context) -> RunConfig:
+def run_config_of(context: Context) -> RunConfig:
+    """Return the run that a context's configuration is of."""
     return _parsed(tuple(sorted(context.run_config.items())))
 
 
 def _home(context: Context) -> Resident:
-    config = _run_config(context)
+    config = run_config_of(context)
     if config.model.trust_remote_code and not context.node_config.get(TRUST_REMOTE_CODE, False):
         raise DeploymentError(
             "the run asks for model.trust_remote_code, and this site has not agreed to it by "

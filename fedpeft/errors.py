@@ -48,6 +48,10 @@ class RunDirectoryError(FedpeftError):
     """A run directory that exists already, is no run, or cannot be written."""
 
 
+class CheckpointError(RunDirectoryError):
+    """A checkpoint that is not as it was written; the one before it may be."""
+
+
 class SimulationError(FedpeftError):
     """Workers that cannot be started."""
 
@@ -82,6 +86,20 @@ class BudgetSpentError(FedpeftError):
     """A privacy budget that allows no next step, in a run that is to end then; what was done before it is saved."""
 
     exit_code = 1
+
+
+class Interruption(KeyboardInterrupt):
+    """A signal that asks the process to end; no error, and nobody's who catches errors.
+
+    Parameters
+    ----------
+    signal : int
+        Its number.
+    """
+
+    def __init__(self, signal: int) -> None:
+        super().__init__(f"signal {signal}")
+        self.exit_code = 128 + signal  # as shells have it
 
 
 def escaped(text: str) -> str:

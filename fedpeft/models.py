@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,14 +15,19 @@ import torch
 from torch import nn
 
 from fedpeft import tasks
+from fedpeft.attention import attention_for
 from fedpeft.bases import check_folder, describe_base, first_line
 from fedpeft.config import ModelConfig, RunConfig
 from fedpeft.data.tokens import load_tokenizer
-from fedpeft.errors import ConfigError, ModelError
+from fedpeft.dropout import configure_dropout, set_dropout
+from fedpeft.errors import ConfigError, DataError, ModelError
+from fedpeft.mapped import mapped_folder
 from fedpeft.presets import PREFIX, is_preset, materialize
 from fedpeft.seeds import derive_seed
 from fedpeft.tasks.classes import model_class
 from fedpeft.tasks.task import Task
+
+log = logging.getLogger(__name__)
 
 # what a base may be made of: never pickle, and no code
 HUB_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
@@ -154,30 +161,37 @@ def load_base(config: RunConfig, folder: Path, labels: Sequence[str]) -> BaseMod
 
     bf16 = config.train.precision == "bf16"
     on = device()
+    dtype = torch.bfloat16 if bf16 else torch.float32
     options: dict[str, Any] = {
-        "dtype": torch.bfloat16 if bf16 else torch.float32,
+        "dtype": dtype,
         "use_safetensors": True,
         "local_files_only": True,
         "trust_remote_code": config.model.trust_remote_code,
         "output_loading_info": True,
     }
-    if bf16 and on.type == "cpu":
-        options["attn_implementation"] = "eager"  # bf16 attention's fused backward is slower on CPUs than the plain one
     task = tasks.of(config)
     saved, held = describe_base(config, folder), describe_base(config, folder, **_of_this_run(task, labels))
-    model_class(config, held)
+    architecture = model_class(config, held)
+    if attention := attention_for(architecture, held, bf16, on):
+        options["attn_implementation"] = attention
     for part in (held, held.get_text_config()):
         for name in BESIDES:
             if getattr(part, name, None):
                 setattr(part, name, False)
+    if (dropout := config.model.dropout) != "checkpoint":
+        configure_dropout(held, dropout)
     if task.has_head:
         options["ignore_mismatched_sizes"] = True  # a saved head for other labels is drawn anew
     transformers.utils.logging.disable_progress_bar()  # it would spoil the run's own lines
+    weights = _shared(config, folder, held, dtype) if on.type == "cpu" else folder
     try:
         with seeded(config.run.seed, "head"):
-            model, info = getattr(transformers, task.auto).from_pretrained(folder, config=held, **options)
+            model, info = getattr(transformers, task.auto).from_pretrained(weights, config=held, **options)
     except Exception as error:  # what a folder holds makes a model's own code raise whatever it likes
         raise ModelError(f"cannot load '{folder}' for {task.name}: {first_line(error)}") from error
+    model.name_or_path = model.config.name_or_path = str(folder)
+    if dropout != "checkpoint":
+        set_dropout(model, dropout)  # of what no configuration names
     text = model.config.get_text_config()
     if task.reads_last_token and getattr(text, "pad_token_id", 0) is None:
         # Llama-like classifiers read the last token that is not padding
@@ -189,6 +203,26 @@ def load_base(config: RunConfig, folder: Path, labels: Sequence[str]) -> BaseMod
     model.requires_grad_(False)
     model.eval()
     return BaseModel(model.to(on), folder, head, tuple(notes))
+
+
+def _shared(config: RunConfig, folder: Path, held: Any, dtype: torch.dtype) -> Path:
+    """Return the folder of the weights that a machine's processes share: in the cache, or the base's own."""
+    import transformers
+
+    if config.model.trust_remote_code or getattr(held, "quantization_config", None) is not None:
+        return folder  # whose code may do anything with its weights; or which are no plain numbers
+
+    def build() -> Any:
+        with torch_seed(0), torch.device("meta"):
+            return getattr(transformers, tasks.of(config).auto).from_config(copy.deepcopy(held), dtype=dtype)
+
+    try:
+        return mapped_folder(folder, dtype, build)
+    except DataError as error:  # such as a full disk: what can run without goes on
+        log.warning("every process holds a copy of the base's weights: %s", error)
+    except Exception as error:  # what a model's own code raises is said by the loading, in its context
+        log.debug("%s: no shared weights: %s", folder, error)
+    return folder
 
 
 # what a model may do besides its scores: a run neither reads nor trains it

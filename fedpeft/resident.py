@@ -31,6 +31,7 @@ from fedpeft.data.splits import EncodedData, EncodedSplit
 from fedpeft.models import base_folder, load_base
 from fedpeft.presets import PREFIX, is_preset, materialize
 from fedpeft.tasks.encoding import encode, encode_rows, encoded
+from fedpeft.training.batched.layers import OwnLayers
 
 T = TypeVar("T")
 
@@ -210,6 +211,11 @@ class Resident:
         base = load_base(self.config, self.folder, self.labels)
         agree(base, self.config, self.test.image_shape if self._knows_rows else None)
         return AdaptedModel(base, self.config)
+
+    @cached_property
+    def own_layers(self) -> OwnLayers:
+        """The layers of `adapted` that many clients can be run through at once, each with its own tensors."""
+        return OwnLayers(self.adapted)
 
     @property
     def _knows_rows(self) -> bool:

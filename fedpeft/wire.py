@@ -12,11 +12,15 @@ import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import lru_cache
+from io import BytesIO
 from typing import Any, Self
 
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, ConfigRecordValues, Message, MetricRecord, RecordDict
+from flwr.common.constant import SType
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedpeft.adapters.state import PrivacyClaim, Role, TrainMetrics
@@ -32,6 +36,9 @@ CLIENT_ID = "client-id"  # of an identity's config record
 # keys of an answer's metric record
 NUM_EXAMPLES, STEPS, TRAIN_LOSS, SECONDS = "num-examples", "steps", "train_loss", "seconds"
 NOISE_MULTIPLIER, SAMPLE_RATE, SPENT_STEPS = "noise-multiplier", "sample-rate", "spent-steps"  # all three or none
+
+FIRST_FORMAT = b"\x93NUMPY\x01\x00"  # of NumPy's, which all but strange types are written in
+LONGEST_HEADER = 10_000  # bytes
 
 Records = Mapping[str, Any]
 
@@ -263,14 +270,95 @@ def _listed(roles: frozenset[Role]) -> list[str]:
     return sorted(role.value for role in roles)
 
 
+class LentArray(Array):
+    """A Flower Array over memory that others need again: `to_tensors` reads it there, and `data` is a copy.
+
+    Parameters
+    ----------
+    dtype : str
+        Of the values.
+    shape : tuple of int
+        Of the array.
+    stype : str
+        How the values are written.
+    lent : memoryview
+        The bytes.
+    """
+
+    def __init__(self, dtype: str, shape: tuple[int, ...], stype: str, lent: memoryview) -> None:
+        # Array's own search for what it was given takes longer than a small array takes to copy
+        vars(self).update(dtype=dtype, shape=shape, stype=stype, lent=lent)
+
+    @property
+    def data(self) -> bytes:  # type: ignore[override]
+        """The bytes, copied when they are first asked for; what was lent is given back then."""
+        if "lent" in vars(self):
+            vars(self)["own"] = bytes(vars(self).pop("lent"))
+        own: bytes = vars(self)["own"]
+        return own
+
+
+def _bytes_of(array: Array) -> Any:
+    """Return what holds an array's bytes, without a copy."""
+    return vars(array).get("lent") or array.data
+
+
 def to_record(tensors: Mapping[str, Tensor]) -> ArrayRecord:
     """Pack tensors for the wire."""
-    return ArrayRecord({name: Array(tensor.detach().cpu().numpy()) for name, tensor in tensors.items()})
+    return ArrayRecord({name: _array(tensor.detach().cpu().numpy()) for name, tensor in tensors.items()})
 
 
 def to_tensors(record: ArrayRecord) -> dict[str, Tensor]:
     """Unpack tensors; NumPy's own format, never pickle."""
-    return {name: torch.from_numpy(array.numpy()) for name, array in record.items()}
+    return {name: torch.from_numpy(_values(array)) for name, array in record.items()}
+
+
+def _array(values: NDArray[Any]) -> Array:
+    """Return what ``Array(values)`` returns, with one copy of the values in place of three."""
+    if not values.flags.c_contiguous:
+        return Array(values)
+    data = b"".join((_header(values.dtype, values.shape), values.reshape(-1).view(np.uint8).data))
+    return Array(str(values.dtype), values.shape, SType.NUMPY, data)
+
+
+def _values(array: Array) -> NDArray[Any]:
+    """Return what ``array.numpy()`` returns, with one copy of the values, and a header of the same bytes read once.
+
+    Raises
+    ------
+    ValueError, TypeError
+        What is no array, in NumPy's words.
+    """
+    data = _bytes_of(array)
+    if array.stype != SType.NUMPY or bytes(data[:8]) != FIRST_FORMAT:
+        return array.numpy()
+    start = 10 + int.from_bytes(data[8:10], "little")
+    if start > LONGEST_HEADER:
+        return array.numpy()  # which refuses it
+    dtype, shape, in_c_order = _layout(bytes(data[:start]))
+    count = math.prod(shape)
+    values = np.frombuffer(data, dtype, count, start) if count else np.empty(0, dtype)
+    return np.array(values.reshape(shape, order="C" if in_c_order else "F"))
+
+
+@lru_cache(maxsize=1024)
+def _header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
+    """Return what stands before the values of an array in C order, in NumPy's format."""
+    file = BytesIO()
+    facts = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, facts)
+    return file.getvalue()
+
+
+@lru_cache(maxsize=1024)
+def _layout(header: bytes) -> tuple[np.dtype[Any], tuple[int, ...], bool]:
+    """Return type, shape, and whether the order is C's, of the values that stand behind a header."""
+    file = BytesIO(header)
+    np.lib.format.read_magic(file)
+    shape, in_fortran_order, dtype = np.lib.format.read_array_header_1_0(file, LONGEST_HEADER)
+    if dtype.hasobject or any(size < 0 for size in shape):
+        raise ValueError(f"no array of numbers has type {dtype} and shape {shape}")
+    return dtype, shape, not in_fortran_order
 
 
 def payload_bytes(message: Message, counts: Callable[[str], bool] = lambda name: True) -> int:
@@ -292,5 +380,5 @@ def _value_bytes(array: Array) -> int:
     try:
         size = math.prod(array.shape) * np.dtype(array.dtype).itemsize
     except TypeError:
-        size = len(array.data)
-    return min(max(size, 0), len(array.data))  # what a header claims is not there if the bytes are not
+        size = len(_bytes_of(array))
+    return min(max(size, 0), len(_bytes_of(array)))  # what a header claims is not there if the bytes are not

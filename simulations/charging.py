@@ -52,6 +52,7 @@ class Charging:
         run: str,
     ) -> None:
         self._config, self._home, self._grid, self._ledger, self._run = config, home, grid, ledger, run
+        self._released = _as_released(config)
         self._client_ids = client_ids
         self._budget = Budget.of(config.privacy)
         self._data: dict[int, str] = {}
@@ -73,7 +74,7 @@ class Charging:
             noise_multiplier=mechanism.noise_multiplier,
             sample_rate=mechanism.sample_rate,
             steps=mechanism.steps,
-            release=release(order, context, self._config, self._data[node]) if privacy.rng == "seeded" else "",
+            release=release(order, context, self._released, self._data[node]) if privacy.rng == "seeded" else "",
         )
         federation = self._config.federation
         planned = replace(mechanism.charge, steps=mechanism.steps * (federation.rounds + privacy.spare_rounds))
@@ -81,3 +82,15 @@ class Charging:
         if not charged(self._ledger, entry, limits):
             return Verdict(allowed=False)
         return Verdict(allowed=True, noise_multiplier=mechanism.noise_multiplier)
+
+
+def _as_released(config: RunConfig) -> RunConfig:
+    """Return a configuration as far as numbers follow from it, whatever a run that goes on was told to change."""
+    machine = {"workers", "address"} & type(config.simulation).model_fields.keys()
+    keeping = ("checkpoint_every", "keep_checkpoints")
+    return config.model_copy(
+        update={
+            "simulation": config.simulation.model_copy(update=dict.fromkeys(machine)),
+            "run": config.run.model_copy(update=dict.fromkeys(keeping, 1)),
+        }
+    )

@@ -6,9 +6,6 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
-from flwr.app import Context, RecordDict
-from torch import Tensor
-
 from fedpeft.clients.app import OWN_PERSONAL, TRUST_REMOTE_CODE
 from fedpeft.clients.rows import client_rows
 from fedpeft.config import RunConfig, cohort_size
@@ -17,22 +14,33 @@ from fedpeft.privacy.books import Books
 from fedpeft.privacy.levels import level_of
 from fedpeft.privacy.rows import check_rows
 from fedpeft.resident import Resident, resident
-from fedpeft.runs import Listener, RunDirectory
+from fedpeft.runs import CLIENTS, SIMULATED, Listener, RunDirectory
+from fedpeft.simulations.batching import batched, bundling_of
 from fedpeft.simulations.charging import Charging
+from fedpeft.simulations.contexts import Contexts
 from fedpeft.simulations.failures import Failures
 from fedpeft.simulations.grids.cluster import Sizing
 from fedpeft.simulations.grids.freight import Freight
 from fedpeft.simulations.grids.inline import InlineGrid
 from fedpeft.simulations.grids.ray import RayGrid
+from fedpeft.simulations.prefixing import with_prefix_cache
+from fedpeft.simulations.resuming import Resumption
 from fedpeft.simulations.sizing import at_work, in_this_process
+from fedpeft.simulations.work import Work
 from fedpeft.strategies import find
 from fedpeft.strategies.federation import Insight, build_strategy, exported_bytes, federate
 from fedpeft.strategies.rounds.records import Outcome
 from fedpeft.strategies.rounds.report import require_enough
-from fedpeft.wire import to_tensors
+from fedpeft.training.prefix import feeding
 
 
-def drive(config: RunConfig, out: Path, listener: Listener, grid: InlineGrid | RayGrid) -> Outcome:
+def drive(
+    config: RunConfig,
+    out: Path,
+    listener: Listener,
+    grid: InlineGrid | RayGrid,
+    resumption: Resumption | None = None,
+) -> Outcome:
     """Give the grid its clients, and run the federation on it.
 
     Parameters
@@ -45,43 +53,62 @@ def drive(config: RunConfig, out: Path, listener: Listener, grid: InlineGrid | R
         Called with each event.
     grid : InlineGrid or RayGrid
         Where the clients are to train.
+    resumption : Resumption, optional
+        Of a run that goes on.
     """
     home = resident(config)
     check_rows(home)
+    config = with_prefix_cache(config, home, lambda note: listener({"event": "note", "message": note}))
     privacy, level = config.privacy, level_of(config.privacy)
     if not privacy.is_private:  # else what is told of rows would need noise
         for note in home.data.notes:
             listener({"event": "warning", "round": 0, "message": note})
-    contexts, client_ids = client_contexts(config, home)
-    rows = {client_ids[node]: client_rows(home, each.node_config).num_examples for node, each in contexts.items()}
+    config, said = batched(config, home)
+    clients = home.partition.client_ids
+    node_config = {TRUST_REMOTE_CODE: config.model.trust_remote_code}
+    contexts = Contexts(clients, config.to_flat(), node_config, out / CLIENTS)
+    client_ids = dict(enumerate(clients, 1))
+    rows = {client: client_rows(home, contexts.node_config(node)).num_examples for node, client in client_ids.items()}
     _check(config, home, client_ids, rows.values())
-    adapter_bytes = exported_bytes(find(config.strategy.name), home.adapted)
     sizing = _sized(config, grid, len(contexts))
-    details = {"presets": provenance(config.presets), "simulation": sizing.to_dict()}
-    directory = RunDirectory(out, config, adapter_bytes, details)
-    if sizing.workers:
-        listener({"event": "note", "message": f"workers: {sizing}"})
-    for note in home.adapted.notes:
-        listener({"event": "note", "message": note})
-    grid.contexts = contexts
-    if isinstance(grid, RayGrid):
-        grid.freight = partial(Freight.of, config.to_flat(), home)
-    failures = Failures(config, directory, grid, client_ids)
-    failures.watch(listener)
-    books, grid.on_dispatch = None, None
-    if privacy.is_private:
-        counts = rows if level.weighs_rows(privacy) else {}
-        books = Books(config, directory, counts, largest=max(rows.values(), default=None))
-    if books is not None and level.clients_add_noise:
-        grid.on_dispatch = Charging(config, home, grid, client_ids, books.ledger, books.run)
-    return federate(
-        config,
-        grid,
-        directory,
-        listener=listener,
-        insight=Insight(client_ids, lambda: personal_tensors(contexts, client_ids), failures.explain),
-        books=books,
-    )
+    with _directory(config, out, home, sizing, resumption) as directory:
+        if sizing.workers:
+            listener({"event": "note", "message": f"workers: {sizing}"})
+        for note in home.adapted.notes:
+            listener({"event": "note", "message": note})
+        charged = resumption is not None and resumption.ledger_is_begun
+        resumed = None if resumption is None else resumption.begin(directory, contexts, listener)
+        if said:
+            listener({"event": "note", "message": said})
+        grid.contexts, grid.bundling = contexts, bundling_of(config)
+        if isinstance(grid, RayGrid):
+            grid.pace.work = Work(config, home, contexts)
+            grid.freight = partial(Freight.of, config.to_flat(), home)
+        failures = Failures(config, directory, grid, client_ids)
+        failures.watch(listener)
+        books, grid.on_dispatch = None, None
+        if privacy.is_private:
+            counts = rows if level.weighs_rows(privacy) else {}
+            books = Books(config, directory, counts, largest=max(rows.values(), default=None), resumes=charged)
+        if books is not None and level.clients_add_noise:
+            grid.on_dispatch = Charging(config, home, grid, client_ids, books.ledger, books.run)
+        return federate(
+            config,
+            grid,
+            directory,
+            listener=listener,
+            insight=Insight(client_ids, lambda: contexts.records(OWN_PERSONAL), failures.explain, contexts, grid.map),
+            books=books,
+            resumed=resumed,
+        )
+
+
+def _directory(
+    config: RunConfig, out: Path, home: Resident, sizing: Sizing, resumption: Resumption | None
+) -> RunDirectory:
+    adapter_bytes = exported_bytes(find(config.strategy.name), home.adapted)
+    details = {SIMULATED: True, "presets": provenance(config.presets), "simulation": sizing.to_dict()}
+    return RunDirectory(out, config, adapter_bytes, details, lock=None if resumption is None else resumption.lock)
 
 
 def _sized(config: RunConfig, grid: InlineGrid | RayGrid, clients: int) -> Sizing:
@@ -101,36 +128,5 @@ def _check(config: RunConfig, home: Resident, client_ids: Mapping[int, str], row
     method.check_cohort(method.options, cohort)
     level = level_of(config.privacy)
     level.check_counts(config, rows)
-    level.check_model(home)  # which every worker does for itself as well
-
-
-def personal_tensors(
-    contexts: Mapping[int, Context], client_ids: Mapping[int, str]
-) -> Mapping[str, Mapping[str, Tensor]]:
-    """Return what each client keeps to itself, by client id; nothing of one that has not trained."""
-    return {
-        client_ids[node]: to_tensors(context.state.array_records[OWN_PERSONAL])
-        for node, context in contexts.items()
-        if OWN_PERSONAL in context.state
-    }
-
-
-def client_contexts(config: RunConfig, home: Resident) -> tuple[dict[int, Context], dict[int, str]]:
-    """Make one Flower context a client, and name the client of each node; node ids are partition ids plus one."""
-    clients = home.partition.client_ids
-    flat = config.to_flat()
-    contexts = {
-        index + 1: Context(
-            run_id=1,
-            node_id=index + 1,
-            node_config={
-                "partition-id": index,
-                "num-partitions": len(clients),
-                TRUST_REMOTE_CODE: config.model.trust_remote_code,
-            },
-            state=RecordDict(),
-            run_config=dict(flat),
-        )
-        for index in range(len(clients))
-    }
-    return contexts, {index + 1: client for index, client in enumerate(clients)}
+    with feeding(home.adapted.model, config):
+        level.check_model(home)  # which every worker does for itself as well

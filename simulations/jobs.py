@@ -80,9 +80,9 @@ class Job:
 
 
 def _same(one: RunConfig, other: RunConfig) -> bool:
-    """Tell whether two configurations are of one run; the number of workers changes no result."""
-    workers = {"workers": other.simulation.workers}
-    alike = one.model_copy(update={"simulation": one.simulation.model_copy(update=workers)})
+    """Tell whether two configurations are of one run; neither machine nor checkpoints change a result."""
+    kept = {"checkpoint_every": other.run.checkpoint_every, "keep_checkpoints": other.run.keep_checkpoints}
+    alike = one.model_copy(update={"simulation": other.simulation, "run": one.run.model_copy(update=kept)})
     return alike.to_flat() == other.to_flat()
 
 

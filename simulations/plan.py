@@ -19,7 +19,9 @@ from fedpeft.privacy.rows import public_counts
 from fedpeft.privacy.statement import state
 from fedpeft.resident import Resident, resident
 from fedpeft.rounding import as_given
+from fedpeft.simulations.batching import batched
 from fedpeft.simulations.grids.cluster import Sizing
+from fedpeft.simulations.prefixing import NOTHING_KEPT, Prefixing, decide
 from fedpeft.simulations.sizing import planned
 from fedpeft.strategies import find, with_typed_options
 from fedpeft.strategies.base import AdapterStrategy
@@ -69,6 +71,8 @@ class DryRun:
         What should be known of base and adapter, and of how the rows were read.
     sizing : Sizing, optional
         The workers that a run would have on this machine now.
+    prefixing : Prefixing
+        Whether hidden states below the lowest adapted block would be kept.
     """
 
     config: RunConfig
@@ -90,6 +94,7 @@ class DryRun:
     privacy: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()
     sizing: Sizing | None = None
+    prefixing: Prefixing = NOTHING_KEPT
 
     @property
     def cohort(self) -> int:
@@ -127,6 +132,7 @@ class DryRun:
             "changes_base": self.changes_base,
             "notes": list(self.notes),
             **({} if self.sizing is None else {"workers": {**self.sizing.to_dict(), "said": str(self.sizing)}}),
+            "prefix_cache": {**self.prefixing.to_dict(), "said": str(self.prefixing)},
             **({} if self.privacy is None else {"privacy": strict_json(self.privacy)}),
         }
 
@@ -156,6 +162,7 @@ def plan(config: RunConfig) -> DryRun:
     level_of(config.privacy).check_model(home)  # what a run would refuse
     if not any(role_of(name) is Role.A for name in adapted.frozen):  # else factors of a mean are exact
         down += (len(rounds) - 1) * _step(method, adapted, ranks[:cohort])
+    said = batched(config, home)[1]
     head = [name for name in adapted.initial if role_of(name) is Role.HEAD]
     whole = sum(parameter.numel() for parameter in adapted.model.parameters())
     return DryRun(
@@ -176,8 +183,9 @@ def plan(config: RunConfig) -> DryRun:
         personal=tuple(sorted({str(role_of(name)) for name in personal_names(method, adapted)})),
         changes_base=facts.changes_base,
         privacy=plan_privacy(config, home),
-        notes=(*adapted.notes, *home.data.notes),
+        notes=(*adapted.notes, *home.data.notes, *([said] if said else [])),
         sizing=planned(config, len(clients)),
+        prefixing=decide(config, home),
     )
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedpeft.config import RunConfig
 from fedpeft.errors import FedpeftError
@@ -15,8 +14,13 @@ from fedpeft.formats import duration, number
 from fedpeft.report.privacy import epsilon
 from fedpeft.simulations.jobs import Job
 from fedpeft.simulations.judging import run_facts
-from fedpeft.simulations.simulate import ray_grid, simulate
+from fedpeft.simulations.simulate import ray_grid, resume, simulate
 
+if TYPE_CHECKING:
+    from fedpeft.simulations.grids.ray import RayGrid
+    from fedpeft.strategies.rounds.records import Outcome
+
+INTERRUPTED = 130  # by the keyboard
 Facts = dict[str, Any]
 
 
@@ -30,13 +34,13 @@ class Compared:
         Facts of each run that is complete.
     failed : dict of str to str
         Why the others stopped, by folder.
-    interrupted : bool
-        Whether the user stopped it.
+    interrupted : int
+        How a command is to exit, where somebody stopped it; 0 where nobody did.
     """
 
     runs: list[Facts] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
-    interrupted: bool = False
+    interrupted: int = 0
 
 
 def run_jobs(
@@ -67,18 +71,16 @@ def run_jobs(
                 continue
             begun = time.monotonic()
             try:
-                if job.is_begun:  # and was interrupted
-                    shutil.rmtree(job.path)
-                outcome = simulate(job.config, job.path, verbose=verbose, grid=grid)
-            except KeyboardInterrupt:
-                compared.interrupted = True
+                outcome = _simulated(job, grid, verbose)
+            except KeyboardInterrupt as interruption:
+                compared.interrupted = getattr(interruption, "exit_code", INTERRUPTED)
                 break
             except FedpeftError as error:  # of this row; the others may have cost hours
                 compared.failed[str(job.path)] = str(error)
                 tell(f"{name}  failed: {error}")
                 continue
             if outcome.reason == "interrupted":
-                compared.interrupted = True
+                compared.interrupted = outcome.exit_code
                 break
             done += 1
             now = time.monotonic()
@@ -90,6 +92,15 @@ def run_jobs(
                 compared.failed[str(job.path)] = outcome.reason
                 tell(f"{name}  failed: {outcome.error or outcome.reason}{left}")
     return compared
+
+
+def _simulated(job: Job, grid: RayGrid | None, verbose: bool) -> Outcome:
+    """Run a job, or go on with it where it was interrupted."""
+    if not job.is_begun:
+        return simulate(job.config, job.path, verbose=verbose, grid=grid)
+    here = job.config.model_dump(exclude_none=True)
+    kept = {key: here["run"][key] for key in ("checkpoint_every", "keep_checkpoints")}
+    return resume(job.path, {"simulation": here["simulation"], "run": kept}, verbose=verbose, grid=grid)
 
 
 def _score(facts: Facts) -> str:

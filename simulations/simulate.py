@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedpeft.chatter import silence
-from fedpeft.config import RunConfig
+from fedpeft.config import Layer, RunConfig
 from fedpeft.runs import Event, Listener, check_vacant, default_directory
 from fedpeft.simulations.grids.ray import RayGrid
 from fedpeft.simulations.sizing import sizer_of
 
 if TYPE_CHECKING:
+    from fedpeft.simulations.resuming import Resumption
     from fedpeft.strategies.rounds.records import Outcome
 
 CLIENT_APP = "fedpeft.clients.app:app"
@@ -29,6 +30,7 @@ def simulate(
     listener: Listener = _ignore,
     verbose: bool = False,
     grid: RayGrid | None = None,
+    resumption: Resumption | None = None,
 ) -> Outcome:
     """Simulate a federation.
 
@@ -44,6 +46,8 @@ def simulate(
         Let the libraries below speak.
     grid : RayGrid, optional
         Workers that go on after this run, see `ray_grid`; they are started for it alone if not given.
+    resumption : Resumption, optional
+        Of a run that goes on in `out`, which holds it; see `resume`.
 
     Returns
     -------
@@ -58,11 +62,42 @@ def simulate(
     if not verbose:
         silence()
     out = out or default_directory(config)
-    check_vacant(out)
+    if resumption is None:
+        check_vacant(out)
     if grid is not None:
-        return _run(config, out, listener, grid)
+        return _run(config, out, listener, grid, resumption)
     with ray_grid(config, verbose=verbose) or nullcontext() as started:
-        return _run(config, out, listener, started)
+        return _run(config, out, listener, started, resumption)
+
+
+def resume(
+    run: Path,
+    settings: Layer | None = None,
+    *,
+    listener: Listener = _ignore,
+    verbose: bool = False,
+    grid: RayGrid | None = None,
+) -> Outcome:
+    """Go on with a run where it was, whatever ended it; what comes out is what it would have been without the end.
+
+    Parameters
+    ----------
+    run : Path
+        The run directory.
+    settings : dict, optional
+        More rounds, or another machine: ``{"federation": {"rounds": 20}, "simulation": {"workers": 4}}``.
+    listener, verbose, grid
+        See `simulate`.
+
+    Raises
+    ------
+    FedpeftError
+        A setting that would make it another run, a run that another process writes, or what `simulate` raises.
+    """
+    from fedpeft.simulations.resuming import resuming
+
+    with resuming(run, settings) as resumption:
+        return simulate(resumption.config, run, listener=listener, verbose=verbose, grid=grid, resumption=resumption)
 
 
 def ray_grid(config: RunConfig, *, verbose: bool = False) -> RayGrid | None:
@@ -82,7 +117,9 @@ def ray_grid(config: RunConfig, *, verbose: bool = False) -> RayGrid | None:
     )
 
 
-def _run(config: RunConfig, out: Path, listener: Listener, grid: RayGrid | None) -> Outcome:
+def _run(
+    config: RunConfig, out: Path, listener: Listener, grid: RayGrid | None, resumption: Resumption | None
+) -> Outcome:
     """Run on Ray, or without it in this process.
 
     Mistakes come out before Ray starts. Then its workers import the same large libraries as this process, and beside
@@ -101,8 +138,8 @@ def _run(config: RunConfig, out: Path, listener: Listener, grid: RayGrid | None)
     from fedpeft.simulations.grids.inline import InlineGrid
 
     if grid is None:
-        return drive(config, out, listener, InlineGrid(app, threads=config.simulation.threads_per_worker))
+        return drive(config, out, listener, InlineGrid(app, threads=config.simulation.threads_per_worker), resumption)
     if not config.presets:
         check_rows(resident(config))
         grid.start()  # its workers start while this process loads the model
-    return drive(config, out, listener, grid)
+    return drive(config, out, listener, grid, resumption)

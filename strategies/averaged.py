@@ -19,7 +19,7 @@ from fedpeft.adapters.state import AdapterState, ClientUpdate, Role, role_of
 from fedpeft.errors import ConfigError
 from fedpeft.strategies.algebra.means import trained_tensors, weighted_mean
 from fedpeft.strategies.averaging.robust import Robustness, robust_mean, trimmed_clients
-from fedpeft.strategies.averaging.server_optimizers import ServerOptimizer
+from fedpeft.strategies.averaging.server_optimizers import ServerOptimizer, tensor_of
 from fedpeft.strategies.base import AdapterStrategy, StrategyOptions
 
 # which kind of robust mean reads which option
@@ -123,6 +123,11 @@ class AveragingStrategy(AdapterStrategy):
         return {
             name: tensor for optimizer in self._optimizers.values() for name, tensor in optimizer.state_dict().items()
         }
+
+    def recall(self, memory: Mapping[str, Tensor]) -> None:
+        """Take up the state of the server optimizer."""
+        for role, optimizer in self._optimizers.items():
+            optimizer.load_state_dict({name: t for name, t in memory.items() if role_of(tensor_of(name)) is role})
 
     def average(
         self, updates: Iterable[ClientUpdate], current: AdapterState, trains_a: bool = True, trains_b: bool = True

@@ -19,7 +19,7 @@ from torch import Tensor
 from fedpeft.adapters.state import AdapterState, ClientUpdate
 from fedpeft.config import AdapterConfig, describe
 from fedpeft.config.section import Section
-from fedpeft.errors import ConfigError, nearest
+from fedpeft.errors import CheckpointError, ConfigError, nearest
 from fedpeft.strategies.averaging.private_mean import require_sums
 from fedpeft.strategies.capabilities import Capabilities
 from fedpeft.strategies.rounds.exchange import Exchange
@@ -151,6 +151,20 @@ class AdapterStrategy(Strategy):
     def memory(self) -> dict[str, Tensor]:
         """Return what the method remembers from round to round besides the adapter, for checkpoints."""
         return {}
+
+    def recall(self, memory: Mapping[str, Tensor]) -> None:
+        """Take up what `memory` returned: rounds then go on bit by bit as they would have.
+
+        Raises
+        ------
+        CheckpointError
+            There is something that the method does not know of.
+        """
+        if memory:
+            raise CheckpointError(
+                f"strategy '{self.name}' has no recall() for what its memory() returned ({', '.join(sorted(memory))}); "
+                "the run begins anew, or goes on with the strategy that it began with."
+            )
 
     # --- Flower's strategy ---------------------------------------------------------------------------------------
 

@@ -20,10 +20,10 @@ from fedpeft.resident import Resident, resident
 from fedpeft.runs import Listener, RunDirectory
 from fedpeft.strategies.base import AdapterStrategy
 from fedpeft.strategies.registry import find
+from fedpeft.strategies.rounds.checkpoints import Checkpoints, ClientStates, Resumed
 from fedpeft.strategies.rounds.loop import Loop
 from fedpeft.strategies.rounds.records import (
     Adapters,
-    Checkpoints,
     Explain,
     Journal,
     Outcome,
@@ -32,7 +32,7 @@ from fedpeft.strategies.rounds.records import (
     Records,
     Spending,
 )
-from fedpeft.strategies.rounds.scoring import Scoring
+from fedpeft.strategies.rounds.scoring import Map, Scoring
 from fedpeft.strategies.rounds.terms import RunTerms
 from fedpeft.wire import to_record
 
@@ -49,11 +49,17 @@ class Insight:
         Gives the clients' personal tensors.
     explain : callable, optional
         Says more of why a client raised than goes on record.
+    states : ClientStates, optional
+        What the clients keep from round to round.
+    map : callable, optional
+        Calls a function of a module with each job at the workers, as `Scoring` needs it.
     """
 
     client_ids: Mapping[int, str] = field(default_factory=dict)
     personal: Personal | None = None
     explain: Explain | None = None
+    states: ClientStates | None = None
+    map: Map | None = None
 
 
 def build_strategy(config: RunConfig, home: Resident, client_ids: Mapping[int, str] | None = None) -> AdapterStrategy:
@@ -111,6 +117,7 @@ def federate(
     insight: Insight | None = None,
     timeout: float | None = None,
     books: Books | None = None,
+    resumed: Resumed | None = None,
 ) -> Outcome:
     """Run all rounds on a grid, and leave a complete run directory whatever happens.
 
@@ -130,9 +137,10 @@ def federate(
         Seconds to wait for a round's replies; None waits for all.
     books : Books, optional
         Of what is spent, where the run is private.
+    resumed : Resumed, optional
+        From where the run goes on, if it is one that was begun.
     """
-    insight = insight or Insight()
-    home = resident(config)
+    insight, home = insight or Insight(), resident(config)
     adapted, method = home.adapted, build_strategy(config, home, insight.client_ids)
     # a personal factor is part of the server's adapter too, as drawn, since there is no layer without it
     initial = {name: tensor for name, tensor in adapted.initial.items() if name not in adapted.personal}
@@ -148,12 +156,14 @@ def federate(
         loop.watchers.append(Spending(journal, books, home, charge, lambda: (list(loop.client_ids.values()), kept)))
     if config.privacy.canaries:
         loop.watchers.append(PlantedRows(journal, home, initial))
-    facts = {"scaling": adapted.scaling, "strategy": method.name}
     every, last = config.run.checkpoint_every, config.federation.rounds
-    loop.watchers += [records, Checkpoints(directory, every, last, loop.memory, facts)]
+    keeper = Checkpoints(directory, every, last, loop.memory, insight.states, {"strategy": method.name})
+    loop.watchers = [keeper, *loop.watchers, records]  # at an end, what can be gone on from is saved first
     method.summary()
+    if resumed is not None:
+        loop.recall(resumed.checkpoint.round, keeper.goes_on(resumed))
     try:
-        loop.run(last, evaluate=Scoring(config, home, personal, insight.personal))
+        loop.run(last, evaluate=Scoring(config, home, personal, insight.personal, insight.map))
     except (KeyboardInterrupt, TooFewClientsError, BudgetSpentError):
         if not records.is_closed:  # what came while the end was written is in no outcome
             raise

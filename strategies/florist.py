@@ -23,7 +23,7 @@ What differs from the paper:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -38,6 +38,8 @@ from fedpeft.strategies.algebra.means import mean_dense, weighted_mean
 from fedpeft.strategies.algebra.spectra import decompose, truncate
 from fedpeft.strategies.base import AdapterStrategy, StrategyOptions
 from fedpeft.strategies.capabilities import FROZEN_A_KINDS, Capabilities, Merging
+
+BEGUN = "begun."  # of names in a checkpoint
 
 
 def kept_rank(S: Tensor, threshold: float) -> int:
@@ -102,7 +104,11 @@ class Florist(AdapterStrategy):
 
     def memory(self) -> dict[str, Tensor]:
         """Return the ranks that layers are filled up to."""
-        return {f"begun.{layer}": torch.tensor(rank) for layer, rank in self._begun.items()}
+        return {f"{BEGUN}{layer}": torch.tensor(rank) for layer, rank in self._begun.items()}
+
+    def recall(self, memory: Mapping[str, Tensor]) -> None:
+        """Take up the ranks that layers are filled up to."""
+        self._begun = {name.removeprefix(BEGUN): int(rank) for name, rank in memory.items()}
 
     def aggregate(self, updates: Iterable[ClientUpdate], current: AdapterState, server_round: int = 1) -> AdapterState:
         """Decompose every layer's DW and keep as many ranks as it needs; see `kept_rank`."""

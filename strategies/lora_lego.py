@@ -49,6 +49,7 @@ from fedpeft.strategies.base import AdapterStrategy, StrategyOptions
 from fedpeft.strategies.capabilities import FROZEN_A_KINDS, Capabilities, Merging
 from fedpeft.strategies.rounds.ranks import cut
 
+SCALING = ".scaling"  # ends names in a checkpoint
 Reweight = Literal["least-squares", "paper", "none"]
 
 # Layers of equal shape are clustered together, up to this many bytes: small layers then cost fewer calls.
@@ -279,6 +280,26 @@ class LoraLego(AdapterStrategy):
             f"rank-{rank}.{name}": tensor
             for rank, factors in self._smaller.items()
             for name, tensor in AdapterState(factors).to_tensors().items()
+        } | {
+            f"rank-{rank}.{layer}{SCALING}": torch.tensor(f.scaling, dtype=torch.float64)
+            for rank, factors in self._smaller.items()
+            for layer, f in factors.items()
+        }
+
+    def recall(self, memory: Mapping[str, Tensor]) -> None:
+        """Take up what clients of smaller ranks are sent."""
+        by_rank: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in memory.items():
+            stem, _, own = name.partition(".")
+            by_rank.setdefault(int(stem.removeprefix("rank-")), {})[own] = tensor
+        self._smaller = {
+            rank: {
+                layer: replace(f, scaling=float(tensors[layer + SCALING]))
+                for layer, f in AdapterState.from_tensors(
+                    {name: tensor for name, tensor in tensors.items() if not name.endswith(SCALING)}, 1.0
+                ).factors.items()
+            }
+            for rank, tensors in by_rank.items()
         }
 
     def aggregate(self, updates: Iterable[ClientUpdate], current: AdapterState, server_round: int = 1) -> AdapterState:

@@ -29,7 +29,7 @@ UNITS: tuple[tuple[str, ...], ...] = (
     ("cache",),
     ("presets", "data.formats"),
     ("config",),
-    ("bases",),
+    ("bases", "mapped", "dropout", "attention", "allocation"),
     ("data",),
     ("tasks",),
     ("models", "runs"),

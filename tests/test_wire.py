@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Metadata, MetricRecord, RecordDict
+from flwr.app.message import make_message
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,9 +21,13 @@ from fedpeft.wire import (
     METRICS_RECORD,
     ORDER_KEYS,
     Identity,
+    LentArray,
     ShortAnswer,
     TrainAnswer,
     TrainOrder,
+    payload_bytes,
+    to_record,
+    to_tensors,
 )
 
 WHOLE = st.integers(0, 2**62)
@@ -189,3 +195,68 @@ def test_what_a_later_version_says_besides_is_left_alone() -> None:
     answer.metric_records[METRICS_RECORD]["later"] = 1.0
     assert TrainOrder.from_record(order).settings == {"later": "x"}
     assert TrainAnswer.from_record(answer) == ANSWER
+
+
+ARRAYS = {
+    "plain": np.arange(6, dtype=np.float32).reshape(2, 3),
+    "columns first": np.asfortranarray(np.arange(6, dtype=np.float64).reshape(2, 3)),
+    "every other": np.arange(12, dtype=np.int64)[::2],
+    "one number": np.array(2.5, np.float16),
+    "nothing": np.zeros((0, 4), np.float32),
+    "truths": np.array([True, False]),
+}
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_tensors_are_written_as_flower_writes_arrays_and_read_as_it_reads_them(name: str) -> None:
+    values = ARRAYS[name]
+    theirs, ours = Array(values), to_record({"x": torch.from_numpy(values)})["x"]
+    assert (ours.dtype, ours.shape, ours.stype, ours.data) == (theirs.dtype, theirs.shape, theirs.stype, theirs.data)
+    lent = LentArray(theirs.dtype, theirs.shape, theirs.stype, memoryview(theirs.data))
+    for array in (theirs, lent):
+        record = ArrayRecord()
+        record["x"] = array
+        read = to_tensors(record)["x"].numpy()
+        assert read.dtype == values.dtype
+        assert read.flags.c_contiguous == theirs.numpy().flags.c_contiguous
+        assert np.array_equal(read, values)
+        assert read.flags.writeable
+
+
+def test_an_array_over_lent_memory_is_counted_and_read_there_and_copied_for_whoever_asks_for_bytes() -> None:
+    theirs, memory = Array(np.ones(3, np.float32)), bytearray(Array(np.ones(3, np.float32)).data)
+    lent = LentArray(theirs.dtype, theirs.shape, theirs.stype, memoryview(memory))
+    record = ArrayRecord()
+    record["x"] = lent
+    assert (
+        payload_bytes(make_message(Metadata(1, "", 2, 0, "", "1", 0.0, 60.0, "train"), RecordDict({"a": record}))) == 12
+    )
+    assert to_tensors(record)["x"].tolist() == [1.0, 1.0, 1.0]
+    with pytest.raises(BufferError):
+        memory.append(0)
+    memory[-12:] = bytes(12)
+    again = ArrayRecord({"x": lent})["x"]  # as Flower copies records
+    memory.append(0)  # nothing is lent any more
+    assert lent.data == again.data == bytes(memory[:-1])
+    assert lent.numpy().tolist() == [0.0, 0.0, 0.0]
+
+
+def header(text: str) -> bytes:
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"no array",
+        Array(np.ones(5)).data[:-1],
+        header("{'descr': '<f4', 'fortran_order': False, 'shape': (-1,)}\n") + bytes(8),
+        header("{'descr': '|O', 'fortran_order': False, 'shape': (1,)}\n") + bytes(8),
+        header("{'descr': '<f4', 'fortran_order': False}\n"),
+        header("{" + " " * 20_000 + "}\n"),
+    ],
+)
+def test_bytes_that_are_no_array_are_refused(data: bytes) -> None:
+    with pytest.raises((ValueError, TypeError, EOFError)):
+        to_tensors(ArrayRecord({"x": Array("float32", (5,), "numpy.ndarray", data)}))

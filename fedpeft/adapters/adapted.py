@@ -17,10 +17,13 @@ from fedpeft import tasks
 from fedpeft.adapters.base_change import BaseWeights, check_plain
 from fedpeft.adapters.draws import draw_a, first_ranks
 from fedpeft.adapters.export import PEFT_PREFIX, write_adapter, write_labels
+from fedpeft.adapters.fused import fuse
 from fedpeft.adapters.initial import adapt
 from fedpeft.adapters.kinds import INITS, Kind
+from fedpeft.adapters.stacks import within
 from fedpeft.adapters.state import A_SUFFIX, AdapterState, LoraFactors, Role, base_changes, fingerprint, role_of
 from fedpeft.adapters.targets import ALL_LINEAR, check_layers, choose_targets, left_out
+from fedpeft.allocation import keep_freed_memory
 from fedpeft.config import RunConfig
 from fedpeft.errors import AdapterError, nearest
 from fedpeft.models import BaseModel, num_threads, seeded
@@ -113,6 +116,8 @@ class AdaptedModel:
                 f"adapter.kind = '{self.kind.name}' begins at random values, equal at all clients, with which the "
                 "model computes something else than its base",
             )
+        fuse(self.model)
+        keep_freed_memory()
         self._layers = [each for each in self.model.modules() if isinstance(each, LoraLayer) and self.kind.resizable]
         self._base_weights = self._weights_of_layers()
         self._check_roles()
@@ -129,10 +134,17 @@ class AdaptedModel:
         everything = tuple(adapter.targets or ()) == (ALL_LINEAR,)
         if self.kind.choose is not None:
             self.notes: tuple[str, ...] = tuple(base.notes)
-            return self.kind.choose(base.model, adapter.targets)
+            chosen = self.kind.choose(base.model, adapter.targets)
+            kept = within(base.model, base.head, chosen, adapter.layers)
+            if adapter.layers is not None and not kept:
+                raise AdapterError(
+                    f"adapter.layers = '{adapter.layers}' leaves adapter.kind = '{adapter.kind}' nothing to adapt; "
+                    "drop it."
+                )
+            return kept
         needed = self.init.ranks * adapter.rank if everything else adapter.rank
         needed = needed if self.kind.rank else 1
-        targets = choose_targets(base, adapter.targets, needed)
+        targets = choose_targets(base, adapter.targets, needed, adapter.layers)
         check_layers(base, targets, adapter)
         self.notes = (*base.notes, *(left_out(base, needed) if everything else ()))
         return targets

@@ -14,6 +14,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fedpeft.adapters.base_change import check_plain
 from fedpeft.adapters.kinds import INITS, KINDS
+from fedpeft.adapters.stacks import within
 from fedpeft.config import AdapterConfig
 from fedpeft.errors import AdapterError, nearest
 from fedpeft.models import BaseModel
@@ -93,7 +94,7 @@ def _computes_as_linear(module: nn.Module) -> bool:
     return isinstance(scores, Tensor) and scores.shape == (1, module.out_features)
 
 
-def choose_targets(base: BaseModel, targets: Sequence[str] | None, rank: int) -> list[str]:
+def choose_targets(base: BaseModel, targets: Sequence[str] | None, rank: int, layers: str | None = None) -> list[str]:
     """Return the full names of the modules to adapt.
 
     Parameters
@@ -104,12 +105,14 @@ def choose_targets(base: BaseModel, targets: Sequence[str] | None, rank: int) ->
         Module names, or their last parts, or ``all-linear``; None takes the attention's query and value projections.
     rank : int
         Must not exceed the smaller side of any target.
+    layers : str, optional
+        ``adapter.layers``: only modules of these blocks, and those of none.
 
     Raises
     ------
     AdapterError
-        A target that matches nothing, or a rank larger than a layer that is named. ``all-linear`` leaves such layers
-        out, see `left_out`.
+        Blocks that there are not, a target that matches nothing, or a rank larger than a layer that is named.
+        ``all-linear`` leaves such layers out, see `left_out`.
     """
     modules = adaptable_modules(base)
     if not modules:
@@ -117,6 +120,10 @@ def choose_targets(base: BaseModel, targets: Sequence[str] | None, rank: int) ->
             f"'{base.folder}' ({type(base.model).__name__}) has no linear layers outside its head, and every "
             "adapter.kind needs some. Take a base that has, such as ViT, Swin or ConvNeXt for images, BERT for texts."
         )
+    kept = within(base.model, base.head, modules, layers)
+    if not kept:
+        raise AdapterError(f"adapter.layers = '{layers}' leaves no linear module of '{base.folder}' to adapt.")
+    modules = {name: modules[name] for name in kept}
     leaves = Counter(name.rpartition(".")[2] for name in modules)
     if targets is None:
         known = [names for names in QUERY_VALUE if all(name in leaves for name in names)]
@@ -134,8 +141,8 @@ def choose_targets(base: BaseModel, targets: Sequence[str] | None, rank: int) ->
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in modules):
             raise AdapterError(
-                f"adapter.targets: '{target}' matches no linear module of '{base.folder}' that PEFT adapts. "
-                f"{nearest(target, leaves)}"
+                f"adapter.targets: '{target}' matches no linear module of '{base.folder}' that PEFT "
+                f"adapts{_among(layers)}. {nearest(target, leaves)}"
             )
     chosen = [n for n in modules if any(n == target or n.endswith(f".{target}") for target in targets)]
     for name in chosen:
@@ -145,6 +152,10 @@ def choose_targets(base: BaseModel, targets: Sequence[str] | None, rank: int) ->
                 f"at most {min(modules[name])} is allowed here."
             )
     return chosen
+
+
+def _among(layers: str | None) -> str:
+    return "" if layers is None else f", within adapter.layers = '{layers}'"
 
 
 def left_out(base: BaseModel, rank: int) -> list[str]:

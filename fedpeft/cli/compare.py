@@ -10,6 +10,7 @@ import typer
 
 from fedpeft.cli.options import Asked, Json, Verbose, end_of_runs, quiet, show, spread
 from fedpeft.cli.output import saved
+from fedpeft.cli.signals import stoppable
 
 
 @spread(without={"words", "strategy"})
@@ -39,7 +40,7 @@ def compare(
     where one client holds all rows and makes as many steps a round as all clients of a round together.
 
     Writes OUT/METHOD/seed-N/, comparison.json and comparison.md. With the same words and --out, an interrupted
-    comparison goes on where it was: runs that are complete are not repeated.
+    comparison goes on where it was, inside a run too: rounds that are done are not repeated.
     """
     quiet(verbose)
     from fedpeft.report.comparison import comparison_table
@@ -51,7 +52,8 @@ def compare(
     config = asked.config(rest)
     folder = out or default_folder()
     jobs = plan_jobs(rows, config, seeds, folder)
-    compared = run_jobs(jobs, config, tell=lambda line: print(line, file=sys.stderr, flush=True), verbose=verbose)
+    with stoppable():
+        compared = run_jobs(jobs, config, tell=lambda line: print(line, file=sys.stderr, flush=True), verbose=verbose)
     facts = write_comparison(jobs, compared, folder)
     saved(folder)
     if compared.runs or json_lines:

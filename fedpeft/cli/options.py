@@ -213,6 +213,6 @@ def end_of_runs(compared: Compared, total: int, folder: Path, out: Path | None) 
         again = sys.argv[1:] if out is not None else [*sys.argv[1:], "--out", str(folder)]
         line = f"{len(compared.runs)} of {total} runs are done; go on with: fedpeft {shlex.join(again)}"
         print(f"interrupted: {line}", file=sys.stderr)
-        raise typer.Exit(INTERRUPTED)
+        raise typer.Exit(compared.interrupted)
     if compared.failed:
         raise typer.Exit(1)  # each was told of when it failed

@@ -2,38 +2,55 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedpeft.cli.options import INTERRUPTED, Asked, Json, Verbose, quiet, show, spread
+from fedpeft.cli.options import Asked, Json, Verbose, quiet, show, spread
 from fedpeft.cli.output import saved
+from fedpeft.cli.signals import stoppable
+from fedpeft.errors import ConfigError
 
 if TYPE_CHECKING:
     from fedpeft.config import RunConfig
+    from fedpeft.simulations.resuming import Resumption
 
 
 @spread()
 def simulate(
     asked: Asked,
     out: Annotated[Path | None, typer.Option(help="Exactly where the run directory goes.")] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN",
+            help="Go on with this run where it was; federation.rounds=N adds rounds, and --workers may differ.",
+            show_default=False,
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run; train nothing.")] = False,
     json_lines: Json = False,
     verbose: Verbose = False,
 ) -> None:
     """Simulate a federation here: many clients, one machine or a Ray cluster.
 
-    Without model and data it runs the embedded `digits` preset.
+    Without model and data it runs the embedded `digits` preset. Ctrl-C ends a run so that it can go on: the last lines
+    say how.
     """
+    if resume is not None:
+        if out is not None or dry_run or asked.preset is not None:
+            other = "--out" if out is not None else "--dry-run" if dry_run else "--preset"
+            raise ConfigError(f"{other} does not go with --resume, which goes on with the run in '{resume}'; drop it.")
+        _go_on(resume, asked, json_lines, verbose)
+        return
     config = asked.config()
     quiet(verbose)
     if dry_run:
         _dry_run(config, json_lines)
         return
-    from fedpeft.report.console import JsonListener
-    from fedpeft.report.terminal import TerminalListener
     from fedpeft.runs import check_vacant
     from fedpeft.strategies import with_typed_options
 
@@ -42,17 +59,50 @@ def simulate(
     config = with_typed_options(config)
     if not json_lines:
         _introduce(config)
-    with JsonListener() if json_lines else TerminalListener(config) as listener:
-        from fedpeft.simulations.simulate import simulate as run
+    _carry_out(config, out, None, json_lines, verbose)
 
-        outcome = run(config, out, listener=listener, verbose=verbose)
-        _write_report(outcome.path, listener)
-        listener.finish(outcome.path)
-    saved(outcome.path)
-    if outcome.error is not None:
-        raise typer.Exit(outcome.error.exit_code)  # the summary has said why
-    if outcome.reason == "interrupted":
-        raise typer.Exit(INTERRUPTED)
+
+def _go_on(run: Path, asked: Asked, json_lines: bool, verbose: bool) -> None:
+    """Go on with a run, unless there is nothing left to do."""
+    from fedpeft.config import merge
+
+    quiet(verbose)
+    from fedpeft.simulations.resuming import caution, is_complete, resuming
+
+    with resuming(run, merge(asked.layers())) as resumption:
+        config = resumption.config
+        if is_complete(run, config):
+            if not json_lines:
+                rounds = config.federation.rounds
+                print(f"'{run}' is complete, all {rounds} rounds; more: federation.rounds={2 * rounds}, for example")
+            return
+        if words := caution(run, config):
+            print(f"warning: {words}", file=sys.stderr)
+        _carry_out(config, run, resumption, json_lines, verbose)
+
+
+def _carry_out(
+    config: RunConfig, out: Path | None, resumption: Resumption | None, json_lines: bool, verbose: bool
+) -> None:
+    """Run, write the report, and exit as the run ended."""
+    from fedpeft.report.console import JsonListener
+    from fedpeft.report.terminal import TerminalListener
+
+    with stoppable():
+        with JsonListener() if json_lines else TerminalListener(config) as listener:
+            from fedpeft.simulations.simulate import simulate as run
+
+            if resumption is not None:
+                resumption.recall = listener.recall
+            outcome = run(config, out, listener=listener, verbose=verbose, resumption=resumption)
+            _write_report(outcome.path, listener)
+            listener.finish(outcome.path)
+        saved(outcome.path)
+        if outcome.error is not None:
+            raise typer.Exit(outcome.error.exit_code)  # the summary has said why
+        if outcome.reason == "interrupted":
+            print(f"go on with: fedpeft simulate --resume {shlex.quote(str(outcome.path))}", file=sys.stderr)
+            raise typer.Exit(outcome.exit_code)
 
 
 def _introduce(config: RunConfig) -> None:

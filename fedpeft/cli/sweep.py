@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Annotated
 import typer
 
 from fedpeft.cli.options import PLAIN, Asked, Voice, end_of_runs, quiet, show, spread
+from fedpeft.cli.signals import stoppable
 from fedpeft.errors import ConfigError
 
 
@@ -50,7 +52,7 @@ def sweep(
     budget, and every combination is checked before anything runs.
 
     Writes OUT/COMBINATION/seed-N/, sweep.json, sweep.md and sweep.png. With the same words and --out, an interrupted
-    sweep goes on where it was.
+    sweep goes on where it was, inside a run too.
     """
     quiet(voice.verbose)
     level = protection.level
@@ -79,7 +81,9 @@ def sweep(
     methods = [config.strategy.name] if strategies is None else split_strategies(strategies)
     folder = out or default_folder("sweep")
     jobs = plan_sweep(sweep_points(kinds, methods, budgets, config.privacy), config, seeds, folder)
-    swept = run_jobs(jobs, config, tell=lambda line: print(line, file=sys.stderr, flush=True), verbose=voice.verbose)
+    with stoppable():
+        tell = functools.partial(print, file=sys.stderr, flush=True)
+        swept = run_jobs(jobs, config, tell=tell, verbose=voice.verbose)
     facts = write_sweep(jobs, swept, folder)
     if swept.runs or voice.json_lines:
         show(facts, sweep_table, voice.json_lines)

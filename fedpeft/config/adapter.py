@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, model_ser
 from fedpeft.adapters.kinds import INITS, KINDS, Head, Init, Kind
 from fedpeft.adapters.kinds.options import Option, typed
 from fedpeft.config.section import Section
-from fedpeft.config.values import Names, Ranks, split_list
+from fedpeft.config.values import Joined, Names, Ranks, split_list
 
 
 class AdapterConfig(Section):
@@ -40,6 +40,11 @@ class AdapterConfig(Section):
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout before A while training")
     targets: Names | None = Field(
         None, min_length=1, description="module names to adapt, or all-linear; query and value if unset"
+    )
+    layers: Joined | None = Field(
+        None,
+        description="which of the model's blocks are adapted: last:2, first:3, or their numbers from 0, such as 0,1,5; "
+        "all if unset",
     )
     head: Head | None = Field(
         None,

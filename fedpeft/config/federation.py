@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -45,11 +45,22 @@ class SimulationConfig(Section):
         None, ge=0, description="Ray workers; auto: what cores, memory and GPUs bear; 0 trains in this process"
     )
     threads_per_worker: int = Field(1, ge=1, description="CPU threads of a worker")
+    batch_clients: Literal["auto", "off"] | Annotated[int, Field(ge=1)] = Field(
+        "off", description="clients that a worker trains in one forward: a number, or auto by a timing at the start"
+    )
     gpus_per_worker: Annotated[float | None, BeforeValidator(number_or_auto)] = Field(
         None, ge=0, description="share of a GPU per worker; auto: as many on each as its memory bears; 0 uses none"
     )
     address: str | None = Field(
         None, min_length=1, description="Ray cluster to run on, auto for the one here; RAY_ADDRESS, or an own, if unset"
+    )
+    prefix_cache: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="keep each row's hidden states below the lowest adapted block on disk; auto is decided as the run "
+        "begins, and config.toml says how",
+    )
+    prefix_cache_limit: float | None = Field(
+        None, gt=0, description="gigabytes that all such states take at most; 10 or a fifth of the free disk if unset"
     )
 
 
@@ -62,4 +73,5 @@ class RunSection(Section):
     evaluate_clients: bool = Field(False, description="also score each client's share of the test rows")
     evaluate_batch_size: int = Field(64, ge=1, description="rows a batch in evaluation")
     aggregation_error: bool = Field(True, description="measure how far the sent adapter is from the mean of updates")
-    checkpoint_every: int = Field(5, ge=1, description="rounds between checkpoints; the newest two are kept")
+    checkpoint_every: int = Field(1, ge=1, description="rounds between checkpoints, from which a run can be resumed")
+    keep_checkpoints: int = Field(2, ge=1, description="how many of the newest checkpoints are kept")

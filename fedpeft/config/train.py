@@ -23,6 +23,11 @@ class TrainConfig(Section):
         None, ge=1, description="passes over the client's rows a round; 1 if neither is set"
     )
     batch_size: int = Field(16, ge=1, description="rows a step")
+    bucket: int = Field(
+        8,
+        ge=1,
+        description="sort the texts of so many batches by length, to pad less; 1 is off, and privacy needs none",
+    )
     learning_rate: float = Field(1e-3, gt=0, description="step size")
     optimizer: Annotated[str, OneOf(OPTIMIZERS)] = Field("adamw", description="begins afresh each round")
     lr_schedule: Annotated[str, OneOf(SCHEDULES)] = Field("constant", description="decay over all rounds' steps")

@@ -33,6 +33,14 @@ def number_or_auto(value: object, info: ValidationInfo) -> object:
     return value
 
 
+def join_list(value: object) -> object:
+    """Read ``[0, 1, 5]`` or 5 as ``"0,1,5"`` or ``"5"``: what :func:`split_list` takes apart."""
+    if isinstance(value, list | tuple):
+        return ",".join(str(part) for part in value)
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+Joined = Annotated[str, BeforeValidator(join_list)]
 Names = Annotated[tuple[str, ...], BeforeValidator(split_list)]
 Ranks = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1), BeforeValidator(split_list)]
 

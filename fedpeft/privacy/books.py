@@ -11,10 +11,11 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from fedpeft.adapters.state import ClientUpdate, PrivacyClaim
 from fedpeft.config import RunConfig
-from fedpeft.errors import BudgetSpentError
+from fedpeft.errors import BudgetSpentError, LedgerError
 from fedpeft.jsons import strict_json
 from fedpeft.privacy.accounting import Charge, merged, spent, upper_bound
 from fedpeft.privacy.budget import Budget, Limit, charged
@@ -47,6 +48,8 @@ class Books:
         Whether sites keep their own ledgers and tell of them: a deployment.
     largest : int, optional
         Rows of the client that has most, where somebody knows and it may not be told.
+    resumes : bool
+        Whether the run goes on, and its ledger with it.
     """
 
     def __init__(
@@ -57,15 +60,45 @@ class Books:
         *,
         told: bool = False,
         largest: int | None = None,
+        resumes: bool = False,
     ) -> None:
         self.config, self.directory, self.told = config, directory, told
-        self.ledger = Ledger.create(directory.path / LEDGER, "run")
+        path = directory.path / LEDGER
+        self.ledger = Ledger(path, "run") if resumes else Ledger.create(path, "run")
+        self.ledger.entries()  # whatever is wrong with it comes out before anybody trains
         self.run = directory.path.name
         self._level = level_of(config.privacy)
         self._examples, self._largest = dict(clients), largest
         self._known: dict[str, Charge] = {}  # one round's charge of each site, as it last told
         self._silent: set[str] = set()
         self._settled = 0
+
+    def memory(self) -> dict[str, Any]:
+        """Return what is known beside the ledger, as plain JSON, and how many charges the ledger holds."""
+        return {
+            "charges": len(self.ledger.entries()),
+            "examples": self._examples if self.told else {},
+            "known": {client: vars(charge) for client, charge in self._known.items()},
+            "silent": sorted(self._silent),
+            "settled": self._settled,
+        }
+
+    def recall(self, memory: Mapping[str, Any]) -> None:
+        """Take up what `memory` returned; the ledger may hold more since, and never less.
+
+        Raises
+        ------
+        LedgerError
+            It holds less: charges are missing.
+        """
+        if (held := len(self.ledger.entries())) < memory["charges"]:
+            raise LedgerError(
+                f"the privacy ledger '{self.ledger.path}' holds {held} charges, and held {memory['charges']} when the "
+                "checkpoint was written. Nobody trains on it. Put back the copy that holds all charges."
+            )
+        self._examples |= memory["examples"]
+        self._known = {client: Charge(**charge) for client, charge in memory["known"].items()}
+        self._silent, self._settled = set(memory["silent"]), memory["settled"]
 
     def begin_round(self, server_round: int, charge: Charge) -> None:
         """Charge everybody for a round, before anybody is drawn.

@@ -310,6 +310,16 @@ def advice(adapted: AdaptedModel, layers: Collection[str]) -> str:
     return f"Choose {', '.join(steps)}, another model, or privacy.level=client."
 
 
+def drawn_batches(rows: Rows, mechanism: RecordMechanism, randomness: Randomness) -> Iterator[Rows]:
+    """Draw each step's batch of a client's rows, when it is asked for: its noise comes from the same randomness."""
+    if mechanism.shuffled is not None:
+        rng = np.random.default_rng(randomness.seed())
+        yield from batches(rows, mechanism.shuffled, mechanism.steps, rng)
+        return
+    for _ in range(mechanism.steps):
+        yield rows[randomness.uniform(len(rows)) < mechanism.sample_rate]
+
+
 class PrivateGradients:
     """The private gradients of one client's round; see `fedpeft.training.local.Gradients`.
 
@@ -353,19 +363,11 @@ class PrivateGradients:
     def batches(self) -> Iterator[Rows]:
         """Draw each step's batch: independent of each other, and possibly empty."""
         before = None if self._engine.has_moved else [p.detach().clone() for p in self._clipping.params]
-        for batch in self._drawn():
+        for batch in drawn_batches(self._rows, self._mechanism, self._randomness):
             yield batch
             if before is not None:
                 self._see_that_weights_moved(before)
                 before = None
-
-    def _drawn(self) -> Iterator[Rows]:
-        if self._mechanism.shuffled is not None:
-            rng = np.random.default_rng(self._randomness.seed())
-            yield from batches(self._rows, self._mechanism.shuffled, self._mechanism.steps, rng)
-            return
-        for _ in range(self._mechanism.steps):
-            yield self._rows[self._randomness.uniform(len(self._rows)) < self._mechanism.sample_rate]
 
     def compute(self, batch: Rows) -> tuple[float, int]:
         """Leave the noised mean gradient in ``.grad``; the losses that are returned are NOT private."""

@@ -40,7 +40,7 @@ import datasets
 import numpy as np
 import PIL.Image
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fedpeft import tasks
@@ -53,6 +53,7 @@ from fedpeft.privacy.dp_sgd import RowEngine, advice, layer_of
 from fedpeft.resident import Resident
 from fedpeft.seeds import derive_seed, generator
 from fedpeft.tasks.encoding import encode_table
+from fedpeft.training.batched.layers import drop_rates
 from fedpeft.training.local import training_mode
 
 # relative to the norm of a row's gradient of one tensor, by train.precision
@@ -267,7 +268,7 @@ def probing(adapted: AdaptedModel, seed: int) -> Iterator[None]:
     tensors = {name: adapted.parameter(name).detach().clone() for name in adapted.trained}
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     modes = {module: module.training for module in model.modules()}
-    rates = [(module, name, rate) for module in model.modules() for name, rate in _drop_rates(module)]
+    rates = [(module, name, rate) for module in model.modules() for name, rate in drop_rates(module)]
     try:
         with torch_seed(derive_seed(seed, "probe")), torch.no_grad():
             for name, tensor in tensors.items():
@@ -292,16 +293,6 @@ def probing(adapted: AdaptedModel, seed: int) -> Iterator[None]:
         adapted.begin_training([name for name, flag in flags.items() if flag])
         for name, gradient in gradients.items():
             adapted.parameter(name).grad = gradient
-
-
-def _drop_rates(module: nn.Module) -> list[tuple[str, float]]:
-    """Return what of a module is a rate of dropping something: numbers named so, and the p of dropout layers."""
-    dropout = "dropout" in type(module).__name__.lower()
-    return [
-        (name, value)
-        for name, value in vars(module).items()
-        if isinstance(value, float) and ("drop" in name or "jitter" in name or (dropout and name == "p"))
-    ]
 
 
 class _NoDropout(TorchFunctionMode):

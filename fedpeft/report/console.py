@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self, TextIO
 
@@ -72,6 +73,9 @@ class JsonListener:
 
     def __exit__(self, *raised: object) -> None:
         pass
+
+    def recall(self, events: Iterable[Event]) -> None:
+        """Print nothing of what a run that goes on has printed before."""
 
     def finish(self, run: Path) -> None:
         """Print nothing: the end was an event."""

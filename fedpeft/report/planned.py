@@ -60,7 +60,8 @@ def _kind_in_words(adapter: AdapterConfig, layers: int) -> str:
     ranks = f"{', '.join(map(str, adapter.ranks))} in turn" if adapter.ranks else str(adapter.rank)
     numbers = {"rank": f"rank {ranks}", "alpha": f"alpha {adapter.alpha:g}"}
     own = [said for key, said in numbers.items() if key not in adapter.facts.lacks]
-    return ", ".join([adapter.kind, *own, f"{layers} layers ({targets})"])
+    among = "" if adapter.layers is None else f" of blocks {adapter.layers}"
+    return ", ".join([adapter.kind, *own, f"{layers} layers ({targets}{among})"])
 
 
 def _of_model(facts: Mapping[str, Any], config: RunConfig) -> list[tuple[str, object]]:
@@ -98,6 +99,7 @@ def _of_rounds(facts: Mapping[str, Any], config: RunConfig) -> list[tuple[str, o
             "a round trains",
             f"{length} with batches of {train.batch_size}, {train.optimizer}, learning rate {train.learning_rate:g}",
         ),
+        ("prefix cache", facts["prefix_cache"]["said"]),
         ("partition", f"{config.partition.scheme}{_partition_options(config)}"),
         ("clients", rows_summary(list(facts["client_rows"].values()))),
         ("rounds", f"{rounds}, {_cohorts(facts, config)}"),

@@ -33,6 +33,8 @@ def runs_table(runs: Sequence[Facts], folder: Path) -> RenderableType:
             continue
         method = Text.assemble(one_line(facts["strategy"]), "\n", (one_line(facts["preset"] or facts["task"]), "dim"))
         rounds = Text.assemble(f"{facts['rounds']}/{facts['planned']}", "\n", (facts["state"], style))
+        if (done := facts.get("resumable")) is not None:
+            rounds.append(f"\nresumable at round {done}", "dim")
         score = Text(NONE)
         if facts["metric"]:
             change = f"{number(facts['first'])} -> {number(facts['last'])}"

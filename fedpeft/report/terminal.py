@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -125,6 +125,14 @@ class TerminalListener:
         self._stop()
         if not self._finished and (self.history.rounds or self.history.evaluations):
             self._finish(None)
+
+    def recall(self, events: Iterable[Event]) -> None:
+        """Know what happened before a run goes on, without showing it again."""
+        for event in events:
+            self.history.add(event)
+        self._marks.clear()
+        self._marks.append((self.history.done, self._clock()))
+        self._status = self._new_status()
 
     def finish(self, run: Path) -> None:
         """Take the bar away and print the summary.

@@ -6,25 +6,36 @@ import errno
 import json
 import os
 import re
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 from urllib.parse import quote
 
 from fedpeft.config import RunConfig, read_toml, resolve
 from fedpeft.errors import RunDirectoryError
 from fedpeft.jsons import to_json
+from fedpeft.runs.checkpoints import (
+    Checkpoint,
+    checkpoint_rounds,
+    remove_checkpoint,
+    sync,
+    write_checkpoint,
+)
+from fedpeft.runs.lock import LOCK_FILE, RunLock
 from fedpeft.runs.machine import environment
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 CONFIG_FILE, ENVIRONMENT_FILE, EVENTS_FILE = "config.toml", "environment.json", "metrics.jsonl"
-ADAPTER, CHECKPOINTS = "adapter", "checkpoints"
+ADAPTER, CLIENTS = "adapter", "clients"  # folders
 CANARIES = "canaries.json"  # planted rows, their coins and their scores
-KEPT_CHECKPOINTS = 2
+UNBORN = (LOCK_FILE, f".{CONFIG_FILE}")  # all that is left of a run that was killed before it was one
+SIMULATED = "simulated"  # key of environment.json: whether the clients' states are in this folder
+RESUMES = "resumes"  # key of environment.json: when and where the run went on
 
 Event = dict[str, Any]
 Listener = Callable[[Event], None]
@@ -65,12 +76,12 @@ def check_vacant(path: Path) -> None:
         raise RunDirectoryError(
             f"'{path}' already holds a run, which is not overwritten; give another --out, or remove it."
         )
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and (not path.is_dir() or any(inner.name not in UNBORN for inner in path.iterdir())):
         raise RunDirectoryError(f"'{path}' exists and is not an empty folder; give another --out.")
 
 
 class RunDirectory:
-    """One run's folder.
+    """One run's folder, which nobody else writes into until it is closed.
 
     A disk that fills up while the run goes on loses no result: events that cannot be written are kept and written
     later, a checkpoint that does not fit is skipped, and the space of the final adapter is reserved from the start.
@@ -78,38 +89,102 @@ class RunDirectory:
     Parameters
     ----------
     path : Path
-        The folder; must hold nothing.
+        The folder; must hold nothing, unless it is gone on with.
     config : RunConfig
         The resolved configuration, written as config.toml.
     adapter_bytes : int
         Size of the adapter.
     details : mapping, optional
         Further facts for environment.json, such as a preset's provenance.
+    lock : RunLock, optional
+        Of a run that goes on: the folder is that run's. See `go_on`.
     """
 
     def __init__(
-        self, path: Path, config: RunConfig, adapter_bytes: int, details: Mapping[str, Any] | None = None
+        self,
+        path: Path,
+        config: RunConfig,
+        adapter_bytes: int,
+        details: Mapping[str, Any] | None = None,
+        *,
+        lock: RunLock | None = None,
     ) -> None:
-        check_vacant(path)
-        self.path = path
+        self.path, self._keeps = path, config.run.keep_checkpoints
         self._pending: list[str] = []
         self._problems: list[str] = []
-        needed = adapter_bytes * (KEPT_CHECKPOINTS + 3) + (16 << 20)
+        self._lock = lock
+        needed = adapter_bytes * (self._keeps + 3) + (16 << 20)
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            if lock is None:
+                check_vacant(path)
+                path.mkdir(parents=True, exist_ok=True)
+                self._lock = RunLock(path)
+                check_vacant(path)  # nobody else can make a run of it any more
             free = shutil.disk_usage(path).free
             if free < needed:
                 raise RunDirectoryError(
                     f"'{path}' has {free / 1e6:.0f} MB free, and the run may write {needed / 1e6:.0f} MB; "
                     "make room, or give another --out."
                 )
-            (path / CONFIG_FILE).write_text(config.to_toml(), encoding="utf-8")
-            facts = environment() | {"seed": config.run.seed} | dict(details or {})
-            (path / ENVIRONMENT_FILE).write_text(to_json(facts, indent=2) + "\n", encoding="utf-8")
-            (path / EVENTS_FILE).touch()
+            if lock is None:
+                _replace(path / CONFIG_FILE, config.to_toml())
+                facts = environment() | {"seed": config.run.seed} | dict(details or {})
+                _replace(path / ENVIRONMENT_FILE, to_json(facts, indent=2) + "\n")
+                (path / EVENTS_FILE).touch()
             self._reserve(adapter_bytes * 2 + (1 << 20))
         except OSError as error:
+            self.close()
             raise RunDirectoryError(f"cannot write the run directory '{path}': {error.strerror or error}") from None
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let others write."""
+        if self._lock is not None:
+            self._lock.release()
+
+    def go_on(self, config: RunConfig, server_round: int, events: int, details: Mapping[str, Any]) -> None:
+        """Take the folder back to how it was after a round, and note that the run goes on from there.
+
+        Parameters
+        ----------
+        config : RunConfig
+            As the run goes on.
+        server_round : int
+            0 for the beginning.
+        events : int
+            Bytes of metrics.jsonl that were written by then: what follows is recomputed.
+        details : mapping
+            Further facts for environment.json, where it was not written yet.
+
+        Raises
+        ------
+        RunDirectoryError
+            It cannot be written.
+        """
+        machine = environment()
+        facts = read_object(self.path / ENVIRONMENT_FILE) or machine | {"seed": config.run.seed} | dict(details)
+        now = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "round": server_round, "machine": machine}
+        facts[RESUMES] = [*facts.get(RESUMES, ()), now | {"rounds": config.federation.rounds}]
+        try:
+            _replace(self.path / ENVIRONMENT_FILE, to_json(facts, indent=2) + "\n")
+            _replace(self.path / CONFIG_FILE, config.to_toml())
+            with (self.path / EVENTS_FILE).open("a+b") as file:
+                file.truncate(min(events, file.tell()))
+            for later in checkpoint_rounds(self.path):
+                if later > server_round:
+                    remove_checkpoint(self.path, later)
+        except OSError as error:
+            raise RunDirectoryError(
+                f"cannot write the run directory '{self.path}': {error.strerror or error}"
+            ) from None
 
     @property
     def _reserved(self) -> Path:
@@ -129,41 +204,71 @@ class RunDirectory:
         """Add one line to metrics.jsonl and flush it."""
         self._pending.append(to_json(event) + "\n")
         try:
-            with (self.path / EVENTS_FILE).open("a", encoding="utf-8") as file:
-                size = file.tell()
-                try:
-                    file.write("".join(self._pending))
-                    file.flush()
-                except OSError:
-                    os.truncate(self.path / EVENTS_FILE, size)  # half a line would spoil the file
-                    raise
-            self._pending.clear()
+            self._write_pending()
         except OSError as error:
             if len(self._pending) == 1:
                 self._problems.append(
                     f"cannot write {EVENTS_FILE} ({error.strerror}); the events are kept and written later"
                 )
 
-    def checkpoint(self, server_round: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Save the server's state after a round, atomically; the newest few are kept."""
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
+    @property
+    def events_size(self) -> int:
+        """Bytes of metrics.jsonl, with the events that could not be written yet."""
+        return (self.path / EVENTS_FILE).stat().st_size + sum(len(line.encode()) for line in self._pending)
 
-        folder = self.path / CHECKPOINTS
-        final, partial = folder / f"round-{server_round:04d}", folder / f".round-{server_round:04d}"
-        try:
-            partial.mkdir(parents=True, exist_ok=True)
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / "state.safetensors")
-            (partial / "state.json").write_text(
-                to_json({"round": server_round, **facts}, indent=2) + "\n", encoding="utf-8"
-            )
-            partial.replace(final)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            self._problems.append(f"no checkpoint of round {server_round}: {getattr(error, 'strerror', None) or error}")
-            return
-        for old in sorted(folder.glob("round-*"))[:-KEPT_CHECKPOINTS]:
-            shutil.rmtree(old, ignore_errors=True)
+    def _write_pending(self) -> None:
+        data = "".join(self._pending).encode()
+        with (self.path / EVENTS_FILE).open("ab", buffering=0) as file:  # a buffer would be written again at the close
+            size = file.tell()
+            try:
+                while data:
+                    data = data[file.write(data) :]
+                self._pending.clear()
+            except BaseException:
+                os.truncate(self.path / EVENTS_FILE, size)  # half a line would spoil the file
+                raise
+
+    def checkpoint(self, server_round: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> list[int]:
+        """Save the state of the run after a round, atomically, and behind all events so far.
+
+        Parameters
+        ----------
+        server_round : int
+            Which round is over.
+        tensors : mapping of str to Tensor
+            See `fedpeft.runs.checkpoints.Checkpoint`.
+        facts : mapping
+            See there.
+
+        Returns
+        -------
+        list of int
+            The rounds of which there are checkpoints now: the newest few.
+        """
+        from safetensors import SafetensorError
+
+        for last_try in (False, True):
+            try:
+                self._write_pending()
+                sync(self.path / EVENTS_FILE)
+                write_checkpoint(self.path, Checkpoint(server_round, dict(tensors), dict(facts)))
+            except (OSError, SafetensorError) as error:
+                if not last_try and self._keep_checkpoints(1):  # there may be room now
+                    continue
+                self._problems.append(
+                    f"no checkpoint of round {server_round}: {getattr(error, 'strerror', None) or error}"
+                )
+            else:
+                self._keep_checkpoints(self._keeps)
+            break
+        return checkpoint_rounds(self.path)
+
+    def _keep_checkpoints(self, count: int) -> int:
+        """Remove all checkpoints but the newest few; return how many that were."""
+        gone = checkpoint_rounds(self.path)[:-count]
+        for server_round in gone:
+            remove_checkpoint(self.path, server_round)
+        return len(gone)
 
     def write_traceback(self, name: str, text: str) -> Path | None:
         """Keep the traceback of a client that raised; return its path."""
@@ -177,7 +282,13 @@ class RunDirectory:
         return path
 
     def write_adapter(self, save: Saveable, name: str = ADAPTER) -> Path:
-        """Write the final adapter into the space reserved for it."""
+        """Write the final adapter into the space reserved for it.
+
+        Raises
+        ------
+        RunDirectoryError
+            It does not fit; the newest checkpoint is left, from which the run can go on.
+        """
         self._reserved.unlink(missing_ok=True)
         path = self.path / name
         try:
@@ -185,9 +296,22 @@ class RunDirectory:
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
-            shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)  # the adapter is worth more
-            save(path)
+            self._keep_checkpoints(1)
+            try:
+                save(path)
+            except OSError as again:
+                raise RunDirectoryError(
+                    f"cannot write the adapter '{path}': {again.strerror or again}; make room, and go on with: "
+                    f"fedpeft simulate --resume {shlex.quote(str(self.path))}"
+                ) from None
         return path
+
+
+def _replace(file: Path, text: str) -> None:
+    """Write a whole file, or leave the one that is there."""
+    partial = file.with_name(f".{file.name}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)
 
 
 def read_config(path: Path) -> RunConfig:

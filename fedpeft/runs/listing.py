@@ -12,8 +12,10 @@ from fedpeft.config import RunConfig
 from fedpeft.errors import FedpeftError, RunDirectoryError
 from fedpeft.formats import finite, one_line
 from fedpeft.presets import PREFIX, is_preset
-from fedpeft.runs.directory import CONFIG_FILE, EVENTS_FILE, read_config
+from fedpeft.runs.checkpoints import resumable_round
+from fedpeft.runs.directory import CONFIG_FILE, ENVIRONMENT_FILE, EVENTS_FILE, SIMULATED, read_config, read_object
 from fedpeft.runs.history import History
+from fedpeft.runs.lock import is_held
 
 Facts = dict[str, Any]
 ABANDONED_SECONDS = 3600.0  # at least this long without an event, and a run without an end is no longer called running
@@ -51,7 +53,7 @@ def list_runs(folder: Path, *, clock: Callable[[], float] = time.time) -> list[F
 def _run_facts(path: Path, now: float) -> Facts:
     facts: Facts = {"name": path.resolve().name, "path": str(path), "state": "unreadable"}
     facts |= dict.fromkeys(("strategy", "task", "preset", "rounds", "planned", "metric", "first", "last", "started"))
-    facts |= dict.fromkeys(("level", "epsilon", "guarantee", "problem"))
+    facts |= dict.fromkeys(("level", "epsilon", "guarantee", "problem", "resumable"))
     try:
         facts["started"] = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime((path / CONFIG_FILE).stat().st_mtime))
         config = read_config(path)
@@ -62,7 +64,8 @@ def _run_facts(path: Path, now: float) -> Facts:
         return facts | {"problem": one_line(error)}
     longest = max((finite(event.get("seconds")) or 0.0 for event in history.rounds.values()), default=0.0)
     state = history.state
-    if state == "running" and now - written > max(ABANDONED_SECONDS, 5 * longest):
+    held = is_held(path)
+    if state == "running" and (now - written > max(ABANDONED_SECONDS, 5 * longest) if held is None else not held):
         state = "abandoned"
     metric = history.metric
     first, last = history.first or {}, history.last or {}
@@ -76,8 +79,14 @@ def _run_facts(path: Path, now: float) -> Facts:
         "metric": metric,
         "first": finite(first.get(metric or "")),
         "last": finite(last.get(metric or "")),
+        "resumable": None if held or state in ("running", "completed") else _resumable(path),
         **_privacy(config, history),
     }
+
+
+def _resumable(path: Path) -> int | None:
+    """Return the round after which a run can go on; None where its clients are elsewhere."""
+    return resumable_round(path) if read_object(path / ENVIRONMENT_FILE).get(SIMULATED) else None
 
 
 def _privacy(config: RunConfig, history: History) -> Facts:

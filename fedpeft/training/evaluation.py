@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,13 +18,32 @@ from fedpeft.data.splits import EncodedSplit
 from fedpeft.errors import ConfigError
 from fedpeft.tasks.losses import logits_of
 from fedpeft.tasks.metrics import Scores, find, measures_of
+from fedpeft.training.prefix import feeding
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class RowScores:
+    """A model's scores on some rows of a split.
+
+    Parameters
+    ----------
+    rows : array of int64, shape (m,)
+        Which rows.
+    loss, tokens : array of float64, shape (m,)
+        See `fedpeft.tasks.metrics.Scores`, as for the others.
+    predicted, labels : array, shape (m,), or None
+        What the model says and what is right.
+    """
+
+    rows: NDArray[np.int64]
+    loss: NDArray[np.float64]
+    tokens: NDArray[np.float64]
+    predicted: NDArray[np.generic] | None = None
+    labels: NDArray[np.generic] | None = None
+
+
 def score(model: nn.Module, split: EncodedSplit, config: RunConfig) -> Scores:
     """Run a model over a split.
-
-    Rows are taken in the order of their length, so that batches need little padding.
 
     Parameters
     ----------
@@ -34,27 +54,58 @@ def score(model: nn.Module, split: EncodedSplit, config: RunConfig) -> Scores:
     config : RunConfig
         Gives the task, the batch size and the precision.
     """
+    return together(score_batches(model, split, config, batches_of(split, config)), len(split), config)
+
+
+def batches_of(split: EncodedSplit, config: RunConfig) -> list[NDArray[np.int64]]:
+    """Return the rows of each batch: in the order of their length, so that batches need little padding."""
+    size, order = config.run.evaluate_batch_size, np.argsort(np.asarray(split.lengths), kind="stable")
+    return [order[start : start + size] for start in range(0, len(split), size)]
+
+
+def score_batches(
+    model: nn.Module, split: EncodedSplit, config: RunConfig, batches: Iterable[NDArray[np.int64]]
+) -> list[RowScores]:
+    """Run a model over some batches of a split, each by itself: what a row is given depends on its batch alone."""
+    with torch.no_grad(), feeding(model, config):
+        return _score_batches(model, split, config, batches)
+
+
+def _score_batches(
+    model: nn.Module, split: EncodedSplit, config: RunConfig, batches: Iterable[NDArray[np.int64]]
+) -> list[RowScores]:
     model.eval()
     task = tasks.of(config)
-    count, size = len(split), config.run.evaluate_batch_size
-    order = np.argsort(np.asarray(split.lengths), kind="stable")
-    loss, tokens = np.zeros(count), np.ones(count)
-    predicted: list[NDArray[np.generic]] = []
-    right: list[NDArray[np.generic]] = []
-    for start in range(0, count, size):
-        rows = order[start : start + size]
+    found = []
+    for rows in batches:
         batch = split.batch(rows)
         logits = logits_of(model, batch, config.train.precision)
-        targets = batch["labels"].to(logits.device)
-        loss[rows], tokens[rows] = (values.cpu().numpy() for values in task.losses(logits, targets))
-        if task.predict is not None:
-            predicted.append(task.predict(logits).cpu().numpy())
-            right.append(batch["labels"].numpy())
-    measures = measures_of(task)
+        loss, tokens = (
+            values.cpu().numpy().astype(np.float64) for values in task.losses(logits, batch["labels"].to(logits.device))
+        )
+        if task.predict is None:
+            found.append(RowScores(rows, loss, tokens))
+        else:
+            predicted = task.predict(logits).cpu().numpy()
+            found.append(RowScores(rows, loss, tokens, predicted, batch["labels"].numpy()))
+    return found
+
+
+def together(parts: Sequence[RowScores], count: int, config: RunConfig) -> Scores:
+    """Return the scores of all `count` rows of a split, in their order, from those of its parts."""
+    rows = np.concatenate([part.rows for part in parts]) if parts else np.zeros(0, np.int64)
+    back = np.argsort(rows)
+    loss, tokens = np.zeros(count), np.ones(count)
+    predicted, labels = [], []
+    for part in parts:
+        loss[part.rows], tokens[part.rows] = part.loss, part.tokens
+        if part.predicted is not None and part.labels is not None:
+            predicted.append(part.predicted)
+            labels.append(part.labels)
+    measures = measures_of(tasks.of(config))
     if not predicted:
         return Scores(loss, tokens, measures)
-    back = np.argsort(order)
-    return Scores(loss, tokens, measures, np.concatenate(predicted)[back], np.concatenate(right)[back])
+    return Scores(loss, tokens, measures, np.concatenate(predicted)[back], np.concatenate(labels)[back])
 
 
 def client_metrics(

@@ -52,8 +52,16 @@ def num_steps(train: TrainConfig, num_examples: int) -> int:
     return (train.local_epochs or 1) * math.ceil(num_examples / train.batch_size)
 
 
-def batches(rows: NDArray[np.int64], size: int, steps: int, rng: np.random.Generator) -> Iterator[NDArray[np.int64]]:
-    """Yield `steps` batches of row indices: shuffled passes over the rows, the last batch of a pass being smaller.
+def batches(
+    rows: NDArray[np.int64],
+    size: int,
+    steps: int,
+    rng: np.random.Generator,
+    *,
+    lengths: NDArray[np.int64] | None = None,
+    bucket: int = 1,
+) -> Iterator[NDArray[np.int64]]:
+    """Yield `steps` batches of row indices: shuffled passes over the rows, one batch of a pass being smaller.
 
     Parameters
     ----------
@@ -65,14 +73,37 @@ def batches(rows: NDArray[np.int64], size: int, steps: int, rng: np.random.Gener
         Number of batches.
     rng : numpy.random.Generator
         Draws each pass's order.
+    lengths : array of int, optional
+        Tokens of each row of the split that `rows` indexes; all rows count as equally long if not given.
+    bucket : int
+        Of so many batches that follow each other, rows are sorted by length into batches, and these are shuffled: they
+        need less padding, and every pass still takes each row once.
     """
+    if lengths is not None and (bucket == 1 or not np.ptp(lengths[rows])):
+        lengths = None
     while True:
         order = rng.permutation(rows)
-        for start in range(0, len(order), size):
-            if steps == 0:
-                return
-            yield order[start : start + size]
-            steps -= 1
+        for start in range(0, len(order), size if lengths is None else size * bucket):
+            if lengths is None:
+                group = [order[start : start + size]]
+            else:
+                group = _by_length(order[start : start + size * bucket], size, lengths, rng)
+            for batch in group:
+                if steps == 0:
+                    return
+                yield batch
+                steps -= 1
+
+
+def _by_length(
+    rows: NDArray[np.int64], size: int, lengths: NDArray[np.int64], rng: np.random.Generator
+) -> list[NDArray[np.int64]]:
+    """Return batches of rows of like lengths, in any order; which of them is smaller is drawn too."""
+    ordered = rows[np.argsort(lengths[rows], kind="stable")]
+    sizes = [min(size, len(rows) - start) for start in range(0, len(rows), size)]
+    cuts = np.cumsum(rng.permutation(sizes))[:-1]
+    cut = np.split(ordered, cuts)
+    return [cut[index] for index in rng.permutation(len(cut))]
 
 
 def learning_rate(train: TrainConfig, progress: float) -> float:
@@ -149,7 +180,10 @@ class PlainGradients:
 
     def batches(self) -> Iterator[NDArray[np.int64]]:
         """Yield shuffled passes over the rows."""
-        return batches(self.rows, self.train.batch_size, self.steps, self.rng)
+        train = self.train
+        return batches(
+            self.rows, train.batch_size, self.steps, self.rng, lengths=self.split.lengths, bucket=train.bucket
+        )
 
     def compute(self, batch: NDArray[np.int64]) -> tuple[float | Tensor, int]:
         """Return the batch's mean loss, once."""

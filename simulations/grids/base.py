@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import time
 import traceback
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -20,7 +22,9 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedpeft.clients.verdicts import Verdict, simulated
 from fedpeft.errors import FedpeftError
+from fedpeft.simulations.grids.bundles import Bundling, Job, Together
 
+GROUPS = 16  # whose messages are counted: nobody is sent one of a round that is long over
 SERVER_NODE_ID = 0  # clients are numbered from 1
 FailureListener = Callable[[int, Message, str], None]
 # what is decided about one message, see `fedpeft.clients.verdicts`
@@ -64,12 +68,15 @@ class Answer:
         What of it depends on no row's content: the classes of the errors, and where in fedpeft they were raised.
     cause : Cause, optional
         The same in short.
+    seconds : float
+        How long the client took; 0 where that is not known.
     """
 
     reply: Message
     trace: str | None = None
     place: str | None = None
     cause: Cause | None = None
+    seconds: float = 0.0
 
 
 def answer(app: ClientApp, message: Message, context: Context, verdict: Verdict | None = None) -> Answer:
@@ -78,6 +85,7 @@ def answer(app: ClientApp, message: Message, context: Context, verdict: Verdict 
     An exception becomes an error reply whose reason is the exception's class, or its direct cause's class if it has
     one: the text of an exception may carry a client's data.
     """
+    began = time.perf_counter()
     try:
         with simulated(verdict):
             reply = app(message, context)
@@ -89,7 +97,34 @@ def answer(app: ClientApp, message: Message, context: Context, verdict: Verdict 
         reason = type(error.__cause__ or error).__name__
         reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
         return Answer(reply, "".join(traceback.format_exception(error)), place_of(error), Cause.of(error))
-    return Answer(reply)
+    return Answer(reply, seconds=time.perf_counter() - began)
+
+
+def answer_all(app: ClientApp, jobs: Sequence[Job], together: str) -> list[Answer]:
+    """Let clients answer in this process, together as far as that can be done; see `answer`.
+
+    Parameters
+    ----------
+    app : ClientApp
+        Answers one message.
+    jobs : sequence of tuple of Message, Context and Verdict or None
+        In the order of the messages.
+    together : str
+        See `Bundling`.
+    """
+    contents: Sequence[RecordDict | None] = [None] * len(jobs)
+    if together and len(jobs) > 1:
+        module, _, attribute = together.partition(":")
+        answering: Together = getattr(importlib.import_module(module), attribute)
+        contents = answering(jobs)
+    answers = []
+    for (message, context, verdict), content in zip(jobs, contents, strict=True):
+        speak_for(message.metadata.run_id, context.node_id)
+        if content is None:
+            answers.append(answer(app, message, context, verdict))
+        else:
+            answers.append(Answer(Message(content, reply_to=message)))
+    return answers
 
 
 def place_of(error: BaseException) -> str:
@@ -114,6 +149,14 @@ def speak_for(run_id: int, node_id: int) -> None:
     TaskIdentity.task_id = 0
 
 
+@runtime_checkable
+class KeepsStates(Protocol):
+    """Contexts that keep clients' states elsewhere, and make another context at every look."""
+
+    def keep(self, node: int, state: RecordDict) -> None:
+        """Take over what a client's next context is to hold."""
+
+
 class SimulationGrid(Grid):
     """A `Grid` whose clients live on this side of the network.
 
@@ -121,7 +164,8 @@ class SimulationGrid(Grid):
     ----------
     contexts : mapping of int to Context
         Each client's context by node id, which is its partition id plus one. What a client keeps in ``context.state``
-        is stored here when a reply without error has been handed over; the attribute may be set later.
+        is stored here, as by `KeepsStates` where these do so, when a reply without error has been handed over; the
+        attribute may be set later.
 
     Attributes
     ----------
@@ -134,6 +178,8 @@ class SimulationGrid(Grid):
         included; returns what the client is told beside it. May raise, and then nobody is given anything.
     causes : dict of int to Cause
         Why each client raised that did so, the last time, by node id.
+    bundling : Bundling
+        How many messages a worker is given at once; one, unless this is set.
     """
 
     def __init__(self, contexts: Mapping[int, Context] | None = None) -> None:
@@ -142,8 +188,9 @@ class SimulationGrid(Grid):
         self.withholds = False
         self.on_dispatch: Dispatch | None = None
         self.causes: dict[int, Cause] = {}
+        self.bundling = Bundling()
         self._run = Run.create_empty(1)
-        self._sent: Counter[str] = Counter()
+        self._sent: dict[str, Counter[tuple[str, int]]] = {}  # by group, which is a round
         self._pushed: dict[str, Message] = {}
         speak_for(self._run.run_id, SERVER_NODE_ID)
 
@@ -174,7 +221,7 @@ class SimulationGrid(Grid):
 
     def get_node_ids(self) -> list[int]:
         """Return the clients' node ids, ascending."""
-        return sorted(self.contexts)
+        return sorted(self.contexts)  # linear where they are sorted already
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Accept messages for `pull_messages`, and return their ids."""
@@ -215,6 +262,26 @@ class SimulationGrid(Grid):
         return self._exchange(map(self._address, messages), timeout)
 
     @abstractmethod
+    def map(self, function: str, jobs: Iterable[Any], *shared: Any) -> Iterator[Any]:
+        """Call a function with each job, where the clients work, and yield what it returns in the order of the jobs.
+
+        Parameters
+        ----------
+        function : str
+            As ``module:attribute``. A worker that dies of it is replaced and the job repeated, so it should change
+            nothing but what it returns.
+        jobs : iterable
+            Pulled as they can be worked on. They, and what is returned, are picklable.
+        *shared : object
+            Passed after the job, and sent once rather than with each.
+
+        Raises
+        ------
+        FedpeftError
+            What the function raised, or that its workers died again and again.
+        """
+
+    @abstractmethod
     def _exchange(self, messages: Iterator[Message], timeout: float | None) -> Iterator[Message]:
         """Have messages answered that are addressed already."""
 
@@ -226,11 +293,15 @@ class SimulationGrid(Grid):
             raise ValueError(
                 f"no client has node id {node_id}; the {len(self.contexts)} ids are in grid.get_node_ids()"
             )
-        name = f"{metadata.group_id}/{metadata.message_type}/{node_id}"
+        kind, group = metadata.message_type, metadata.group_id
+        if group not in self._sent and len(self._sent) == GROUPS:
+            del self._sent[next(iter(self._sent))]
+        sent = self._sent.setdefault(group, Counter())
+        number = sent[kind, node_id]
         vars(metadata).update(
-            _run_id=self._run.run_id, _src_node_id=SERVER_NODE_ID, _message_id=f"{name}/{self._sent[name]}"
+            _run_id=self._run.run_id, _src_node_id=SERVER_NODE_ID, _message_id=f"{group}/{kind}/{node_id}/{number}"
         )
-        self._sent[name] += 1
+        sent[kind, node_id] += 1
         return message
 
     def _dispatched(self, message: Message) -> tuple[Context, Verdict | None]:
@@ -248,7 +319,10 @@ class SimulationGrid(Grid):
         node_id = message.metadata.dst_node_id
         if reply.has_content():
             if state is not None:
-                self.contexts[node_id].state = state
+                if isinstance(self.contexts, KeepsStates):
+                    self.contexts.keep(node_id, state)
+                else:
+                    self.contexts[node_id].state = state
             return reply
         if answer.cause is not None:
             self.causes[node_id] = answer.cause

@@ -40,6 +40,8 @@ RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # by default workers are at niceness 15: whatever else runs on the machine leaves them a thirtieth of it
     "RAY_worker_niceness": "0",
+    # a worker answers Ray only when all is imported, which takes a minute on a machine that does much else
+    "RAY_worker_register_timeout_seconds": "300",
 }
 
 

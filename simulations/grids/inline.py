@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from flwr.app import ArrayRecord, Context, Message, RecordDict
 from flwr.app.message import make_message
 from flwr.clientapp import ClientApp
 
-from fedpeft.simulations.grids.base import SERVER_NODE_ID, SimulationGrid, answer, speak_for
+from fedpeft.simulations.grids.base import SERVER_NODE_ID, Answer, SimulationGrid, answer_all, speak_for
+from fedpeft.simulations.grids.bundles import Bundle, Job
 from fedpeft.simulations.grids.transport import SharedRecords, contents, duplicate, duplicate_arrays
+from fedpeft.simulations.grids.work import load_function
 from fedpeft.simulations.grids.worker import load_app
 
 
@@ -39,29 +42,44 @@ class InlineGrid(SimulationGrid):
         self._threads = threads
         self._shared = SharedRecords()
 
+    def map(self, function: str, jobs: Iterable[Any], *shared: Any) -> Iterator[Any]:
+        """Call a function with each job in this process, with as many threads as a client has."""
+        from fedpeft.models import num_threads
+
+        called = load_function(function)
+        for job in jobs:
+            with num_threads(self._threads):
+                value = called(job, *shared)
+            yield value
+
     def _exchange(self, messages: Iterator[Message], timeout: float | None) -> Iterator[Message]:
         deadline = None if timeout is None else time.monotonic() + timeout
+        bundles = self.bundling.bundles(messages)
         while deadline is None or time.monotonic() < deadline:
             try:
-                message = next(messages)
+                bundle = next(bundles)
             except StopIteration:
                 return
-            yield self._answer(message)
+            for message, answered, state in self._answer(bundle):
+                yield self._deliver(message, answered, state)
 
-    def _answer(self, message: Message) -> Message:
+    def _answer(self, bundle: Bundle) -> list[tuple[Message, Answer, RecordDict]]:
         import torch
 
-        context, verdict = self._dispatched(message)
-        context.state = duplicate(context.state)  # the client may change whatever it gets, as in another process
+        jobs: list[Job] = []
+        for message in bundle:
+            context, verdict = self._dispatched(message)
+            context.state = duplicate(context.state)  # the client may change whatever it gets, as in another process
+            jobs.append((self._private(message), context, verdict))
         threads = torch.get_num_threads()
         torch.set_num_threads(self._threads)
-        speak_for(message.metadata.run_id, context.node_id)
         try:
-            answered = answer(self._app, self._private(message), context, verdict)
+            answers = answer_all(self._app, jobs, self.bundling.together)
         finally:
             speak_for(self._run.run_id, SERVER_NODE_ID)
             torch.set_num_threads(threads)
-        return self._deliver(message, answered, context.state)
+        states = [context.state for _, context, _ in jobs]
+        return list(zip(bundle, answers, states, strict=True))
 
     def _private(self, message: Message) -> Message:
         """Return the message that the client sees, with the same array records for all clients of a round."""

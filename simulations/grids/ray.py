@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
+import sys
 import threading
 import time
+import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +23,7 @@ from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, Ray
 
 from fedpeft.errors import SimulationError
 from fedpeft.simulations.grids.base import Answer, SimulationGrid
+from fedpeft.simulations.grids.bundles import Bundle, nodes_of
 from fedpeft.simulations.grids.cluster import (
     OWN,
     Fixed,
@@ -34,8 +38,11 @@ from fedpeft.simulations.grids.cluster import (
     ray_connection,
     this_node,
 )
+from fedpeft.simulations.grids.nursery import executable
+from fedpeft.simulations.grids.pace import Pace
 from fedpeft.simulations.grids.scheduling import Died, Dispatcher, Finished
-from fedpeft.simulations.grids.transport import Newest, PackedArrays, Parcel, ParcelledAnswer, contents
+from fedpeft.simulations.grids.transport import Newest, PackedArrays, Parcel, ParcelledAnswer, contents, settle
+from fedpeft.simulations.grids.work import Done, Work
 from fedpeft.simulations.grids.worker import Worker, environment
 
 if TYPE_CHECKING:
@@ -44,10 +51,24 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_DEATHS = 3  # of workers for one message, or of workers that start in a row
+AHEAD = 256  # messages that are pulled for the sake of long ones, where it is known which are
 PATIENCE = 30.0  # seconds until it is said that workers are slow to start
 LOOK_SECONDS = 2.0  # between two looks at which nodes there are
 NODE_DIED = "its node has died"  # as Ray says it of an actor; that says nothing against the others
 LOST = (RayActorError, WorkerCrashedError, OutOfMemoryError, NodeDiedError, ObjectLostError)
+
+
+# what workers need besides their app, whoever it belongs to
+PRELOADED = (
+    *("ray._private.node", "ray._private.workers.default_worker", "fedpeft.simulations.grids.transport"),
+    *("fedpeft.clients.app", "fedpeft.strategies.rounds.scoring", "flwr_datasets.partitioner"),
+)
+
+
+def _started_here() -> bool:
+    """Tell whether Ray was started on this machine by this process, and for its own workers."""
+    node = ray._private.worker._global_node
+    return sys.platform == "linux" and node is not None and bool(node.is_head())
 
 
 class RayPool:
@@ -59,13 +80,13 @@ class RayPool:
         Make an actor of class `Worker`.
     size : int
         Number of actors.
-    wrap : callable
-        Make of a message what an actor can be sent.
+    send : callable
+        Give an actor a bundle of messages; returns Ray's reference to the answers.
     """
 
-    def __init__(self, hire: Callable[[], Any], size: int, wrap: Callable[[Message], Parcel]) -> None:
+    def __init__(self, hire: Callable[[], Any], size: int, send: Callable[[Any, Bundle], ObjectRef]) -> None:
         self._hire = hire
-        self._wrap = wrap
+        self._send = send
         self._starting: dict[ObjectRef, Any] = {}
         self._idle: deque[Any] = deque()
         self._busy: dict[ObjectRef, tuple[Any, int]] = {}
@@ -113,15 +134,19 @@ class RayPool:
         """Return how many actors have nothing to do."""
         return len(self._idle)
 
-    def start(self, ticket: int, job: Message) -> None:
-        """Send a message to an idle actor."""
+    def start(self, ticket: int, job: Bundle | Work) -> None:
+        """Send messages or other work to an idle actor."""
         worker = self._idle.popleft()
         if self.freight is not None and self._told.get(worker._actor_id.hex()) is not self.freight:
             worker.supply.remote(self.freight)  # what one caller asks of an actor is done in order
             self._told[worker._actor_id.hex()] = self.freight
-        self._busy[worker.answer.remote(self._wrap(job))] = (worker, ticket)
+        if isinstance(job, Work):
+            begun = worker.run.remote(job.function, job.job, *job.shared)
+        else:
+            begun = self._send(worker, job)
+        self._busy[begun] = (worker, ticket)
 
-    def wait(self, timeout: float | None) -> list[Finished[ParcelledAnswer] | Died]:
+    def wait(self, timeout: float | None) -> list[Finished[list[ParcelledAnswer] | Done] | Died]:
         """Return answers that have come and actors that have died.
 
         Raises
@@ -165,7 +190,7 @@ class RayPool:
         ray.kill(worker)  # it may be cut off rather than dead
         self.resize(self._size)
 
-    def _settle(self, ref: ObjectRef) -> Finished[ParcelledAnswer] | Died | None:
+    def _settle(self, ref: ObjectRef) -> Finished[list[ParcelledAnswer] | Done] | Died | None:
         if ref in self._starting:
             self._started(ref, self._starting.pop(ref))
             return None
@@ -231,12 +256,15 @@ class RayGrid(SimulationGrid):
 
     Attributes
     ----------
+    pace : Pace
+        What messages are expected to take; its `work` may be set.
     freight : callable, optional
         Returns what workers on other nodes than this process's may lack; asked where there are such nodes.
     most : int, optional
         Clients that are at work at a time, at most; more workers are not needed.
     on_worker_death : callable, optional
-        Called with the node id of the client at work and the number of workers its message has cost so far.
+        Called with the node id of the client at work, of a bundle the first one's, and the number of workers that its
+        message has cost so far.
 
     Notes
     -----
@@ -266,6 +294,7 @@ class RayGrid(SimulationGrid):
         self.freight: Callable[[], Freight] | None = None
         self.on_worker_death: Callable[[int, int], None] | None = None
         self._app, self._store_bytes, self._verbose = app, store_bytes, verbose
+        self.pace = Pace()
         self._sizer, self._threads, self._cluster = workers, threads_per_worker, address
         self._nodes: list[Node] = []
         self._sizing: Sizing | None = None
@@ -273,7 +302,7 @@ class RayGrid(SimulationGrid):
         self._served: tuple[object, frozenset[str]] | None = None
         self._refs: Newest[ObjectRef] = Newest(4)
         self._pool: RayPool | None = None
-        self._dispatcher: Dispatcher[Message, ParcelledAnswer] | None = None
+        self._dispatcher: Dispatcher[Bundle | Work, list[ParcelledAnswer] | Done] | None = None
         self._failure: BaseException | None = None
         self._up = threading.Event()
         self._leaving = threading.Event()
@@ -325,13 +354,14 @@ class RayGrid(SimulationGrid):
                 self._sizing = sizing = self._sizer.fit(self._nodes, self.most)
                 if sizing.gpus_per_worker:
                     check_gpus(sizing.workers, sizing.gpus_per_worker)
-                self._pool = RayPool(self._hire, sizing.workers, self._wrap)
+                self._pool = RayPool(self._hire, sizing.workers, self._send)
                 self._dispatcher = Dispatcher(
                     self._pool,
                     window=_window(sizing.workers),
-                    key=lambda message: message.metadata.dst_node_id,
+                    keys=lambda job: frozenset() if isinstance(job, Work) else nodes_of(job),
                     max_deaths=MAX_DEATHS,
                     on_death=self._died,
+                    expected=self._expected,
                 )
                 self._up.set()
                 self._leaving.wait()
@@ -347,13 +377,19 @@ class RayGrid(SimulationGrid):
         assert self._sizing is not None
         workers, gpus = self._sizing.workers, self._sizing.gpus_per_worker
         is_cluster = named_address(self._cluster)[1] != OWN
+        variables = environment(self._threads, gpu=gpus > 0)
+        forked: dict[str, Any] = {}
+        if not gpus and _started_here():  # a GPU that was looked at is no use to a fork
+            command = executable([*PRELOADED, self._app.partition(":")[0]], variables)
+            forked = {"runtime_env": {"py_executable": command}}
         actor = ray.remote(Worker).options(
             num_cpus=cpus_per_worker(workers, self._threads, gpus, grows=is_cluster),
             num_gpus=gpus,
             max_restarts=0,
             scheduling_strategy="SPREAD",
+            **forked,
         )
-        return actor.remote(self._app, self._threads, environment(self._threads, gpu=gpus > 0))
+        return actor.remote(self._app, self._threads, variables)
 
     def _tend(self) -> None:
         """Have as many workers as should be by what is known now, and have ready what they may lack."""
@@ -402,7 +438,7 @@ class RayGrid(SimulationGrid):
             time.sleep(0.01)
         return True
 
-    def _ready(self) -> Dispatcher[Message, ParcelledAnswer]:
+    def _ready(self) -> Dispatcher[Bundle | Work, list[ParcelledAnswer] | Done]:
         """Wait until Ray is there."""
         self.start()
         self._wait_until_up()
@@ -413,15 +449,59 @@ class RayGrid(SimulationGrid):
         return self._dispatcher
 
     def _exchange(self, messages: Iterator[Message], timeout: float | None) -> Iterator[Message]:
-        with contextlib.closing(self._ready().stream(messages, timeout)) as stream:
-            for message, packed in stream:
-                if packed is not None:
-                    self._sizer.learn(packed.footprint)
-                self._tend()
-                yield self._deliver(message, *self._unwrap(message, packed))
+        deadline = None if timeout is None else time.monotonic() + timeout
+        dispatcher = self._ready()
+        dispatcher.ahead = 0 if self.pace.work is None else AHEAD
+        bundles = self.bundling.bundles(messages) if self.bundling.size > 1 else self.pace.bundles(messages)
+        with contextlib.closing(dispatcher.stream(bundles, timeout)) as stream:
+            yield from _settled(self._replies(stream, deadline))
 
-    def _wrap(self, message: Message) -> Parcel:
-        return Parcel.of(message, *self._dispatched(message), self._store)
+    def _replies(
+        self, stream: Iterable[tuple[Bundle | Work, list[ParcelledAnswer] | Done | None]], deadline: float | None
+    ) -> Iterator[Message]:
+        for bundle, packed in stream:
+            assert not isinstance(bundle, Work)
+            assert not isinstance(packed, Done)
+            if packed is None and len(bundle) > 1:  # each by itself: one of them may be what kills workers
+                left = None if deadline is None else max(0.0, deadline - time.monotonic())
+                yield from self._one_by_one(bundle, left)
+                continue
+            for index, message in enumerate(bundle):
+                yield self._received(message, None if packed is None else packed[index])
+
+    def _received(self, message: Message, packed: ParcelledAnswer | None) -> Message:
+        answer, state = self._unwrap(message, packed)
+        if packed is not None:
+            self._sizer.learn(packed.footprint)
+            self._tend()
+        if packed is not None and answer.seconds:
+            self.pace.learn(message, answer.seconds, packed.num_bytes)
+        return self._deliver(message, answer, state)
+
+    def _one_by_one(self, bundle: Bundle, timeout: float | None) -> Iterator[Message]:
+        with contextlib.closing(self._ready().stream([(message,) for message in bundle], timeout)) as stream:
+            yield from self._replies(stream, None)
+
+    def map(self, function: str, jobs: Iterable[Any], *shared: Any) -> Iterator[Any]:
+        """Call a function with each job on the workers."""
+        dispatcher = self._ready()
+        refs = tuple(ray.put(value) for value in shared)
+        with contextlib.closing(dispatcher.stream(Work(function, job, refs) for job in jobs)) as stream:
+            for _, done in stream:
+                if done is None:
+                    raise SimulationError(
+                        f"{MAX_DEATHS} Ray workers died over one call of {function}; lower simulation.workers or "
+                        "run.evaluate_batch_size if memory is short"
+                    )
+                assert isinstance(done, Done)
+                yield done.result()
+
+    def _send(self, worker: Any, bundle: Bundle) -> ObjectRef:
+        parcels = [Parcel.of(message, *self._dispatched(message), self._store) for message in bundle]
+        return worker.answer.remote(parcels, self.bundling.together)
+
+    def _expected(self, job: Bundle | Work) -> float:
+        return 0.0 if isinstance(job, Work) else sum(map(self.pace.expected, job))
 
     def _store(self, record: ArrayRecord) -> ObjectRef:
         """Put arrays into Ray's store, unless they are there."""
@@ -434,11 +514,28 @@ class RayGrid(SimulationGrid):
         error = Error(ErrorCode.CLIENT_APP_CRASHED, "WorkerDied")
         return Answer(Message(error, reply_to=message), f"{MAX_DEATHS} workers died over this message"), None
 
-    def _died(self, message: Message, attempt: int) -> None:
-        if self.on_worker_death:
-            self.on_worker_death(message.metadata.dst_node_id, attempt)
+    def _died(self, job: Bundle | Work, attempt: int) -> None:
+        if self.on_worker_death and not isinstance(job, Work):
+            self.on_worker_death(job[0].metadata.dst_node_id, attempt)
 
 
 def _window(workers: int) -> int:
     """Return how many messages are pulled ahead of the one whose reply is used."""
     return 2 * workers + 2
+
+
+def _settled(replies: Iterator[Message]) -> Iterator[Message]:
+    """Yield replies, and give those that somebody keeps arrays of their own: Ray's store is not made for them all.
+
+    Whoever folds replies as they come has dropped one when it comes back from the next.
+    """
+    before = last = None
+    while True:
+        if before is not None and (kept := before()) is not None and kept.has_content():
+            settle(kept.content)
+        before, kept = last, None
+        handed = list(itertools.islice(replies, 1))
+        if not handed:
+            break
+        last = weakref.ref(handed[0])
+        yield handed.pop()

@@ -3,11 +3,15 @@
 Results leave in the order of their jobs, whatever order they finish in, so that no sum depends on how many workers
 there are. A stream never holds more jobs than its window between pulling one and being asked for what comes after its
 result, so that one straggler does not make everything behind it pile up.
+
+Where it is known what jobs will take, a long one is begun before its turn as soon as the stream would end later
+otherwise, and no sooner: what is done out of turn has to be held until its turn comes.
 """
 
 from __future__ import annotations
 
 import enum
+import heapq
 import itertools
 import time
 from collections import deque
@@ -67,10 +71,15 @@ class _Entry(Generic[Job, Result]):
 
     ticket: int
     job: Job
-    key: Hashable
+    keys: frozenset[Hashable]
     state: _State = _State.WAITING
     result: Result | None = None
     deaths: int = 0
+    expected: float = 0.0
+
+    def __lt__(self, other: _Entry[Job, Result]) -> bool:
+        """Longer ones come first; of equal ones, the one whose turn it is."""
+        return (-self.expected, self.ticket) < (-other.expected, other.ticket)
 
 
 @dataclass(eq=False)
@@ -79,6 +88,48 @@ class _Line(Generic[Job, Result]):
 
     source: Iterator[Job]
     entries: deque[_Entry[Job, Result]] = field(default_factory=deque)
+    is_pulled: bool = False  # whether all jobs are among the entries
+    held: int = 0  # entries that run or are done
+    waiting: float = 0.0  # what all entries that wait are expected to take
+    longest: list[_Entry[Job, Result]] = field(default_factory=list)  # a heap; holds some that wait no more
+
+    def add(self, entry: _Entry[Job, Result]) -> None:
+        """Put a job at the end."""
+        self.entries.append(entry)
+        self._waits(entry)
+
+    def begins(self, entry: _Entry[Job, Result]) -> None:
+        """Note that a job is given to a worker."""
+        entry.state = _State.RUNNING
+        self.held += 1
+        self.waiting -= entry.expected
+
+    def begins_again(self, entry: _Entry[Job, Result]) -> None:
+        """Note that a job's worker is gone, and the job is to have another."""
+        entry.state = _State.WAITING
+        self.held -= 1
+        self._waits(entry)
+
+    def used(self) -> None:
+        """Drop the first job, whose result was used."""
+        self.entries.popleft()
+        self.held -= 1
+
+    def _waits(self, entry: _Entry[Job, Result]) -> None:
+        self.waiting += entry.expected
+        if entry.expected:
+            heapq.heappush(self.longest, entry)
+
+    def overdue(self, workers: int) -> _Entry[Job, Result] | None:
+        """Return the longest job that waits, if the stream would end later for its waiting any longer.
+
+        That is so when the others will be done before it. What is expected is not what happens, hence it counts twice.
+        """
+        while self.longest and self.longest[0].state is not _State.WAITING:
+            heapq.heappop(self.longest)
+        if not self.longest or not self.is_pulled or 2 * self.longest[0].expected * workers < self.waiting:
+            return None
+        return self.longest[0]
 
 
 class Dispatcher(Generic[Job, Result]):
@@ -89,14 +140,17 @@ class Dispatcher(Generic[Job, Result]):
     pool : Pool
         The workers.
     window : int
-        Most jobs of one stream that are pulled but whose results have not been used.
-    key : callable, optional
-        Jobs of one stream with equal keys run one after the other, each begun only when the consumer has come back from
-        the result of the one before: what a client keeps must not depend on which of its two messages is faster.
+        Most jobs of one stream that are begun in their turn but whose results have not been used; as many more may be
+        begun before their turn.
+    keys : callable, optional
+        Jobs of one stream that share a key run one after the other, each begun only when the consumer has come back
+        from the result of the one before: what a client keeps must not depend on which of its two messages is faster.
     max_deaths : int
         So many workers may die of one job before it is given up.
     on_death : callable, optional
         Called with the job and how many workers it has cost so far.
+    expected : callable, optional
+        Gives how long a job will take, in any unit; without it no job is begun before its turn.
     clock : callable
         Seconds that only grow.
 
@@ -104,6 +158,9 @@ class Dispatcher(Generic[Job, Result]):
     ----------
     window : int
         May be changed as the pool is.
+    ahead : int
+        So many jobs of a stream are pulled, if that is more than the window, for the sake of those that are long: they
+        are begun before their turn once all that are left are known. 0 at first.
     """
 
     def __init__(
@@ -111,22 +168,25 @@ class Dispatcher(Generic[Job, Result]):
         pool: Pool[Job, Result],
         *,
         window: int,
-        key: Callable[[Job], Hashable] | None = None,
+        keys: Callable[[Job], frozenset[Hashable]] | None = None,
         max_deaths: int = 3,
         on_death: Callable[[Job, int], None] | None = None,
+        expected: Callable[[Job], float] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if window < 1 or max_deaths < 1:
             raise ValueError(f"window = {window} and max_deaths = {max_deaths} must be at least 1")
         self._pool = pool
         self.window = window
-        self._key = key
+        self._keys = keys
         self._max_deaths = max_deaths
         self._on_death = on_death
+        self._expected = expected
+        self.ahead = 0
         self._clock = clock
         self._tickets = itertools.count()
         self._lines: list[_Line[Job, Result]] = []
-        self._running: dict[int, _Entry[Job, Result]] = {}
+        self._running: dict[int, tuple[_Line[Job, Result], _Entry[Job, Result]]] = {}
 
     def stream(
         self, jobs: Iterable[Job], timeout: float | None = None
@@ -165,7 +225,7 @@ class Dispatcher(Generic[Job, Result]):
                         return
                     self._collect(None if deadline is None else max(0.0, deadline - self._clock()))
                 yield head.job, head.result
-                line.entries.popleft()
+                line.used()
         finally:
             self._abandon(line, stop=False)
             self._lines.remove(line)
@@ -174,43 +234,63 @@ class Dispatcher(Generic[Job, Result]):
         return deadline is not None and self._clock() >= deadline
 
     def _fill(self, line: _Line[Job, Result], deadline: float | None) -> bool:
-        """Pull jobs up to the window; return whether the stream has any left."""
+        """Pull jobs as far as may be; return whether the stream has any left."""
         self._start_waiting()
-        while len(line.entries) < self.window and not self._late(deadline):
+        while len(line.entries) < max(self.window, self.ahead) and not line.is_pulled and not self._late(deadline):
             try:
                 job = next(line.source)
             except StopIteration:
+                line.is_pulled = True
                 break
-            line.entries.append(_Entry(next(self._tickets), job, self._key(job) if self._key else object()))
+            entry = _Entry[Job, Result](next(self._tickets), job, self._keys(job) if self._keys else frozenset())
+            entry.expected = 0.0 if self._expected is None else self._expected(job)
+            line.add(entry)
             self._start_waiting()
+        self._start_waiting()
         return bool(line.entries)
 
     def _start_waiting(self) -> None:
         """Give every free worker a job, of the innermost stream that has one."""
         free = self._pool.free()
         for line in reversed(self._lines):
-            taken: set[Hashable] = set()
-            for entry in line.entries:
-                if free == 0:
-                    return
-                if entry.state is _State.WAITING and entry.key not in taken:
-                    entry.state = _State.RUNNING
-                    self._running[entry.ticket] = entry
-                    self._pool.start(entry.ticket, entry.job)
-                    free -= 1
-                taken.add(entry.key)
+            while free:
+                entry = self._next(line, len(self._running) + free)
+                if entry is None:
+                    break
+                line.begins(entry)
+                self._running[entry.ticket] = line, entry
+                self._pool.start(entry.ticket, entry.job)
+                free -= 1
+
+    def _next(self, line: _Line[Job, Result], workers: int) -> _Entry[Job, Result] | None:
+        """Return the job of a stream that a free worker should have."""
+        long = line.overdue(workers) if line.held < 2 * self.window else None
+        if long is not None and all(
+            long.keys.isdisjoint(other.keys)
+            for other in itertools.takewhile(lambda other: other is not long, line.entries)
+        ):
+            return long
+        taken: set[Hashable] = set()
+        for entry in itertools.islice(line.entries, self.window):
+            if entry.state is _State.WAITING and taken.isdisjoint(entry.keys):
+                return entry
+            taken.update(entry.keys)
+        return None
 
     def _collect(self, timeout: float | None) -> None:
         """Take in what happens within `timeout` seconds, of whichever stream."""
         for event in self._pool.wait(timeout):
-            entry = self._running.pop(event.ticket, None)
-            if entry is None:  # abandoned meanwhile
+            line, entry = self._running.pop(event.ticket, (None, None))
+            if line is None or entry is None:  # abandoned meanwhile
                 continue
             if isinstance(event, Finished):
                 entry.state, entry.result = _State.DONE, event.result
                 continue
             entry.deaths += 1
-            entry.state = _State.DONE if entry.deaths == self._max_deaths else _State.WAITING
+            if entry.deaths == self._max_deaths:
+                entry.state = _State.DONE
+            else:
+                line.begins_again(entry)
             if self._on_death:
                 self._on_death(entry.job, entry.deaths)
         self._start_waiting()
@@ -223,3 +303,4 @@ class Dispatcher(Generic[Job, Result]):
                 if stop:
                     self._pool.stop(entry.ticket)
         line.entries = deque(entry for entry in line.entries if entry.state is _State.DONE)
+        line.longest.clear()

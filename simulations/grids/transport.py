@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from pickle import PickleBuffer
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, Metadata, MetricRecord, RecordDict
 from flwr.app.message import make_message
@@ -15,11 +15,13 @@ from flwr.app.message import make_message
 from fedpeft.clients.verdicts import Verdict
 from fedpeft.runs.machine import Footprint, footprint
 from fedpeft.simulations.grids.base import Answer, Cause
+from fedpeft.wire import LentArray
 
 if TYPE_CHECKING:
     from ray import ObjectRef
 
 Value = TypeVar("Value")
+SMALL = 1 << 16  # bytes that are copied sooner than they are looked after
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class PackedArrays:
     """
 
     headers: tuple[tuple[str, str, tuple[int, ...], str], ...]  # name, dtype, shape, serialisation
-    data: tuple[PickleBuffer, ...]
+    data: tuple[Any, ...]  # PickleBuffer here, and what holds the bytes there
 
     @classmethod
     def of(cls, record: ArrayRecord) -> PackedArrays:
@@ -41,14 +43,16 @@ class PackedArrays:
             tuple(PickleBuffer(array.data) for array in record.values()),
         )
 
-    def unpack(self) -> ArrayRecord:
-        """Copy the bytes to this process."""
-        return ArrayRecord(
-            {
-                name: Array(dtype, shape, stype, bytes(data))
-                for (name, dtype, shape, stype), data in zip(self.headers, self.data, strict=True)
-            }
-        )
+    def unpack(self, *, copied: bool = True) -> ArrayRecord:
+        """Make the record, of bytes of this process, or where they are many of a view of them; see `settle`."""
+        record = ArrayRecord()
+        for (name, dtype, shape, stype), data in zip(self.headers, self.data, strict=True):
+            view = memoryview(data)
+            if copied or view.nbytes < SMALL:
+                record[name] = Array(dtype, shape, stype, bytes(view))
+            else:
+                record[name] = LentArray(dtype, shape, stype, view)
+        return record
 
 
 PackedRecords = Mapping[str, PackedArrays | ConfigRecord | MetricRecord]
@@ -61,11 +65,21 @@ def pack(records: RecordDict) -> PackedRecords:
     }
 
 
-def unpack(packed: PackedRecords) -> RecordDict:
-    """Undo `pack`."""
+def unpack(packed: PackedRecords, *, copied: bool = True) -> RecordDict:
+    """Undo `pack`; see `PackedArrays.unpack`."""
     return RecordDict(
-        {name: record.unpack() if isinstance(record, PackedArrays) else record for name, record in packed.items()}
+        {
+            name: record.unpack(copied=copied) if isinstance(record, PackedArrays) else record
+            for name, record in packed.items()
+        }
     )
+
+
+def settle(records: RecordDict) -> None:
+    """Copy to this process what is still a view of Ray's store, where it would take the place of others for long."""
+    for record in records.array_records.values():
+        for array in record.values():
+            _ = array.data  # see `LentArray`
 
 
 def duplicate(records: RecordDict) -> RecordDict:
@@ -145,6 +159,7 @@ class ParcelledAnswer:
     trace: str | None = None
     place: str | None = None
     cause: Cause | None = None
+    seconds: float = 0.0
     footprint: Footprint = field(default_factory=footprint)
 
     @classmethod
@@ -153,15 +168,21 @@ class ParcelledAnswer:
         reply = answer.reply
         if reply.has_error():
             return cls(reply.metadata, reply.error, None, answer.trace, answer.place, answer.cause)
-        return cls(reply.metadata, pack(reply.content), pack(state))
+        return cls(reply.metadata, pack(reply.content), pack(state), seconds=answer.seconds)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the reply's arrays."""
+        records = [] if isinstance(self.content, Error) else list(self.content.values())
+        return sum(memoryview(d).nbytes for each in records if isinstance(each, PackedArrays) for d in each.data)
 
     def open(self) -> tuple[Answer, RecordDict | None]:
-        """Unpack."""
+        """Unpack; the reply's large arrays are views of Ray's store, see `settle`."""
         if isinstance(self.content, Error):
             reply = make_message(self.metadata, error=self.content)
             return Answer(reply, self.trace, self.place, self.cause), None
-        reply = make_message(self.metadata, unpack(self.content))
-        return Answer(reply), None if self.state is None else unpack(self.state)
+        reply = make_message(self.metadata, unpack(self.content, copied=False))
+        return Answer(reply, seconds=self.seconds), None if self.state is None else unpack(self.state)
 
 
 class _ObjectKey:

@@ -10,8 +10,8 @@ import contextlib
 import importlib
 import os
 import traceback
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flwr.app import ArrayRecord
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from fedpeft.simulations.grids.freight import Freight
     from fedpeft.simulations.grids.transport import Parcel, ParcelledAnswer, SharedRecords
+    from fedpeft.simulations.grids.work import Done
 
 
 def environment(threads: int, *, gpu: bool) -> dict[str, str]:
@@ -29,6 +30,9 @@ def environment(threads: int, *, gpu: bool) -> dict[str, str]:
         "MKL_NUM_THREADS": str(threads),
         # threads that wait for work must not take cores from other workers
         "OMP_WAIT_POLICY": "PASSIVE",
+        # every thread's own arena keeps what it has freed; a worker's many threads mostly wait
+        "MALLOC_ARENA_MAX": "2",
+        "ARROW_DEFAULT_MEMORY_POOL": "system",  # jemalloc makes a thread as soon as it is loaded, and keeps more
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
@@ -51,7 +55,7 @@ def load_app(name: str) -> ClientApp:
 
 
 class Worker:
-    """Answers one message at a time for whichever client it is sent to.
+    """Answers messages for whichever clients they are sent to.
 
     Parameters
     ----------
@@ -88,9 +92,15 @@ class Worker:
         """Be told where model and rows are that this node may lack; they are fetched when they are needed."""
         freight.announce()
 
-    def answer(self, parcel: Parcel) -> ParcelledAnswer:
-        """Have the app answer a message."""
-        from fedpeft.simulations.grids.base import answer, speak_for
+    def run(self, function: str, job: Any, *shared: Any) -> Done:
+        """Call a function of a module, see `fedpeft.simulations.grids.base.SimulationGrid.map`."""
+        from fedpeft.simulations.grids.work import do
+
+        return do(function, job, *shared)
+
+    def answer(self, parcels: Sequence[Parcel], together: str = "") -> list[ParcelledAnswer]:
+        """Have the app answer messages; several are answered together, see `fedpeft.simulations.grids.bundles`."""
+        from fedpeft.simulations.grids.base import answer_all
         from fedpeft.simulations.grids.transport import ParcelledAnswer
 
         assert self._loaded is not None, "load comes first"
@@ -102,6 +112,6 @@ class Worker:
 
             return shared.get(ref.hex(), lambda: ray.get(ref).unpack())
 
-        message, context = parcel.open(fetch)
-        speak_for(context.run_id, context.node_id)
-        return ParcelledAnswer.of(answer(app, message, context, parcel.verdict), context.state)
+        jobs = [(*parcel.open(fetch), parcel.verdict) for parcel in parcels]
+        answers = answer_all(app, jobs, together)
+        return [ParcelledAnswer.of(each, context.state) for each, (_, context, _) in zip(answers, jobs, strict=True)]

@@ -240,6 +240,10 @@ class PrivateMean:
         """Return the clipping norm; the noise has no state, as it follows from seed and round, or from nothing."""
         return {CLIP: torch.tensor([self.clip], dtype=torch.float64)}
 
+    def recall(self, memory: Mapping[str, Tensor]) -> None:
+        """Take up what `memory` returned."""
+        self.clip = float(memory[CLIP])
+
     def _move_clip(self, adaptive: AdaptiveClipping, count: float, server_round: int) -> None:
         noise = float(self._randomness("client count noise", server_round).normal((1,)))
         deviation = self.privacy.sensitivity * self.privacy.count_noise(self.expected)

@@ -42,6 +42,11 @@ MOMENTUM = PREFIX + "momentum."  # m_t
 SECOND_MOMENT = PREFIX + "second_moment."  # v_t
 
 
+def tensor_of(name: str) -> str:
+    """Return which tensor a name in a `ServerOptimizer.state_dict` speaks of."""
+    return name.removeprefix(MOMENTUM).removeprefix(SECOND_MOMENT)
+
+
 @dataclass(frozen=True)
 class Hyperparameters:
     """What a kind of optimizer reads; None for what it has not.

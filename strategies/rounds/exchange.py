@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -132,6 +133,20 @@ class Deliveries:
         """Note that a client has trained with what it was sent, and keeps what it is asked to keep."""
         known = self._known.setdefault(client, dict(self._drawn))
         known |= {name: self._versions[name] for name in sent if role_of(name) in exchange.kept}
+
+    def memory(self) -> dict[str, Any]:
+        """Return what is known of clients, as plain JSON; those who hold the same are named together."""
+        alike: dict[tuple[tuple[str, int], ...], list[str]] = {}
+        for client, known in self._known.items():
+            alike.setdefault(tuple(sorted(known.items())), []).append(client)
+        groups = [{"versions": dict(versions), "clients": sorted(alike[versions])} for versions in sorted(alike)]
+        return {"versions": dict(self._versions), "drawn": dict(self._drawn), "known": groups}
+
+    def recall(self, memory: Mapping[str, Any]) -> None:
+        """Take up what `memory` returned, where the adapter is the same."""
+        self._versions, self._drawn = dict(memory["versions"]), dict(memory["drawn"])
+        self._known = {client: dict(alike["versions"]) for alike in memory["known"] for client in alike["clients"]}
+        self._hashes.clear()
 
     def _shared(self, exchange: Exchange) -> list[str]:
         return [name for name in self._tensors if role_of(name) not in exchange.personal]

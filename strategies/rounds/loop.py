@@ -16,7 +16,6 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
-from torch import Tensor
 
 from fedpeft.adapters.state import A_SUFFIX, AdapterState, ClientUpdate, Role, TrainMetrics, role_of
 from fedpeft.config import cohort_size
@@ -26,6 +25,7 @@ from fedpeft.strategies.algebra.factors import round_errors
 from fedpeft.strategies.averaging.private_mean import PrivateMean
 from fedpeft.strategies.rounds.answers import Answers, known_clients
 from fedpeft.strategies.rounds.exchange import Exchange
+from fedpeft.strategies.rounds.memory import MEAN, METHOD, Memory, remember
 from fedpeft.strategies.rounds.method import Method
 from fedpeft.strategies.rounds.outgoing import Outgoing
 from fedpeft.strategies.rounds.ranks import Ranks, cut
@@ -60,6 +60,8 @@ class Loop:
         Of the round that clients were asked in last.
     client_ids : dict of int to str
         Client id of each node that is known.
+    done : int
+        Rounds that are over.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class Loop:
         self._outgoing = Outgoing(AdapterState.from_tensors(tensors, terms.scaling), method)
         self._sent: list[Message] = []
         self._started = 0.0
+        self.done = 0
 
     def run(
         self, num_rounds: int, train_config: ConfigRecord | None = None, evaluate: Evaluate | None = None
@@ -99,16 +102,26 @@ class Loop:
             Passed on to clients.
         evaluate : callable, optional
             Called before the first round and after each.
+
+        Notes
+        -----
+        After `recall`, rounds go on where they were.
         """
         result = Result()
         config = ConfigRecord({**(train_config or {}), NUM_ROUNDS: num_rounds})
         try:
-            self._score(0, self._initial, evaluate, result)
-            arrays = self._initial
-            for server_round in range(1, num_rounds + 1):
+            if self.done:
+                result.arrays = arrays = to_record(self._outgoing.view(0).to_tensors())
+            else:
+                arrays = self._initial
+                self._score(0, arrays, evaluate, result)
+            for server_round in range(self.done + 1, num_rounds + 1):
                 arrays, metrics = self._round(server_round, arrays, config)
                 result.arrays, result.train_metrics_clientapp[server_round] = arrays, metrics
                 self._score(server_round, arrays, evaluate, result)
+                self.done = server_round
+                for watcher in self.watchers:
+                    watcher.round_closed(server_round)
         except BaseException as error:
             for watcher in self.watchers:
                 watcher.ended(error)
@@ -266,11 +279,38 @@ class Loop:
                 f"lower train.learning_rate. {saved}"
             )
 
-    def memory(self) -> dict[str, Tensor]:
-        """Return what must be remembered from round to round besides the adapter, for checkpoints."""
-        clients = {} if self._ranks is None else self._ranks.of  # pruning changes them
-        ranks = {f"rank.{client}": torch.tensor(rank) for client, rank in clients.items()}
-        return self.method.memory() | ranks | ({} if self._private is None else self._private.memory())
+    # --- from one process to the next ------------------------------------------------------------------------------
+
+    def memory(self) -> Memory:
+        """Return all that the rounds to come depend on, and what the watchers remember."""
+        return remember(
+            self._outgoing.view(0),
+            {METHOD: self.method.memory(), MEAN: {} if self._private is None else self._private.memory()},
+            {
+                "outgoing": self._outgoing.memory(),
+                "ranks": {} if self._ranks is None else dict(self._ranks.of),  # pruning changes them
+                "watchers": {type(watcher).__name__: watcher.memory() for watcher in self.watchers},
+            },
+        )
+
+    def recall(self, server_round: int, memory: Memory) -> None:
+        """Take up what `memory` returned after a round; `run` then goes on after it, as if there had been no end.
+
+        Raises
+        ------
+        CheckpointError
+            It is another method's.
+        """
+        state = memory.state()
+        self.method.recall(memory.part(METHOD))
+        if self._private is not None:
+            self._private.recall(memory.part(MEAN))
+        if self._ranks is not None:
+            self._ranks.of = {str(client): int(rank) for client, rank in memory.facts["ranks"].items()}
+        self._outgoing.recall(state, memory.facts["outgoing"])
+        self.done = server_round
+        for watcher in self.watchers:
+            watcher.resumed(server_round, state, memory.facts["watchers"].get(type(watcher).__name__, {}))
 
 
 def _has_products(state: AdapterState, exchange: Exchange) -> bool:

@@ -46,3 +46,5 @@ class Method(Protocol):
     def client_settings(self, rank: int) -> Mapping[str, float]: ...  # noqa: D102
 
     def memory(self) -> dict[str, Tensor]: ...  # noqa: D102
+
+    def recall(self, memory: Mapping[str, Tensor]) -> None: ...  # noqa: D102

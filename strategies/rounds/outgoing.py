@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
 from fedpeft.adapters.state import AdapterState
@@ -78,6 +81,16 @@ class Outgoing:
         self._views = {0: state}
         for rank, held in self._held.items():
             held.update(self.view(rank).to_tensors())
+
+    def memory(self) -> dict[str, Any]:
+        """Return which client is known to hold what, by rank, as plain JSON."""
+        return {str(rank): held.memory() for rank, held in self._held.items()}
+
+    def recall(self, state: AdapterState, memory: Mapping[str, Any]) -> None:
+        """Take up an adapter, and what `memory` returned; the method has recalled its own before."""
+        self._views, self._held = {0: state}, {}
+        for rank, held in memory.items():
+            self._held_by(int(rank)).recall(held)
 
     @property
     def _exchange(self) -> Exchange:

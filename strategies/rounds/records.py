@@ -1,4 +1,4 @@
-"""What is kept of a run while it goes on, each by a watcher of its own: events, books, checkpoints, adapters."""
+"""What is kept of a run while it goes on, each by a watcher of its own: events, books, adapters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from fedpeft.adapters.state import AdapterState, ClientUpdate
-from fedpeft.errors import BudgetSpentError, FedpeftError, TooFewClientsError
+from fedpeft.errors import BudgetSpentError, FedpeftError, Interruption, TooFewClientsError
 from fedpeft.jsons import to_json
 from fedpeft.privacy.accounting import Charge
 from fedpeft.privacy.books import Books
@@ -19,7 +19,7 @@ from fedpeft.privacy.canaries import write_scores
 from fedpeft.privacy.overlap import in_the_clear
 from fedpeft.privacy.statement import PRIVACY
 from fedpeft.resident import Resident
-from fedpeft.runs import ADAPTER, Event, Listener, RunDirectory, folder_name
+from fedpeft.runs import ADAPTER, CLIENTS, Event, Listener, RunDirectory, folder_name
 from fedpeft.strategies.algebra.base_changes import exact_sum
 from fedpeft.strategies.rounds.method import Method
 from fedpeft.strategies.rounds.report import Fault, RoundReport
@@ -46,6 +46,8 @@ class Outcome:
         ``completed``, ``interrupted``, or what stopped it.
     error : FedpeftError or None
         What stopped it, where that was an error.
+    exit_code : int
+        How a command is to end that was interrupted.
     """
 
     path: Path
@@ -53,6 +55,7 @@ class Outcome:
     scores: Event = field(default_factory=dict)
     reason: str = "completed"
     error: FedpeftError | None = None
+    exit_code: int = 130
 
 
 class Journal:
@@ -142,14 +145,25 @@ class Records(Watcher):
         self.outcome.scores = {"event": "evaluate", "round": server_round, "split": "test", **metrics, **details}
         self.journal.emit(self.outcome.scores)
 
+    def memory(self) -> Event:
+        """Return the last scores."""
+        return {"scores": self.outcome.scores}
+
+    def resumed(self, server_round: int, state: AdapterState, memory: Mapping[str, Any]) -> None:
+        """Go on from a round."""
+        self.outcome.rounds, self.outcome.scores = server_round, dict(memory["scores"])
+
     def ended(self, error: BaseException | None) -> None:
         """Record the end, and its reason."""
         outcome = self.outcome
+        if isinstance(error, Interruption):
+            outcome.exit_code = error.exit_code
         if isinstance(error, TooFewClientsError | BudgetSpentError):
             outcome.reason, outcome.error = str(error), outcome.error or error
+        elif isinstance(error, KeyboardInterrupt):
+            outcome.reason = "interrupted"
         elif error is not None:
-            words = {KeyboardInterrupt: "interrupted", SystemExit: "stopped"}
-            outcome.reason = words.get(type(error), type(error).__name__)
+            outcome.reason = "stopped" if isinstance(error, SystemExit) else type(error).__name__
         aside = {} if outcome.error is None else {"why": str(outcome.error)}
         self.journal.emit({"event": "end", "round": outcome.rounds, "reason": outcome.reason}, **aside)
         self.is_closed = True
@@ -201,6 +215,15 @@ class Spending(Watcher):
         """Take in what a round cost that came to no end."""
         self._settle(report)
 
+    def memory(self) -> Event:
+        """Return what the books know beside the ledger."""
+        return self.books.memory()
+
+    def resumed(self, server_round: int, state: AdapterState, memory: Mapping[str, Any]) -> None:
+        """Go on with the books as they were; nothing that is in the ledger is taken back."""
+        self.rounds = server_round
+        self.books.recall(memory)
+
     def _settle(self, report: RoundReport) -> None:
         self.books.settle(report.server_round, report.asked, report.updates)
 
@@ -221,26 +244,6 @@ class Spending(Watcher):
         self.journal.emit({"event": "privacy", "round": self.rounds, **statement})
 
 
-class Checkpoints(Watcher):
-    """Saves adapter, memory and facts after each round that is due: one of every few, and the last."""
-
-    def __init__(
-        self,
-        directory: RunDirectory,
-        every: int,
-        last: int,
-        memory: Callable[[], dict[str, Tensor]],
-        facts: Mapping[str, Any],
-    ) -> None:
-        self.directory, self.every, self.last, self.memory, self.facts = directory, every, last, memory, facts
-
-    def round_done(self, report: RoundReport, state: AdapterState) -> None:
-        """Save it if it is due."""
-        done = report.server_round
-        if done % self.every == 0 or done == self.last:
-            self.directory.checkpoint(done, state.to_tensors() | self.memory(), self.facts)
-
-
 class Adapters(Watcher):
     """Writes the adapter of the last round that was completed, and each client's own where the server may see it."""
 
@@ -251,6 +254,10 @@ class Adapters(Watcher):
         """Remember the adapter."""
         self.state = state
 
+    def resumed(self, server_round: int, state: AdapterState, memory: Mapping[str, Any]) -> None:
+        """Remember the adapter."""
+        self.state = state
+
     def ended(self, error: BaseException | None) -> None:
         """Write them."""
         adapted, labels = self.home.adapted, self.home.labels
@@ -258,12 +265,13 @@ class Adapters(Watcher):
         sum_of_all = exact_sum(self.state)
         whole = AdapterState(sum_of_all.factors, {**sum_of_all.dense, **drawn})
         self.directory.write_adapter(lambda path: adapted.save(path, whole, labels))
-        for client, tensors in sorted((self.personal() if self.personal is not None else {}).items()):
-            model = AdapterState.from_tensors({**self.state.to_tensors(), **drawn, **tensors}, adapted.scaling)
+        own = self.personal() if self.personal is not None else {}
+        for client in sorted(own):  # read one by one
+            model = AdapterState.from_tensors({**self.state.to_tensors(), **drawn, **own[client]}, adapted.scaling)
             personal = exact_sum(model)
             self.directory.write_adapter(
                 lambda path, state=personal: adapted.save(path, state, labels),
-                f"clients/{folder_name(client)}/adapter",
+                f"{CLIENTS}/{folder_name(client)}/{ADAPTER}",
             )
 
 
@@ -277,6 +285,10 @@ class PlantedRows(Watcher):
     def round_done(self, report: RoundReport, state: AdapterState) -> None:
         """Remember the adapter."""
         self.rounds, self.last = report.server_round, state.to_tensors()
+
+    def resumed(self, server_round: int, state: AdapterState, memory: Mapping[str, Any]) -> None:
+        """Remember the adapter."""
+        self.rounds, self.last = server_round, state.to_tensors()
 
     def ended(self, error: BaseException | None) -> None:
         """Write what the audit reads."""

@@ -27,8 +27,18 @@ class Watcher:
     def round_broken(self, report: RoundReport, error: BaseException) -> None:
         """Hear that a round in which clients were asked came to no end, and why."""
 
+    def round_closed(self, server_round: int) -> None:
+        """Hear that all of a round is on record, its scores included where it is evaluated."""
+
     def scored(self, server_round: int, metrics: Mapping[str, Any], details: Mapping[str, Any]) -> None:
         """Hear how good the adapter is after a round, or before the first one (0): over all, and broken down."""
+
+    def memory(self) -> dict[str, Any]:
+        """Return what it remembers from round to round, as plain JSON, for checkpoints."""
+        return {}
+
+    def resumed(self, server_round: int, state: AdapterState, memory: Mapping[str, Any]) -> None:
+        """Hear that a run goes on after a round, with which adapter; take up what `memory` returned then."""
 
     def ended(self, error: BaseException | None) -> None:
         """Hear that there are no more rounds; because of an error, if there is one."""

@@ -107,6 +107,19 @@ def test_what_clients_keep_from_round_to_round_does_not_depend_on_workers(
     assert personal == (drawn if strategy == "fedsa-lora" else set())
 
 
+def test_workers_that_keep_hidden_states_give_the_bytes_of_one_process(
+    still_bert: Path, text_config: Make, tmp_path: Path, watched_workers: WatchedWorkers
+) -> None:
+    settings = {"model__name": str(still_bert), "adapter__layers": "last:1", "simulation__prefix_cache": "on"}
+    runs = [
+        simulate(text_config(simulation__workers=workers, **settings), tmp_path / str(workers), grid=grid).path
+        for workers, grid in ((2, watched_workers.grid), (0, None))
+    ]
+    assert adapter_hash(runs[0]) == adapter_hash(runs[1])
+    losses = [[event["loss"] for event in events(run, "evaluate")] for run in runs]
+    assert losses[0] == losses[1]
+
+
 def test_a_cohort_that_the_method_cannot_merge_is_refused_before_anything_is_written(
     text_config: Make, tmp_path: Path
 ) -> None:

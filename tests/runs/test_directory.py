@@ -2,17 +2,30 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import resource
 import shutil
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 from fedpeft.config import nest, resolve
 from fedpeft.errors import RunDirectoryError
-from fedpeft.runs import RunDirectory, default_directory, folder_name, read_config, read_events
+from fedpeft.runs import (
+    RunDirectory,
+    RunLock,
+    checkpoint_rounds,
+    default_directory,
+    folder_name,
+    read_checkpoint,
+    read_config,
+    read_events,
+)
+from fedpeft.runs.lock import is_held
 
 CONFIG = resolve([nest({"run.seed": 3, "strategy.name": "fedit"})])
 Usage = namedtuple("Usage", "total used free")
@@ -67,6 +80,21 @@ def test_events_survive_a_disk_that_is_full_for_a_while(tmp_path: Path, monkeypa
     assert [event["round"] for event in read_events(directory.path)] == [1, 2, 3, 4]
 
 
+def test_a_disk_that_takes_half_a_line_keeps_none_of_it(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "run", CONFIG, 1000)
+    directory.append({"event": "round", "round": 1})
+    before, limits = directory.events_size, resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (before + 10, limits[1]))
+    try:
+        directory.append({"event": "round", "round": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (directory.path / "metrics.jsonl").stat().st_size == before
+    assert directory.events_size > before
+    directory.append({"event": "round", "round": 3})
+    assert [event["round"] for event in read_events(directory.path)] == [1, 2, 3]
+
+
 def test_a_checkpoint_that_does_not_fit_is_skipped_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -88,11 +116,12 @@ def test_the_newest_two_checkpoints_are_kept(tmp_path: Path) -> None:
     assert json.loads((directory.path / "checkpoints/round-0015/state.json").read_text())["round"] == 15
 
 
-def test_the_final_adapter_takes_the_reserved_space_then_that_of_checkpoints(tmp_path: Path) -> None:
+def test_the_final_adapter_takes_the_reserved_space_then_that_of_all_checkpoints_but_the_newest(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path / "run", CONFIG, 5000)
     reserved = directory.path / ".reserved"
     assert reserved.stat().st_blocks * 512 >= 10_000
-    directory.checkpoint(5, {"x": torch.ones(3)}, {})
+    for server_round in (5, 10):
+        directory.checkpoint(server_round, {"x": torch.ones(3)}, {})
     tries = []
 
     def save(path: Path) -> None:
@@ -104,7 +133,66 @@ def test_the_final_adapter_takes_the_reserved_space_then_that_of_checkpoints(tmp
 
     directory.write_adapter(save)
     assert len(tries) == 2
-    assert not (directory.path / "checkpoints").exists()
+    assert checkpoint_rounds(directory.path) == [10]
+
+
+def test_an_adapter_that_does_not_fit_says_how_to_go_on_and_leaves_the_newest_checkpoint(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "run", CONFIG, 5000)
+    directory.checkpoint(5, {"x": torch.ones(3)}, {})
+    with pytest.raises(RunDirectoryError, match=r"make room, and go on with: fedpeft simulate --resume .*run"):
+        directory.write_adapter(full)
+    assert read_checkpoint(directory.path, 5).round == 5
+
+
+def test_a_checkpoint_that_does_not_fit_takes_the_space_of_older_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = RunDirectory(tmp_path / "run", CONFIG, 1000)
+    for server_round in (1, 2):
+        directory.checkpoint(server_round, {"x": torch.ones(3)}, {})
+    true_save, tries = safetensors.torch.save_file, list[Path]()
+
+    def save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        tries.append(path)
+        if len(tries) == 1:
+            full()
+        true_save(tensors, path)
+
+    monkeypatch.setattr("safetensors.torch.save_file", save)
+    assert directory.checkpoint(3, {"x": torch.ones(3)}, {}) == [2, 3]
+    assert directory.take_problems() == []
+
+
+def test_a_run_that_goes_on_cuts_what_came_after_the_checkpoint_half_lines_too(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "run", CONFIG, 1000)
+    directory.append({"event": "round", "round": 1})
+    events = directory.events_size
+    for server_round in (1, 2):
+        directory.checkpoint(server_round, {"x": torch.ones(3)}, {})
+    directory.append({"event": "round", "round": 2})
+    with (directory.path / "metrics.jsonl").open("a") as file:
+        file.write('{"event": "rou')
+    directory.close()
+    more = resolve([nest({"federation.rounds": 40})])
+    with RunLock(directory.path) as lock:
+        RunDirectory(directory.path, more, 1000, lock=lock).go_on(more, 1, events, {})
+    assert read_events(directory.path) == [{"event": "round", "round": 1}]
+    assert read_config(directory.path).federation.rounds == 40
+    assert checkpoint_rounds(directory.path) == [1]
+    (resume,) = json.loads((directory.path / "environment.json").read_text())["resumes"]
+    assert (resume["round"], resume["rounds"]) == (1, 40)
+    assert resume["machine"]["cores"]
+
+
+def test_one_process_writes_into_a_run_directory(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "run", CONFIG, 1000)
+    with pytest.raises(RunDirectoryError, match=f"is being written by process {os.getpid()}; wait for it or end it"):
+        RunLock(directory.path)
+    assert is_held(directory.path)
+    directory.close()
+    assert is_held(directory.path) is False
+    with RunLock(directory.path):
+        assert is_held(directory.path)
 
 
 def test_a_line_still_being_written_is_left_out(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ def test_runs_are_listed_with_method_rounds_state_and_scores(
         "name": "first", "path": str(run), "state": "completed", "strategy": "fedit", "task": "sequence-classification",
         "preset": "digits", "rounds": 4, "planned": 4, "metric": "accuracy", "first": 0.25, "last": 0.75,
         "started": None, "problem": None, "level": None, "epsilon": None, "guarantee": None,
+        "resumable": None,
     }  # fmt: skip
     assert {name: (facts["state"], facts["rounds"], facts["planned"]) for name, facts in found.items()} == {
         "first": ("completed", 4, 4), "second": ("interrupted", 2, 9), "third": ("stopped", 1, 4),

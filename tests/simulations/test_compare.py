@@ -11,7 +11,7 @@ import pytest
 
 from fedpeft.config import RunConfig, configure
 from fedpeft.errors import ConfigError, RunDirectoryError
-from fedpeft.runs import read_events
+from fedpeft.runs import Event, read_events
 from fedpeft.runs.history import History
 from fedpeft.simulations import running
 from fedpeft.simulations.compare import split_words, write_comparison
@@ -124,12 +124,11 @@ def test_runs_are_compared_and_done_ones_are_kept(
 
     def stops_at_the_third(own: RunConfig, path: Path, **settings: Any) -> Outcome:
         begun.append(path)
-        outcome = true_simulate(own, path, **settings)
-        if len(begun) == 3:  # as Ctrl-C leaves it
-            events = (path / "metrics.jsonl").read_text().replace('"completed"', '"interrupted"')
-            (path / "metrics.jsonl").write_text(events)
-            outcome.reason = "interrupted"
-        return outcome
+        return true_simulate(own, path, **settings, **({"listener": stop} if len(begun) == 3 else {}))
+
+    def stop(event: Event) -> None:
+        if event["event"] == "client" and event["round"] == 2:
+            raise KeyboardInterrupt
 
     monkeypatch.setattr(running, "simulate", stops_at_the_third)
     told, compared = run(words, config, out, seeds=2)
@@ -139,7 +138,8 @@ def test_runs_are_compared_and_done_ones_are_kept(
     told, compared = run(words, config, out, seeds=2)
     assert not compared.interrupted
     assert [line.endswith("done before") for line in told] == [True, True, False, False, False, False]
-    assert len(begun) == 3 + 4
+    assert len(begun) == 3 + 3  # the third went on where it was
+    assert json.loads((begun[2] / "environment.json").read_text())["resumes"][0]["round"] == 1
     assert "ETA" in told[2]
     facts = write_comparison(jobs, compared, out)
     assert json.loads((out / "comparison.json").read_text()) == facts

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fedpeft.privacy.mechanism import RecordMechanism
     from fedpeft.privacy.randomness import Randomness
     from fedpeft.resident import Resident
+    from fedpeft.training.batched.together import JointGradients
     from fedpeft.training.local import Gradients
 
 
@@ -168,6 +169,17 @@ class Level(ABC):
         randomness: Randomness,
     ) -> Callable[[torch.optim.Optimizer], Gradients]:
         """Return how a client makes private gradients of its rows; see `client_mechanism`."""
+        raise PrivacyError(f"privacy.level = '{self.name}' adds no noise at clients.")
+
+    def joint_gradients(
+        self,
+        home: Resident,
+        split: EncodedSplit,
+        rows: Sequence[Rows],
+        mechanisms: Sequence[RecordMechanism],
+        randomness: Sequence[Randomness],
+    ) -> JointGradients:
+        """Return how many clients trained together make private gradients, each of its own rows; see `gradients`."""
         raise PrivacyError(f"privacy.level = '{self.name}' adds no noise at clients.")
 
     def server_mechanism(self, config: RunConfig) -> ClientPrivacy | None:

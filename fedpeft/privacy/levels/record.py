@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from fedpeft.adapters.kinds import KINDS
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fedpeft.privacy.mechanism import RecordMechanism
     from fedpeft.privacy.randomness import Randomness
     from fedpeft.resident import Resident
+    from fedpeft.training.batched.together import JointGradients
     from fedpeft.training.local import Gradients
 
 COUNTS = {
@@ -117,6 +118,28 @@ class RecordLevel(Level):
             optimizer,
             physical=home.physical_rows,
             precision=home.config.train.precision,
+        )
+
+    def joint_gradients(
+        self,
+        home: Resident,
+        split: EncodedSplit,
+        rows: Sequence[Rows],
+        mechanisms: Sequence[RecordMechanism],
+        randomness: Sequence[Randomness],
+    ) -> JointGradients:
+        """Return the same of many clients, each row through a copy of its client's tensors."""
+        from fedpeft.privacy.joint import JointPrivateGradients
+
+        return JointPrivateGradients(
+            home.adapted,
+            home.own_layers,
+            split,
+            home.config.train.precision,
+            rows,
+            mechanisms,
+            randomness,
+            home.physical_rows,
         )
 
     def words(self, config: RunConfig) -> Words:

@@ -35,4 +35,6 @@ def _first_step(gradient: Tensor, learning_rate: float) -> Tensor:
     return -learning_rate * (gradient / (gradient.abs() + EPS))
 
 
-ADAMW = Optimizer("adamw", "Adam with decoupled weight decay", AdamWOptions, _build, _first_step, state_floats=2)
+ADAMW = Optimizer(
+    "adamw", "Adam with decoupled weight decay", AdamWOptions, _build, _first_step, state_floats=2, elementwise=True
+)

@@ -40,6 +40,9 @@ class Optimizer:
         Floats that it keeps for each trained one, with default options.
     needs_pairs : bool
         Whether its rule is of factors A and B together, so that it must find both of each.
+    elementwise : bool
+        Whether it steps each number by what is known of that number alone, so that stacked tensors of many clients
+        make the steps that each would make.
     not_private : str
         Why it must not be used at record level: something besides the clipped and noised gradient would enter its
         steps. Empty where a step is post-processing of that gradient and of what is public.
@@ -52,4 +55,5 @@ class Optimizer:
     first_step: Callable[[Tensor, float], Tensor]
     state_floats: int
     needs_pairs: bool = False
+    elementwise: bool = False
     not_private: str = ""

@@ -37,4 +37,5 @@ SGD = Optimizer(
     _build,
     first_step=lambda gradient, learning_rate: -learning_rate * gradient,
     state_floats=0,
+    elementwise=True,
 )

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 import torch
 from flwr.app import ArrayRecord, Context, Message
 from flwr.clientapp import ClientApp
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedpeft.errors import DataError
+from fedpeft.models import num_threads
 from fedpeft.simulations.grids.inline import InlineGrid
 
 MakeContexts = Callable[[int], dict[int, Context]]
@@ -125,3 +129,19 @@ def test_an_interrupt_passes_through(make_contexts: MakeContexts, make_message: 
 def test_after_the_timeout_no_more_messages_are_pulled(grid: InlineGrid, make_message: MakeMessage) -> None:
     assert list(grid.send_and_receive([make_message(1)], timeout=0.0)) == []
     assert len(list(grid.send_and_receive([make_message(1), make_message(2)], timeout=3600.0))) == 2
+
+
+def test_work_that_is_no_clients_is_done_here_with_a_clients_threads_when_its_result_is_asked_for() -> None:
+    before, pulled = torch.get_num_threads(), []
+    with num_threads(before + 1):
+        results = InlineGrid("simulated_clients:app", threads=1).map("simulated_work:where", map(pulled.append, "ab"))
+        assert pulled == []
+        assert next(iter(results)) == (None, os.getpid(), 1)
+        assert pulled == ["a"]
+        assert torch.get_num_threads() == before + 1
+
+
+def test_work_is_given_what_is_shared_and_what_it_raises_is_raised(grid: InlineGrid) -> None:
+    assert list(grid.map("simulated_work:plus", [1, 2], np.ones(3), 0.5)) == [4.5, 5.5]
+    with pytest.raises(DataError, match="job 1 holds no rows"):
+        list(grid.map("simulated_work:refuse", [0, 1]))

@@ -63,7 +63,7 @@ def company(monkeypatch: pytest.MonkeyPatch) -> Company:
 
 
 def pool_of(company: Company, size: int) -> RayPool:
-    return RayPool(company.hire, size, lambda message: message)  # type: ignore[arg-type, return-value]
+    return RayPool(company.hire, size, lambda worker, job: worker.answer.remote(job))
 
 
 def test_a_pool_that_shrinks_ends_those_who_start_then_the_idle_and_the_busy_when_they_are_done(

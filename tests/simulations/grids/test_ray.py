@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,16 +12,19 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import ray
 from flwr.app import Array, ArrayRecord, Context, Message
 from flwr.clientapp.client_app import LoadClientAppError
 
-from fedpeft.errors import ConfigError, SimulationError
+from fedpeft.errors import ConfigError, DataError, SimulationError
 from fedpeft.runs.machine import Footprint
 from fedpeft.simulations.grids.cluster import Node, Sizing
 from fedpeft.simulations.grids.inline import InlineGrid
+from fedpeft.simulations.grids.pace import Pace
 from fedpeft.simulations.grids.ray import RayGrid
+from fedpeft.wire import LentArray
 
 MakeContexts = Callable[[int], dict[int, Context]]
 MakeMessage = Callable[..., Message]
@@ -37,7 +41,8 @@ def workers(importable_apps: None) -> Iterator[RayGrid]:
 @pytest.fixture
 def grid(workers: RayGrid, make_contexts: MakeContexts) -> RayGrid:
     workers.contexts = make_contexts(12)
-    workers.on_failure = workers.on_worker_death = None
+    workers.on_failure = workers.on_worker_death = workers.on_dispatch = None
+    workers.pace = Pace()
     return workers
 
 
@@ -101,6 +106,47 @@ def test_a_worker_killed_at_work_is_replaced_and_its_message_repeated(
     assert [seen(reply, "partition") for reply in grid.send_and_receive(messages)] == list(range(6))
     assert attempts.read_text() == "xx"
     assert deaths == [(2, 1)]
+
+
+def test_work_that_is_no_clients_is_spread_over_the_workers_and_comes_back_in_order(grid: RayGrid) -> None:
+    assert list(grid.map("simulated_work:plus", [3, 1, 2], np.ones(5), 0.5)) == [8.5, 6.5, 7.5]
+    done = list(grid.map("simulated_work:where", range(12)))
+    assert [job for job, _, _ in done] == list(range(12))
+    assert os.getpid() not in {pid for _, pid, _ in done}
+    assert {threads for _, _, threads in done} == {1}
+
+
+def test_work_can_be_done_between_two_replies(grid: RayGrid, make_message: MakeMessage) -> None:
+    replies = grid.send_and_receive(make_message(node_id) for node_id in (1, 2, 3))
+    found = [(seen(reply, "partition"), next(grid.map("simulated_work:where", [7]))[0]) for reply in replies]
+    assert found == [(0, 7), (1, 7), (2, 7)]
+
+
+def test_a_worker_that_dies_of_work_is_replaced_and_the_work_repeated(grid: RayGrid, tmp_path: Path) -> None:
+    deaths: list[tuple[int, int]] = []
+    grid.on_worker_death = lambda *death: deaths.append(death)
+    jobs = [(str(tmp_path / "first"), 0), (str(tmp_path / "second"), 1), (str(tmp_path / "third"), 0)]
+    assert list(grid.map("simulated_work:die", jobs)) == ["first", "second", "third"]
+    assert (tmp_path / "second").read_text() == "xx"
+    assert deaths == []  # it was no client's
+
+
+def test_what_work_raises_is_raised_here_and_the_workers_go_on(grid: RayGrid) -> None:
+    with pytest.raises(DataError, match="job 1 holds no rows"):
+        list(grid.map("simulated_work:refuse", [0, 1, 2]))
+    with pytest.raises(SimulationError, match=r"simulated_work:refuse failed on a worker:(.|\n)*KeyError: 3"):
+        list(grid.map("simulated_work:refuse", [3]))
+    assert list(grid.map("simulated_work:refuse", [4])) == [4]
+
+
+def test_workers_are_forks_of_one_process_that_has_imported_everything(grid: RayGrid) -> None:
+    pids = {pid for _, pid, _ in grid.map("simulated_work:where", range(8))}
+    parents = {psutil.Process(pid).ppid() for pid in pids}
+    assert len(parents) == 1
+    assert "fedpeft.simulations.grids.nursery" in psutil.Process(parents.pop()).cmdline()
+    for pid in pids:
+        sizes = dict(re.findall(r"(\w+): +(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text()))
+        assert int(sizes["Private_Dirty"]) < int(sizes["Shared_Dirty"])  # what is imported is written to by nobody
 
 
 def test_a_message_that_costs_three_workers_gets_an_error_and_the_others_their_replies(
@@ -367,3 +413,33 @@ def test_a_cluster_named_by_ray_address_is_used_quietly_and_left_running(
     assert (printed.stdout, printed.stderr) == ("8 replies\n", "")
     assert ray.is_initialized()
     assert len(list(grid.send_and_receive([make_message(1), make_message(2)]))) == 2
+
+
+def test_quick_messages_travel_together_and_each_is_answered_by_itself(
+    grid: RayGrid, make_message: MakeMessage, make_arrays: MakeArrays
+) -> None:
+    list(grid.send_and_receive(make_message(node) for node in range(1, 5)))
+    sent: list[int] = []
+
+    def note(node: int, message: Message) -> None:
+        sent.append(node)
+
+    grid.on_dispatch = note
+    fails = {3: "plain", 7: "exit"}
+    messages = [
+        make_message(node, "train.fail", how=fails[node]) if node in fails else make_message(node)
+        for node in range(1, 13)
+    ]
+    replies = list(grid.send_and_receive(messages))
+    assert [reply.metadata.src_node_id for reply in replies] == list(range(1, 13))
+    assert sent == list(range(1, 13))
+    assert [node for node, reply in enumerate(replies, 1) if reply.has_error()] == [3, 7]
+
+
+def test_who_keeps_large_replies_has_their_arrays_to_himself(grid: RayGrid, make_message: MakeMessage) -> None:
+    order = ArrayRecord({"weight": Array(np.ones((200, 200), np.float32))})
+    replies = list(grid.send_and_receive(make_message(node, "train.learn", order) for node in range(1, 7)))
+    arrays = [reply.content.array_records["arrays"]["weight"] for reply in replies]
+    assert [isinstance(array, LentArray) for array in arrays] == [True] * 6
+    assert ["lent" in vars(array) for array in arrays] == [False] * 6
+    assert len({array.data for array in arrays}) == 6

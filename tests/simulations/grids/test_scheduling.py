@@ -170,7 +170,7 @@ def test_workers_get_new_jobs_while_results_that_came_early_are_used() -> None:
 @given(st.integers(1, 4), st.randoms(use_true_random=False))
 def test_jobs_with_equal_keys_run_one_after_the_other(workers: int, chance: random.Random) -> None:
     pool = FakePool(workers, chance.choice)
-    dispatcher = Dispatcher[str, str](pool, window=6, key=lambda job: job[0])
+    dispatcher = Dispatcher[str, str](pool, window=6, keys=lambda job: job[:1])
     used: list[object] = []
     jobs = ["a1", "a2", "b1", "a3", "b2", "c1"]
     for job, _ in dispatcher.stream(jobs):
@@ -245,3 +245,104 @@ def test_an_error_of_the_source_reaches_the_consumer_and_leaves_the_pool_to_othe
 def test_a_window_or_limit_below_one_is_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="at least 1"):
         Dispatcher[int, str](FakePool(workers=1), **wrong)  # type: ignore[arg-type]
+
+
+# --- jobs of which it is known how long they take ---------------------------------------------------------------------
+
+
+class ClockedPool:
+    """Workers on a simulated clock: a job is a number of seconds, of which the first is a name."""
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+        self.now = 0.0
+        self.running: dict[int, float] = {}  # when each is done
+        self.started: list[object] = []
+
+    def free(self) -> int:
+        return self.workers - len(self.running)
+
+    def start(self, ticket: int, job: tuple[int, float]) -> None:
+        self.running[ticket] = self.now + job[1]
+        self.started.append(job[0])
+
+    def wait(self, timeout: float | None) -> list[Finished[str] | Died]:
+        if timeout == 0.0:
+            return []
+        ticket = min(self.running, key=lambda each: (self.running[each], each))
+        self.now = self.running.pop(ticket)
+        return [Finished(ticket, "done")]
+
+    def stop(self, ticket: int) -> None:
+        del self.running[ticket]
+
+
+def makespan(seconds: list[float], workers: int, expected: Callable[[tuple[int, float]], float] | None) -> float:
+    """Return when the last of these jobs is done, and check what holds for every stream."""
+    pool = ClockedPool(workers)
+    window = 2 * workers + 2
+    used = 0
+    dispatcher = Dispatcher[tuple[int, float], str](pool, window=window, expected=expected)
+    dispatcher.ahead = 100
+    for job, _ in dispatcher.stream(enumerate(seconds)):
+        assert job[0] == used
+        used += 1
+        assert len(pool.started) - used < 2 * window, "more results are held than may be"
+    assert used == len(seconds)
+    return pool.now
+
+
+def test_a_long_job_at_the_end_is_begun_before_its_turn() -> None:
+    seconds = [1.0] * 20 + [10.0]
+    assert makespan(seconds, 2, None) == 20.0
+    assert makespan(seconds, 2, lambda job: job[1]) == 15.0  # of 30 on two workers
+
+
+def test_jobs_that_take_the_same_are_begun_in_their_turn() -> None:
+    pool = ClockedPool(2)
+    list(Dispatcher[tuple[int, float], str](pool, window=6, expected=lambda job: 1.0).stream(enumerate([1.0] * 40)))
+    assert pool.started == list(range(40))
+
+
+@given(
+    st.lists(st.floats(0.1, 1.0).map(lambda u: u**-1.5), min_size=1, max_size=60),
+    st.integers(1, 5),
+    st.floats(1.0, 1.5),
+)
+def test_no_round_is_much_longer_than_it_must_be_and_results_stay_in_order(
+    seconds: list[float], workers: int, wrong: float
+) -> None:
+    least = max(sum(seconds) / workers, max(seconds))
+    guessed = makespan(seconds, workers, lambda job: job[1] * (wrong if job[0] % 2 else 1.0))
+    assert guessed <= 1.6 * least
+
+
+def test_on_the_average_rounds_of_unequal_clients_end_sooner() -> None:
+    chance = random.Random(3)
+    rounds = [[chance.lognormvariate(0, 1.2) for _ in range(16)] for _ in range(60)]
+    least = sum(max(sum(seconds) / 2, *seconds) for seconds in rounds)
+    in_turn = sum(makespan(seconds, 2, None) for seconds in rounds)
+    known = sum(makespan(seconds, 2, lambda job: job[1]) for seconds in rounds)
+    assert in_turn > 1.15 * least
+    assert known < 1.03 * least
+
+
+@given(st.integers(1, 30), st.integers(1, 5), st.integers(1, 12), st.integers(1, 20), st.randoms(use_true_random=False))
+def test_what_is_expected_changes_no_result_whoever_dies(
+    count: int, workers: int, window: int, ahead: int, chance: random.Random
+) -> None:
+    left = Counter({job: chance.randint(0, 2) for job in range(count)})
+
+    def dies(job: object) -> bool:
+        assert isinstance(job, int)
+        left[job] -= 1
+        return left[job] >= 0
+
+    dispatcher = Dispatcher[int, str](
+        FakePool(workers, chance.choice, dies),
+        window=window,
+        key=lambda job: job % 7,
+        expected=lambda job: chance.random(),
+    )
+    dispatcher.ahead = ahead
+    assert list(dispatcher.stream(range(count))) == results(list(range(count)))

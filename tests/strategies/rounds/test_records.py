@@ -1,9 +1,8 @@
-"""What is kept of a run: events, checkpoints, and how it ended."""
+"""What is kept of a run: its events, and how it ended."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from fedpeft.adapters.state import AdapterState
 from fedpeft.errors import TooFewClientsError
 from fedpeft.runs import Event
 from fedpeft.strategies import FedIt
-from fedpeft.strategies.rounds.records import Checkpoints, Journal, Records
+from fedpeft.strategies.rounds.records import Journal, Records
 from fedpeft.strategies.rounds.report import Fault, RoundReport
 
 STATE = AdapterState({}, {"head.weight": torch.zeros(2)})
@@ -25,16 +24,12 @@ class Folder:
 
     def __init__(self) -> None:
         self.events: list[Event] = []
-        self.saved: list[tuple[int, set[str]]] = []
 
     def append(self, event: Event) -> None:
         self.events.append(event)
 
     def take_problems(self) -> list[str]:
         return []
-
-    def checkpoint(self, server_round: int, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
-        self.saved.append((server_round, set(tensors)))
 
 
 def records(withholds: bool = False) -> tuple[Records, Folder, list[Event]]:
@@ -45,14 +40,6 @@ def records(withholds: bool = False) -> tuple[Records, Folder, list[Event]]:
 
 def failing(server_round: int = 1) -> RoundReport:
     return RoundReport(server_round, faults=[Fault("3", "raised twice: ValueError", raised=True)])
-
-
-def test_a_checkpoint_is_saved_every_few_rounds_and_after_the_last() -> None:
-    folder = Folder()
-    keeper = Checkpoints(folder, 2, 5, lambda: {"remembered": torch.zeros(1)}, {})  # type: ignore[arg-type]
-    for server_round in range(1, 6):
-        keeper.round_done(RoundReport(server_round), STATE)
-    assert folder.saved == [(number, {"head.weight", "remembered"}) for number in (2, 4, 5)]
 
 
 def test_why_a_client_raised_is_heard_and_not_recorded() -> None:

@@ -1,0 +1,132 @@
+"""A base's weights in the precision they are used in, as files that all processes of a machine map and share.
+
+`from_pretrained` maps weights from their file and copies none, as long as the file holds them in the wanted precision:
+then the pages belong to the machine, however many processes use them. Else each process would convert a copy of its
+own. So the conversion is made once, into the cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from fedpeft.cache import cache_dir, locked, publishing
+
+FORMAT_VERSION = 1
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"  # what transformers reads, the first if both
+BESIDES = ("config.json", "generation_config.json", INDEX)
+SIZES = "sizes.json"
+FLOATS = {"F64", "F32", "F16", "BF16"}
+CALLED = {torch.float32: "F32", torch.bfloat16: "BF16"}
+
+
+def mapped_folder(folder: Path, dtype: torch.dtype, build: Callable[[], Any]) -> Path:
+    """Return a folder of the same weights in this precision: `folder` itself where it holds them so.
+
+    Parameters
+    ----------
+    folder : Path
+        Of a transformers model.
+    dtype : torch.dtype
+        float32 or bfloat16.
+    build : callable
+        Makes the model without its weights (on torch's device ``meta``) as it would be loaded in this precision. Asked
+        only where nothing is in the cache.
+
+    Returns
+    -------
+    Path
+        `folder` too where its weights cannot be kept converted: they are quantised, or the model keeps some of them in
+        another precision. Then each process converts what it needs, as it loads.
+
+    Raises
+    ------
+    DataError
+        The cache cannot be written.
+    """
+    files = _weight_files(folder)
+    if not files:
+        return folder
+    headers = [_dtypes(path) for path in files]
+    held = {kind for header in headers for kind in header.values()}
+    if held & FLOATS <= {CALLED[dtype]} or not held <= FLOATS | {"I64", "I32", "BOOL"}:
+        return folder
+    kept = cache_dir() / "bases" / _key(files, dtype)
+    if _is_whole(kept):
+        return kept
+    with locked(kept):
+        if _is_whole(kept):  # another process was faster
+            return kept
+        if not _is_uniform(build(), dtype):
+            return folder
+        _convert(folder, files, dtype, kept)
+    return kept
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Return the files that transformers would read; none where they have other names."""
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        names = sorted(set(index["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError):
+        return []
+    files = [folder / name for name in names]
+    return files if all(path.parent == folder and path.is_file() for path in files) else []
+
+
+def _dtypes(path: Path) -> Mapping[str, str]:
+    """Return the type of each tensor of a file, as safetensors calls it; empty for a damaged file."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return {"": "damaged"}  # which the loading says better
+
+
+def _key(files: list[Path], dtype: torch.dtype) -> str:
+    """Return what names a conversion: the files, as they were when it was made."""
+    facts = [[str(path.resolve()), (stat := path.stat()).st_size, stat.st_mtime_ns] for path in files]
+    return hashlib.sha256(json.dumps([FORMAT_VERSION, str(dtype), facts]).encode()).hexdigest()[:32]
+
+
+def _is_whole(kept: Path) -> bool:
+    """Tell whether a conversion is there and undamaged, by the sizes and the headers of its files."""
+    try:
+        sizes = json.loads((kept / SIZES).read_text(encoding="utf-8"))
+        if {path.name: path.stat().st_size for path in kept.iterdir() if path.name != SIZES} != sizes:
+            return False
+    except (OSError, ValueError):
+        return False
+    return all("" not in _dtypes(path) for path in kept.glob("*.safetensors"))
+
+
+def _is_uniform(model: Any, dtype: torch.dtype) -> bool:
+    """Tell whether a model holds all its saved numbers in one precision, and asks for no other as it loads them."""
+    strict = getattr(model, "_keep_in_fp32_modules_strict", None) if dtype == torch.bfloat16 else None
+    kinds = {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()}
+    return not strict and kinds == {dtype}
+
+
+def _convert(folder: Path, files: list[Path], dtype: torch.dtype, kept: Path) -> None:
+    with publishing(kept) as draft:
+        for path in files:
+            with safe_open(path, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                for name, tensor in tensors.items():
+                    tensors[name] = (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
+                save_file(tensors, draft / path.name, file.metadata())
+        for name in BESIDES:
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, draft / name)
+        sizes = {path.name: path.stat().st_size for path in draft.iterdir()}
+        (draft / SIZES).write_text(json.dumps(sizes), encoding="utf-8")

@@ -1,0 +1,307 @@
+"""The local rounds of many clients at once: stacked adapters, and one pass for the rows of a step of all of them.
+
+What is minimised is the sum over clients of each one's own mean loss. Nobody's loss depends on another's tensors, so
+that its gradient by a client's tensors is that of the client alone, and everything after it (regularisers, clipping,
+the optimiser) is done for each client by itself. The result differs from `fedpeft.training.local.train_locally` by the
+rounding of sums alone.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fedpeft.adapters.adapted import AdaptedModel
+from fedpeft.adapters.state import role_of
+from fedpeft.config import TrainConfig
+from fedpeft.data.splits import EncodedSplit
+from fedpeft.tasks.losses import logits_of
+from fedpeft.training.batched.layers import OwnLayers, drops, stacked, unstacked
+from fedpeft.training.local import (
+    LocalResult,
+    PlainGradients,
+    Turn,
+    learning_rate,
+    make_optimizer,
+    num_steps,
+    training_mode,
+)
+from fedpeft.training.optimizers import OPTIMIZERS
+
+Rows = NDArray[np.int64]
+CLIP_FLOOR = 1e-6  # torch's own, see torch.nn.utils.clip_grad_norm_
+
+
+@dataclass(frozen=True)
+class Part:
+    """One client's part in a training of many.
+
+    Parameters
+    ----------
+    tensors : mapping of str to Tensor
+        The whole adapter that its round begins with.
+    scaling : float
+        Of its update.
+    rows : array of int, shape (n,)
+        Which of the rows are its own.
+    turn : Turn
+        Whose round this is, and which.
+    """
+
+    tensors: Mapping[str, Tensor]
+    scaling: float
+    rows: Rows
+    turn: Turn
+
+    def steps(self, train: TrainConfig) -> int:
+        """Return its optimiser steps."""
+        return num_steps(train, len(self.rows) if self.turn.num_examples is None else self.turn.num_examples)
+
+    def rates(self, train: TrainConfig) -> tuple[float, ...]:
+        """Return the learning rate of all its steps: one number where it never changes. Those who share it may join."""
+        steps = self.steps(train)
+        rates = tuple(learning_rate(train, self.turn.progress(step / steps)) for step in range(steps))
+        return rates[:1] if len(set(rates)) == 1 else rates
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What became of one client.
+
+    Parameters
+    ----------
+    tensors : mapping of str to Tensor
+        What was trained, on the CPU.
+    result : LocalResult
+        What it reports; its seconds are its share of all.
+    """
+
+    tensors: Mapping[str, Tensor]
+    result: LocalResult
+
+
+@dataclass
+class Stacks:
+    """The tensors of the clients that are still at work, each as one ``(k, *shape)``.
+
+    Parameters
+    ----------
+    frozen : dict of str to Tensor
+        What nobody trains in this round.
+    trained : dict of str to nn.Parameter
+        What is trained, in the order of its names.
+    scaling : Tensor
+        Of each client's update, ``(k,)``.
+    clients : sequence of int
+        The client at each place.
+    shapes : sequence of mapping of str to tuple of int
+        Of each one's own tensors, which may be of smaller rank.
+    """
+
+    frozen: dict[str, Tensor]
+    trained: dict[str, nn.Parameter]
+    scaling: Tensor
+    clients: Sequence[int]
+    shapes: Sequence[Mapping[str, tuple[int, ...]]]
+
+    @classmethod
+    def of(cls, adapted: AdaptedModel, parts: Sequence[Part], clients: Sequence[int], names: Sequence[str]) -> Stacks:
+        """Stack what these of the clients begin with."""
+        chosen = [parts[client] for client in clients]
+
+        def stack(name: str) -> Tensor:
+            like = adapted.parameter(name).detach()
+            return stacked([part.tensors[name] for part in chosen], like, role_of(name))
+
+        return cls(
+            {name: stack(name) for name in sorted(adapted.initial.keys() - set(names))},
+            {name: nn.Parameter(stack(name).contiguous()) for name in names},
+            torch.tensor([part.scaling for part in chosen], device=adapted.device),
+            clients,
+            [{name: tuple(part.tensors[name].shape) for name in names} for part in chosen],
+        )
+
+    def __len__(self) -> int:
+        return len(self.scaling)
+
+    def own(self, client: int) -> dict[str, Tensor]:
+        """Return copies of what one client has trained, on the CPU."""
+        return {
+            name: unstacked(whole.detach()[client], self.shapes[client][name]).to("cpu", copy=True).contiguous()
+            for name, whole in self.trained.items()
+        }
+
+    def keep_first(self, count: int, optimizer: torch.optim.Optimizer) -> None:
+        """Go on with the first clients only: the others have done their steps."""
+        self.frozen = {name: whole[:count] for name, whole in self.frozen.items()}
+        self.scaling = self.scaling[:count]
+        for parameter in self.trained.values():
+            state = optimizer.state.get(parameter, {})
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    state[key] = value[:count]
+            parameter.grad = None
+            parameter.data = parameter.data[:count]
+
+
+class JointGradients(Protocol):
+    """How the gradients of a step come about for all clients at work: plainly, or privately."""
+
+    def batches(self, client: int) -> Iterator[Rows]:
+        """Yield the rows of each of a client's steps."""
+
+    def compute(self, stacks: Stacks, batches: Sequence[Rows]) -> tuple[Tensor, Sequence[int]]:
+        """Leave the gradients of the clients' batches in ``.grad`` of the stacks.
+
+        Returns
+        -------
+        tuple of Tensor and sequence of int
+            Of each client the sum of losses, ``(k,)``, and what divides it into a mean.
+        """
+
+
+@dataclass(frozen=True)
+class JointPlainGradients:
+    """The gradients of the clients' mean losses.
+
+    Parameters
+    ----------
+    adapted : AdaptedModel
+        The model.
+    layers : OwnLayers
+        Its layers.
+    split : EncodedSplit
+        The encoded rows.
+    train : TrainConfig
+        How.
+    parts : sequence of Part
+        The clients.
+    """
+
+    adapted: AdaptedModel
+    layers: OwnLayers
+    split: EncodedSplit
+    train: TrainConfig
+    parts: Sequence[Part]
+
+    def batches(self, client: int) -> Iterator[Rows]:
+        """Yield the batches that the client would have by itself."""
+        part, steps = self.parts[client], self.parts[client].steps(self.train)
+        return PlainGradients(self.adapted, self.split, part.rows, self.train, steps, part.turn.batches).batches()
+
+    def compute(self, stacks: Stacks, batches: Sequence[Rows]) -> tuple[Tensor, Sequence[int]]:
+        """Return each client's mean loss, once."""
+        sizes = np.array([len(batch) for batch in batches])
+        widest = int(sizes.max())
+        # clients with fewer rows repeat one of them, which does not count
+        rows = np.concatenate([np.pad(batch, (0, widest - len(batch)), "edge") for batch in batches])
+        inputs = self.split.batch(rows)
+        with self.layers.with_stacks({**stacks.frozen, **stacks.trained}, stacks.scaling):
+            logits = logits_of(self.adapted.model, inputs, self.train.precision)
+        sums, counts = self.adapted.task.losses(logits, inputs["labels"].to(logits.device))
+        sums, counts = sums.view(len(batches), widest), counts.view(len(batches), widest)
+        if sizes.min() < widest:
+            real = torch.from_numpy(np.arange(widest) < sizes[:, None]).to(sums.device)  # (k, b)
+            sums, counts = torch.where(real, sums, 0.0), torch.where(real, counts, 0)
+        losses = sums.sum(1) / counts.sum(1)  # (k,)
+        losses.sum().backward()  # type: ignore[no-untyped-call]
+        return losses.detach(), [1] * len(batches)
+
+
+def why_not(adapted: AdaptedModel, layers: OwnLayers, train: TrainConfig) -> str:
+    """Say why clients cannot be trained together, in words; empty if they can."""
+    if layers.refusal:
+        return layers.refusal
+    if not OPTIMIZERS.find(train.optimizer).elementwise:
+        return f"train.optimizer = '{train.optimizer}' does not step each number by itself"
+    if drops(adapted.model):
+        return "dropout is active, whose masks each client draws by itself"
+    return ""
+
+
+def train_together(
+    adapted: AdaptedModel,
+    train: TrainConfig,
+    parts: Sequence[Part],
+    names: Sequence[str],
+    gradients: JointGradients,
+) -> list[Trained]:
+    """Train many clients' adapters at once, each on its own rows; the resident adapter is left as it is.
+
+    Parameters
+    ----------
+    adapted : AdaptedModel
+        The model; changes of the base must be in it already, and its adapter is not looked at.
+    train : TrainConfig
+        How.
+    parts : sequence of Part
+        The clients, of equal `Part.rates` as far as their steps go.
+    names : sequence of str
+        What is trained.
+    gradients : JointGradients
+        Gives a step's gradients.
+
+    Returns
+    -------
+    list of Trained
+        In the order of `parts`.
+    """
+    started = time.perf_counter()
+    steps = [part.steps(train) for part in parts]
+    order = sorted(range(len(parts)), key=lambda client: -steps[client])  # whoever is done first comes last
+    adapted.begin_training(())
+    stacks = Stacks.of(adapted, parts, order, names)
+    optimizer = make_optimizer(train, stacks.trained)
+    anchors = [p.detach().clone() for p in stacks.trained.values()] if train.proximal_mu else []
+    drawn = [gradients.batches(client) for client in order]
+    losses: list[Tensor] = []
+    counted = np.zeros(len(parts))
+    after: dict[int, dict[str, Tensor]] = {}
+    training_mode(adapted.model)
+    try:
+        for step in range(max(steps)):
+            batches = [next(drawn[place]) for place in range(len(stacks))]
+            rate = learning_rate(train, parts[order[0]].turn.progress(step / steps[order[0]]))
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.zero_grad(set_to_none=True)
+            loss, counts = gradients.compute(stacks, batches)
+            _regularise(train, list(stacks.trained.values()), anchors)
+            optimizer.step()
+            losses.append(loss.double())
+            counted[: len(counts)] += counts
+            at_work = sum(steps[client] > step + 1 for client in order)
+            for place in range(at_work, len(stacks)):
+                after[order[place]] = stacks.own(place)
+            if 0 < at_work < len(stacks):
+                stacks.keep_first(at_work, optimizer)
+    finally:
+        adapted.model.eval()
+    totals = torch.stack([nn.functional.pad(loss, (0, len(parts) - len(loss))) for loss in losses]).sum(0).tolist()
+    seconds = (time.perf_counter() - started) / len(parts)
+    means = {c: total / count if count else math.nan for c, total, count in zip(order, totals, counted, strict=True)}
+    return [
+        Trained(after[client], LocalResult(float(means[client]), steps[client], seconds))
+        for client in range(len(parts))
+    ]
+
+
+def _regularise(train: TrainConfig, parameters: Sequence[nn.Parameter], anchors: Sequence[Tensor]) -> None:
+    """Add FedProx's gradient to each client's, and clip each client's as a whole."""
+    for parameter, anchor in zip(parameters, anchors, strict=False):
+        if parameter.grad is not None:
+            parameter.grad.add_(parameter.detach() - anchor[: len(parameter)], alpha=train.proximal_mu)
+    if train.max_grad_norm:
+        held = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in held]).norm(dim=0)  # (k,)
+        factors = (train.max_grad_norm / (norms + CLIP_FLOOR)).clamp(max=1.0)
+        for gradient in held:
+            gradient.mul_(factors.view(-1, *[1] * (gradient.ndim - 1)))

@@ -1,0 +1,212 @@
+"""Going on with a run: what may be changed in it, and which of its checkpoints is whole."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedpeft.config import Layer, RunConfig, read_toml, resolve
+from fedpeft.errors import CheckpointError, ConfigError, PrivacyError, RunDirectoryError
+from fedpeft.privacy.ledger import LEDGER
+from fedpeft.rounding import as_given
+from fedpeft.runs import (
+    CONFIG_FILE,
+    ENVIRONMENT_FILE,
+    EVENTS,
+    EVENTS_FILE,
+    SIMULATED,
+    Checkpoint,
+    Event,
+    Listener,
+    RunDirectory,
+    RunLock,
+    checkpoint_rounds,
+    read_checkpoint,
+    read_config,
+    read_events,
+    read_facts,
+    read_object,
+    remove_checkpoint,
+)
+from fedpeft.runs.history import History
+from fedpeft.simulations.contexts import Contexts
+from fedpeft.strategies.rounds.checkpoints import CLIENTS, Resumed
+from fedpeft.training.optimizers import SCHEDULES
+
+MACHINE = "simulation"  # the section of which no result depends on
+ROUNDS = "federation.rounds"
+FREE = (ROUNDS, "run.checkpoint_every", "run.keep_checkpoints")
+ALLOWED = f"{ROUNDS} (as many or more), all of [{MACHINE}], run.checkpoint_every and run.keep_checkpoints"
+
+
+def _forget(events: Iterable[Event]) -> None:
+    """Show nothing of what was before."""
+
+
+@dataclass
+class Resumption:
+    """A run that is to go on, held against other processes.
+
+    Parameters
+    ----------
+    path : Path
+        The run directory.
+    config : RunConfig
+        With which it goes on.
+    lock : RunLock
+        Of the run directory.
+    recall : callable
+        Is given the events that stay, before there are new ones.
+    """
+
+    path: Path
+    config: RunConfig
+    lock: RunLock
+    recall: Callable[[Iterable[Event]], None] = _forget
+
+    @property
+    def ledger_is_begun(self) -> bool:
+        """Whether the run may have charged anything: what it charged is never begun anew.
+
+        A run that was killed before its first event had not come to it; an empty file was then to become one.
+        """
+        ledger, events = self.path / LEDGER, self.path / EVENTS_FILE
+        if any(file.is_file() and file.stat().st_size for file in (ledger, events)) or checkpoint_rounds(self.path):
+            return True
+        ledger.unlink(missing_ok=True)
+        return False
+
+    def begin(self, directory: RunDirectory, contexts: Contexts, listener: Listener) -> Resumed | None:
+        """Find the newest checkpoint that is whole, and take folder and clients back to it; None for the beginning.
+
+        Raises
+        ------
+        RunDirectoryError
+            The run directory cannot be written.
+        """
+        checkpoint = self._newest(contexts, listener)
+        done, events = (0, 0) if checkpoint is None else (checkpoint.round, checkpoint.facts[EVENTS])
+        directory.go_on(self.config, done, events, {SIMULATED: True})
+        earlier = {}
+        for number in checkpoint_rounds(self.path):
+            if number < done:
+                try:
+                    earlier[number] = read_facts(self.path, number)[CLIENTS]
+                except CheckpointError:  # of no use to anybody
+                    remove_checkpoint(self.path, number)
+        contexts.forget([*earlier.values(), *([] if checkpoint is None else [checkpoint.facts[CLIENTS]])])
+        self.recall(read_events(self.path))
+        whence = f"goes on after round {done}" if done else "begins at round 1: there is no checkpoint to go on from"
+        listener({"event": "note", "round": done, "message": f"the run {whence}"})
+        return None if checkpoint is None else Resumed(checkpoint, earlier)
+
+    def _newest(self, contexts: Contexts, listener: Listener) -> Checkpoint | None:
+        for number in reversed(checkpoint_rounds(self.path)):
+            try:
+                checkpoint = read_checkpoint(self.path, number)
+                self._require_events(checkpoint)
+                contexts.restore(checkpoint.facts[CLIENTS])
+            except RunDirectoryError as error:
+                message = f"{error}; the one before it is taken, and what came after it is computed again"
+                listener({"event": "warning", "round": number, "message": message})
+            else:
+                return checkpoint
+        contexts.restore({})
+        return None
+
+    def _require_events(self, checkpoint: Checkpoint) -> None:
+        file = self.path / EVENTS_FILE
+        if not file.is_file() or file.stat().st_size < checkpoint.facts[EVENTS]:
+            raise CheckpointError(
+                f"the checkpoint of round {checkpoint.round} belongs to a longer {EVENTS_FILE} than is there"
+            )
+
+
+@contextlib.contextmanager
+def resuming(run: Path, settings: Layer | None = None) -> Iterator[Resumption]:
+    """Hold a run that is to go on; nothing is written yet.
+
+    Parameters
+    ----------
+    run : Path
+        A run directory that a simulation has made.
+    settings : dict, optional
+        What is changed, see `resumed_config`.
+
+    Raises
+    ------
+    ConfigError
+        See `resumed_config`.
+    RunDirectoryError
+        It is no simulation's, or another process writes into it.
+    """
+    config = resumed_config(run, settings)
+    with RunLock(run) as lock:
+        yield Resumption(run, config, lock)
+
+
+def is_complete(run: Path, config: RunConfig) -> bool:
+    """Tell whether nothing is left to do of a run, were it to go on with this configuration."""
+    history = History.read(run)
+    return history.state == "completed" and history.done >= config.federation.rounds
+
+
+def resumed_config(run: Path, settings: Layer | None = None) -> RunConfig:
+    """Return the configuration with which a run goes on.
+
+    Parameters
+    ----------
+    run : Path
+        The run directory.
+    settings : dict, optional
+        Sections and keys, laid over the run's own.
+
+    Raises
+    ------
+    ConfigError
+        A setting on which results depend is another one than the run's, or there are fewer rounds than it has.
+    PrivacyError
+        More rounds than the noise was calibrated to.
+    RunDirectoryError
+        It is no simulation's run directory.
+    """
+    before = read_config(run)
+    environment = read_object(run / ENVIRONMENT_FILE)
+    if environment and not environment.get(SIMULATED):
+        raise RunDirectoryError(
+            f"'{run}' cannot be resumed: it was not made by `fedpeft simulate`, or by an earlier version, and its "
+            f"clients' states are not here. Begin it anew: fedpeft simulate {run / CONFIG_FILE}"
+        )
+    after = resolve([read_toml(run / CONFIG_FILE), settings or {}])
+    own, other = before.to_flat(), after.to_flat()
+    for key in sorted(own.keys() | other.keys()):
+        if own.get(key) != other.get(key) and key not in FREE and not key.startswith(f"{MACHINE}."):
+            raise ConfigError(
+                f"{key} = {other.get(key)} cannot be changed in a run that goes on: it has {own.get(key)}. Allowed "
+                f"are {ALLOWED}. For a run of its own: fedpeft simulate {run / CONFIG_FILE} {key}={other.get(key)}"
+            )
+    planned, wanted = before.federation.rounds, after.federation.rounds
+    if wanted < planned:
+        raise ConfigError(f"{ROUNDS} = {wanted}, but the run has {planned}; give as many or more.")
+    privacy = after.privacy
+    if wanted > planned and privacy.epsilon is not None and privacy.noise_multiplier is None:
+        raise PrivacyError(
+            f"{ROUNDS} = {wanted}: the noise of this run was calibrated so that {planned} rounds cost privacy.epsilon "
+            f"= {as_given(privacy.epsilon)}, and cannot pay for more. Begin a run of {wanted} rounds: fedpeft simulate "
+            f"{run / CONFIG_FILE} {ROUNDS}={wanted}"
+        )
+    return after
+
+
+def caution(run: Path, config: RunConfig) -> str:
+    """Say what is not as if the run had been planned so from its beginning; empty where nothing is."""
+    planned, wanted = read_config(run).federation.rounds, config.federation.rounds
+    factor = SCHEDULES.find(config.train.lr_schedule).factor
+    if wanted == planned or len({factor(share / 8) for share in range(8)}) == 1:
+        return ""
+    return (
+        f"train.lr_schedule = '{config.train.lr_schedule}' went by {planned} rounds so far and goes by {wanted} from "
+        f"here on: the run is not the one that {wanted} rounds from the start would have been"
+    )
