@@ -16,7 +16,7 @@ config = configure(
     {
         "strategy.name": "lora-fair",
         "federation.rounds": 4,
-        "simulation.workers": 0,  # in this process; leave it out for one Ray worker a core
+        "simulation.workers": 0,  # in this process; leave it out for as many Ray workers as fit
     },
     preset="digits",
 )

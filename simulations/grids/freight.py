@@ -28,6 +28,7 @@ from fedpeft.tasks.encoding import MODEL_FILES, entries
 if TYPE_CHECKING:
     from ray import ObjectRef
 
+ANSWER_SECONDS = 600.0  # that a node may take to look at its files, which it may have to read whole
 CHUNK = 64 * 2**20  # bytes of a file that are one object in the store
 RECEIVED, HASHES = "received", "hashes"
 
@@ -164,7 +165,7 @@ class Freight:
         missing: set[str] = set()
         for answer in asked:
             try:
-                missing |= set(ray.get(answer))
+                missing |= set(ray.get(answer, timeout=ANSWER_SECONDS))
             except RayError:  # a node that has left lacks nothing; one that cannot answer may lack all
                 missing |= {bundle.digest for bundle in self.bundles}
         missing -= self.stored.keys()

@@ -137,10 +137,9 @@ class RayPool:
     def start(self, ticket: int, job: Bundle | Work) -> None:
         """Send messages or other work to an idle actor."""
         worker = self._idle.popleft()
-        name = worker._actor_id.hex()
-        if self.freight is not None and self._told.get(name) is not self.freight:
+        if self.freight is not None and self._told.get(worker._actor_id.hex()) is not self.freight:
             worker.supply.remote(self.freight)  # what one caller asks of an actor is done in order
-            self._told[name] = self.freight
+            self._told[worker._actor_id.hex()] = self.freight
         if isinstance(job, Work):
             begun = worker.run.remote(job.function, job.job, *job.shared)
         else:

@@ -112,9 +112,11 @@ def test_a_dry_run_counts_what_a_run_then_moves(fedpeft: Run, small: list[str], 
         moved["bytes_up"],
         moved["bytes_down"],
     )
-    code, stdout, _ = fedpeft("simulate", *words, "--dry-run")
+    assert planned["workers"]["workers"] == 0
+    code, stdout, _ = fedpeft("simulate", *words, "--workers", "auto", "--dry-run")
     assert code == 0
     assert "lora-fair" in stdout
+    assert " on Ray: " in stdout
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,8 @@ def test_the_number_of_workers_does_not_change_a_byte(
     run = simulate(config, tmp_path / "run", grid=grid).path
     assert adapter_hash(run) == adapter_hash(reference)
     assert events(run, "evaluate") == events(reference, "evaluate")
+    recorded = [json.loads((each / "environment.json").read_text())["simulation"] for each in (reference, run)]
+    assert [facts["workers"] for facts in recorded] == [0, workers]
 
 
 @pytest.mark.parametrize("strategy", ["rolora", "fedsa-lora", "flora"])

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,8 @@ from flwr.app import Array, ArrayRecord, Context, Message
 from flwr.clientapp.client_app import LoadClientAppError
 
 from fedpeft.errors import ConfigError, DataError, SimulationError
+from fedpeft.runs.machine import Footprint
+from fedpeft.simulations.grids.cluster import Node, Sizing
 from fedpeft.simulations.grids.inline import InlineGrid
 from fedpeft.simulations.grids.pace import Pace
 from fedpeft.simulations.grids.ray import RayGrid
@@ -264,6 +266,32 @@ def test_gpus_that_are_not_there_are_an_error_and_no_endless_wait(grid: RayGrid,
         greedy.start()
         with pytest.raises(ConfigError, match="gpus_per_worker = 1 "):
             list(greedy.send_and_receive([make_message(1)]))
+
+
+class Learner:
+    """A `Sizer` that wants a second worker once the first has shown what it needs."""
+
+    def __init__(self) -> None:
+        self.seen: list[Footprint] = []
+
+    def fit(self, nodes: Sequence[Node], most: int | None = None) -> Sizing:
+        assert len(nodes) == 1
+        return Sizing(2 if self.seen else 1)
+
+    def learn(self, footprint: Footprint) -> None:
+        self.seen.append(footprint)
+
+
+def test_the_pool_follows_what_its_sizer_has_learned(grid: RayGrid, make_message: MakeMessage, tmp_path: Path) -> None:
+    learner = Learner()
+    with RayGrid("simulated_clients:app", grid.contexts, workers=learner) as growing:
+        assert growing.sizing.workers == 1
+        list(growing.send_and_receive([make_message(1)]))
+        assert learner.seen[0].own > 50 * 2**20  # torch alone takes as much
+        both = str(tmp_path / "both")  # are at work at a time
+        messages = [make_message(1, awaited=both), make_message(2, started=both)]
+        assert len({seen(reply, "pid") for reply in growing.send_and_receive(messages)}) == 2
+        assert growing.sizing.workers == 2
 
 
 def test_an_app_that_workers_cannot_import_is_an_error_with_its_traceback(
