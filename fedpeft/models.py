@@ -159,8 +159,7 @@ def load_base(config: RunConfig, folder: Path, labels: Sequence[str]) -> BaseMod
     """
     import transformers
 
-    bf16 = config.train.precision == "bf16"
-    on = device()
+    bf16, on = config.train.precision == "bf16", device()
     dtype = torch.bfloat16 if bf16 else torch.float32
     options: dict[str, Any] = {
         "dtype": dtype,
@@ -197,12 +196,10 @@ def load_base(config: RunConfig, folder: Path, labels: Sequence[str]) -> BaseMod
         # Llama-like classifiers read the last token that is not padding
         text.pad_token_id = load_tokenizer(config, folder)[1]
     head = _head_modules(model, info, task, folder)
-    notes = [*_earlier_use(saved, labels)]
-    if labels:
-        notes += _to_labels(model, _scorers(model), saved, labels, config.run.seed)
+    relabelled = _to_labels(model, _scorers(model), saved, labels, config.run.seed) if labels else []
     model.requires_grad_(False)
     model.eval()
-    return BaseModel(model.to(on), folder, head, tuple(notes))
+    return BaseModel(model.to(on), folder, head, (*_earlier_use(saved, labels), *relabelled))
 
 
 def _shared(config: RunConfig, folder: Path, held: Any, dtype: torch.dtype) -> Path:

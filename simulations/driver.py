@@ -59,12 +59,15 @@ def drive(
     """
     home = resident(config)
     check_rows(home)
-    config = with_prefix_cache(config, home, lambda note: listener({"event": "note", "message": note}))
+
+    def note(message: str) -> None:
+        listener({"event": "note", "message": message})
+
     privacy, level = config.privacy, level_of(config.privacy)
     if not privacy.is_private:  # else what is told of rows would need noise
-        for note in home.data.notes:
-            listener({"event": "warning", "round": 0, "message": note})
-    config, said = batched(config, home)
+        for problem in home.data.notes:
+            listener({"event": "warning", "round": 0, "message": problem})
+    config, said = batched(with_prefix_cache(config, home, note), home)  # what is chosen here is fixed in config.toml
     clients = home.partition.client_ids
     node_config = {TRUST_REMOTE_CODE: config.model.trust_remote_code}
     contexts = Contexts(clients, config.to_flat(), node_config, out / CLIENTS)
@@ -73,35 +76,30 @@ def drive(
     _check(config, home, client_ids, rows.values())
     sizing = _sized(config, grid, len(contexts))
     with _directory(config, out, home, sizing, resumption) as directory:
-        if sizing.workers:
-            listener({"event": "note", "message": f"workers: {sizing}"})
-        for note in home.adapted.notes:
-            listener({"event": "note", "message": note})
+        for message in (f"workers: {sizing}" if sizing.workers else "", *home.adapted.notes, said):
+            if message:
+                note(message)
         charged = resumption is not None and resumption.ledger_is_begun
         resumed = None if resumption is None else resumption.begin(directory, contexts, listener)
-        if said:
-            listener({"event": "note", "message": said})
-        grid.contexts, grid.bundling = contexts, bundling_of(config)
-        if isinstance(grid, RayGrid):
-            grid.pace = Pace(Work(config, home, contexts))
-            grid.freight = partial(Freight.of, config.to_flat(), home)
         failures = Failures(config, directory, grid, client_ids)
         failures.watch(listener)
-        books, grid.on_dispatch = None, None
+        _prepare(grid, config, home, contexts)
+        books = None
         if privacy.is_private:
             counts = rows if level.weighs_rows(privacy) else {}
             books = Books(config, directory, counts, largest=max(rows.values(), default=None), resumes=charged)
-        if books is not None and level.clients_add_noise:
-            grid.on_dispatch = Charging(config, home, grid, client_ids, books.ledger, books.run)
-        return federate(
-            config,
-            grid,
-            directory,
-            listener=listener,
-            insight=Insight(client_ids, lambda: contexts.records(OWN_PERSONAL), failures.explain, contexts, grid.map),
-            books=books,
-            resumed=resumed,
-        )
+            if level.clients_add_noise:
+                grid.on_dispatch = Charging(config, home, grid, client_ids, books.ledger, books.run)
+        insight = Insight(client_ids, lambda: contexts.records(OWN_PERSONAL), failures.explain, contexts, grid.map)
+        return federate(config, grid, directory, listener=listener, insight=insight, books=books, resumed=resumed)
+
+
+def _prepare(grid: InlineGrid | RayGrid, config: RunConfig, home: Resident, contexts: Contexts) -> None:
+    """Let a grid, which may have served another run, serve this one."""
+    grid.contexts, grid.bundling, grid.on_dispatch = contexts, bundling_of(config), None
+    if isinstance(grid, RayGrid):
+        grid.pace = Pace(Work(config, home, contexts))
+        grid.freight = partial(Freight.of, config.to_flat(), home)
 
 
 def _directory(

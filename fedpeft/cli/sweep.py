@@ -51,14 +51,12 @@ def sweep(
     The epsilon that is shown is what each run states that it spent, over all rounds. Noise is calibrated to each
     budget, and every combination is checked before anything runs.
 
-    Writes OUT/COMBINATION/seed-N/, sweep.json, sweep.md and sweep.png. With the same words and --out, an interrupted
-    sweep goes on where it was, inside a run too.
+    Writes OUT/COMBINATION/seed-N/, sweep.json, sweep.md and sweep.png. The same words and --out go on with a sweep.
     """
     quiet(voice.verbose)
-    level = protection.level
     from fedpeft.config.privacy import PRIVATE_LEVELS
 
-    if level not in PRIVATE_LEVELS:
+    if (level := protection.level) not in PRIVATE_LEVELS:
         raise ConfigError(
             f"--level {level} does not exist; give {' or '.join(PRIVATE_LEVELS)} (--epsilons inf is without privacy)."
         )

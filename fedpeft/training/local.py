@@ -295,8 +295,7 @@ def train_locally(
     else:
         gradients = PlainGradients(adapted, split, rows, train, steps, turn.batches)
     regularise = _regulariser(train, parameters, penalty)
-    losses: list[float | Tensor] = []
-    counted = 0
+    losses, counted = list[float | Tensor](), 0
     training_mode(adapted.model)
     with torch_seed(turn.dropout):
         for step, batch in enumerate(gradients.batches()):

@@ -12,7 +12,7 @@ import ray
 from ray.exceptions import RayActorError
 
 from fedpeft.errors import SimulationError
-from fedpeft.simulations.grids.ray import RayPool
+from fedpeft.simulations.grids.pool import RayPool
 from fedpeft.simulations.grids.scheduling import Died, Finished
 
 
