@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fedpeft.cli.options import PLAIN, Asked, Voice, end_of_runs, quiet, show, spread
+from fedpeft.cli.options import PLAIN, Asked, Voice, end_of_runs, quiet, show, spread, tell
 from fedpeft.cli.signals import stoppable
 from fedpeft.errors import ConfigError
 
@@ -82,7 +80,6 @@ def sweep(
     folder = out or default_folder("sweep")
     jobs = plan_sweep(sweep_points(kinds, methods, budgets, config.privacy), config, seeds, folder)
     with stoppable():
-        tell = functools.partial(print, file=sys.stderr, flush=True)
         swept = run_jobs(jobs, config, tell=tell, verbose=voice.verbose)
     facts = write_sweep(jobs, swept, folder)
     if swept.runs or voice.json_lines:
