@@ -49,8 +49,7 @@ def sweep(
     The epsilon that is shown is what each run states that it spent, over all rounds. Noise is calibrated to each
     budget, and every combination is checked before anything runs.
 
-    Writes OUT/COMBINATION/seed-N/, sweep.json, sweep.md and sweep.png. With the same words and --out, an interrupted
-    sweep goes on where it was, inside a run too.
+    Writes OUT/COMBINATION/seed-N/, sweep.json, sweep.md and sweep.png; goes on with the same words and --out.
     """
     quiet(voice.verbose)
     level = protection.level
