@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fedpeft.adapters.state import AdapterState, ClientUpdate, LoraFactors
     from fedpeft.config import RunConfig, configure
     from fedpeft.errors import FedpeftError
-    from fedpeft.simulations.simulate import simulate
+    from fedpeft.simulations.simulate import resume, simulate
     from fedpeft.strategies import STRATEGIES, AdapterStrategy
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "LoraFactors",
     "RunConfig",
     "configure",
+    "resume",
     "simulate",
 ]
 
@@ -41,6 +42,7 @@ _HOMES = {
     "LoraFactors": "fedpeft.adapters.state",
     "RunConfig": "fedpeft.config",
     "configure": "fedpeft.config",
+    "resume": "fedpeft.simulations.simulate",
     "simulate": "fedpeft.simulations.simulate",
 }
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fedpeft.cli.options import Asked, Json, Verbose, end_of_runs, quiet, show, spread
+from fedpeft.cli.options import Asked, Json, Verbose, end_of_runs, quiet, show, spread, tell
 from fedpeft.cli.output import saved
 from fedpeft.cli.signals import stoppable
 
@@ -53,7 +52,7 @@ def compare(
     folder = out or default_folder()
     jobs = plan_jobs(rows, config, seeds, folder)
     with stoppable():
-        compared = run_jobs(jobs, config, tell=lambda line: print(line, file=sys.stderr, flush=True), verbose=verbose)
+        compared = run_jobs(jobs, config, tell=tell, verbose=verbose)
     facts = write_comparison(jobs, compared, folder)
     saved(folder)
     if compared.runs or json_lines:

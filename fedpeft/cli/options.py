@@ -195,6 +195,11 @@ def show(facts: Any, table: Callable[[Any], RenderableType], json_lines: bool) -
     Console().print(table(facts))
 
 
+def tell(line: str) -> None:
+    """Print a line of progress beside the results."""
+    print(line, file=sys.stderr, flush=True)
+
+
 def end_of_runs(compared: Compared, total: int, folder: Path, out: Path | None) -> None:
     """Exit as several runs ended: with the words to go on with, where they were interrupted.
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fedpeft.cli.options import PLAIN, Asked, Voice, end_of_runs, quiet, show, spread
+from fedpeft.cli.options import PLAIN, Asked, Voice, end_of_runs, quiet, show, spread, tell
 from fedpeft.cli.signals import stoppable
 from fedpeft.errors import ConfigError
 
@@ -51,12 +49,13 @@ def sweep(
     The epsilon that is shown is what each run states that it spent, over all rounds. Noise is calibrated to each
     budget, and every combination is checked before anything runs.
 
-    Writes OUT/COMBINATION/seed-N/, sweep.json, sweep.md and sweep.png. The same words and --out go on with a sweep.
+    Writes OUT/COMBINATION/seed-N/, sweep.json, sweep.md and sweep.png; goes on with the same words and --out.
     """
     quiet(voice.verbose)
+    level = protection.level
     from fedpeft.config.privacy import PRIVATE_LEVELS
 
-    if (level := protection.level) not in PRIVATE_LEVELS:
+    if level not in PRIVATE_LEVELS:
         raise ConfigError(
             f"--level {level} does not exist; give {' or '.join(PRIVATE_LEVELS)} (--epsilons inf is without privacy)."
         )
@@ -80,7 +79,6 @@ def sweep(
     folder = out or default_folder("sweep")
     jobs = plan_sweep(sweep_points(kinds, methods, budgets, config.privacy), config, seeds, folder)
     with stoppable():
-        tell = functools.partial(print, file=sys.stderr, flush=True)
         swept = run_jobs(jobs, config, tell=tell, verbose=voice.verbose)
     facts = write_sweep(jobs, swept, folder)
     if swept.runs or voice.json_lines:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from fedpeft.cli import main
+from fedpeft.config import RunConfig
 from fedpeft.runs import read_events
 
 Run = Callable[..., tuple[int, str, str]]
@@ -193,6 +194,46 @@ def test_a_run_is_not_overwritten(fedpeft: Run, small: list[str], tmp_path: Path
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     assert "already holds a run" in refused(fedpeft("simulate", *small, "--clients", "2", "--out", out))
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def test_a_complete_run_says_so_and_goes_on_with_more_rounds(fedpeft: Run, small: list[str], tmp_path: Path) -> None:
+    assert fedpeft("simulate", *small, "--clients", "3", "--out", "run")[0] == 0
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    code, out, err = fedpeft("simulate", "--resume", "run")
+    assert (code, err) == (0, "")
+    assert out.startswith("'run' is complete, all 1 rounds; more: federation.rounds=2")
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    code, out, err = fedpeft("simulate", "--resume", "run", "federation.rounds=2")
+    assert code == 0
+    assert "note: the run goes on after round 1" in err
+    assert [line.split()[1] for line in out.splitlines() if line.startswith("round ")] == ["2/2"]
+    assert "(round 0 -> 2)" in out  # what was before is known, and not shown again
+    (listed,) = json.loads(fedpeft("runs", "--json", tmp_path)[1])
+    assert (listed["state"], listed["rounds"], listed["planned"], listed["resumable"]) == ("completed", 2, 2, None)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--resume", "nowhere"], "error: 'nowhere' is no run directory: it holds no config.toml."),
+        (
+            ["--resume", "run", "--out", "other"],
+            "error: --out does not go with --resume, which goes on with the run in",
+        ),
+        (["--resume", "run", "--dry-run"], "error: --dry-run does not go with --resume"),
+        (["--resume", "run", "--seed", "9"], "error: run.seed = 9 cannot be changed in a run that goes on: it has 0."),
+        (["--resume", "run", "--rounds", "1"], "error: federation.rounds = 1, but the run has 2; give as many or more"),
+    ],
+)
+def test_what_does_not_go_with_a_resumption_gets_one_line(
+    words: list[str], says: str, fedpeft: Run, text_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").write_text(text_config().to_toml())
+    code, out, err = fedpeft("simulate", *words)
+    assert (code, out) == (2, "")
+    assert err.startswith(says)
+    assert err.count("\n") == 1
 
 
 def test_evaluate_refuses_what_would_change_the_model(fedpeft: Run, small: list[str], tmp_path: Path) -> None:

@@ -7,10 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fedpeft.config import RunConfig
 from fedpeft.errors import RunDirectoryError
+from fedpeft.report.runs import runs_table
+from fedpeft.runs import Checkpoint, RunLock
+from fedpeft.runs.checkpoints import checkpoint_folder, write_checkpoint
 from fedpeft.runs.listing import list_runs
+from tests.report.printing import printed
 
 Events = Callable[..., list[dict[str, Any]]]
 Config = Callable[..., RunConfig]
@@ -82,3 +87,19 @@ def test_no_runs_yet_is_no_error_but_a_folder_that_does_not_exist_is(
     assert list_runs(Path("runs")) == []
     with pytest.raises(RunDirectoryError, match="rusn"):
         list_runs(Path("rusn"))
+
+
+def test_what_can_be_resumed_is_told_with_the_round_and_a_lock_tells_who_runs(
+    run_directory: Maker, config: Config, events: Events
+) -> None:
+    run = run_directory(config(), events(2, reason=None))
+    (run / "environment.json").write_text('{"simulated": true}')
+    for server_round in (1, 2):
+        write_checkpoint(run, Checkpoint(server_round, {"x": torch.ones(1)}, {}))
+    (checkpoint_folder(run, 2) / "state.json").unlink()
+    with RunLock(run):
+        assert [(facts["state"], facts["resumable"]) for facts in list_runs(run)] == [("running", None)]
+    assert [(facts["state"], facts["resumable"]) for facts in list_runs(run)] == [("abandoned", 1)]
+    assert "resumable at round 1" in printed(runs_table(list_runs(run), run))
+    (run / "environment.json").write_text("{}")  # of a deployment
+    assert list_runs(run)[0]["resumable"] is None
