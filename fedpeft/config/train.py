@@ -30,7 +30,7 @@ class TrainConfig(Section):
     )
     batch_size: int = Field(16, ge=1, description="rows a step")
     bucket: int = Field(
-        8,
+        1,
         ge=1,
         description="sort the texts of so many batches by length, to pad less; 1 is off, and privacy needs none",
     )
