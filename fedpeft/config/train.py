@@ -32,7 +32,7 @@ class TrainConfig(Section):
     bucket: int = Field(
         1,
         ge=1,
-        description="sort the texts of so many batches by length, to pad less; 1 is off, and privacy needs none",
+        description="sort the texts of so many batches by length, to pad less; 1 is off; never at record level",
     )
     learning_rate: float = Field(1e-3, gt=0, description="step size")
     optimizer: Annotated[str, OneOf(OPTIMIZERS)] = Field("adamw", description="begins afresh each round")
