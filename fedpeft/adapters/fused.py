@@ -7,7 +7,7 @@ the input's two gradients in another. Here the sum happens inside the products, 
     y  = x W' + c;   h = x A';   y += h (s B)'          gh = g (s B);   gx = g W;   gx += gh A
 
 The numbers are PEFT's up to the order of sums. A layer that does more than that, or whose parts are watched by hooks,
-as in private training, goes PEFT's own way.
+as in private training, goes PEFT's own way, and so does scoring.
 """
 
 from __future__ import annotations
@@ -101,6 +101,8 @@ def _shorten(layer: Linear) -> None:
 
 def _computed_in(layer: Any, x: Tensor) -> torch.dtype | None:
     """Return the type that the short way computes in; None where PEFT's own has to be taken."""
+    if not torch.is_grad_enabled():  # scores must not depend on whether this process's model carries hooks
+        return None
     base = layer.base_layer
     if layer.disable_adapters or layer.merged or list(layer.active_adapters) != [ADAPTER] or layer.lora_variant:
         return None

@@ -30,9 +30,9 @@ class TrainConfig(Section):
     )
     batch_size: int = Field(16, ge=1, description="rows a step")
     bucket: int = Field(
-        8,
+        1,
         ge=1,
-        description="sort the texts of so many batches by length, to pad less; 1 is off, and privacy needs none",
+        description="sort the texts of so many batches by length, to pad less; 1 is off; never at record level",
     )
     learning_rate: float = Field(1e-3, gt=0, description="step size")
     optimizer: Annotated[str, OneOf(OPTIMIZERS)] = Field("adamw", description="begins afresh each round")

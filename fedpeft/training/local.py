@@ -299,9 +299,8 @@ def train_locally(
     training_mode(adapted.model)
     with torch_seed(turn.dropout):
         for step, batch in enumerate(gradients.batches()):
-            rate = learning_rate(train, turn.progress(step / steps))
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = learning_rate(train, turn.progress(step / steps))
             optimizer.zero_grad(set_to_none=True)
             loss, count = gradients.compute(batch)
             regularise()

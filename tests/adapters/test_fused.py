@@ -81,6 +81,13 @@ def test_a_factor_that_is_not_trained_has_no_gradient() -> None:
     assert {name.split(".")[-3] for name in found if name != "x"} == {"lora_B"}
 
 
+def test_scores_are_pefts_to_the_last_bit() -> None:
+    theirs, ours = pair()
+    x = torch.randn(64, D_IN)
+    with torch.no_grad():
+        assert torch.equal(ours(x), theirs(x))
+
+
 def test_hooks_dropout_and_a_switched_off_adapter_go_pefts_own_way() -> None:
     _, ours = pair()
     seen = []
