@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import aggregation, audit, lora_fair_lambda, mixed_ranks
+from benchmarks import aggregation, audit, batched, lora_fair_lambda, mixed_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -79,3 +79,11 @@ def test_the_low_rank_regression_has_a_cell_for_each_lambda(monkeypatch: pytest.
     assert len(cells) == len(header)
     fedit, nearest = map(float, cells[-2:])
     assert 0 < nearest <= fedit < 1
+
+
+def test_the_benchmark_of_clients_trained_together_times_them_against_one_by_one(tmp_path: Path) -> None:
+    batched.main(["--clients", "4", "--sizes", "2", "--pairs", "1", "--json", str(tmp_path / "figures.json")])
+    found = json.loads((tmp_path / "figures.json").read_text())
+    times = found["cpu_milliseconds_a_client"]
+    assert times.keys() == {"off", "2"}
+    assert found["times_faster"]["2"] == pytest.approx(times["off"] / times["2"])

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from hypothesis import given
@@ -22,6 +23,8 @@ from fedpeft.wire import (
     ShortAnswer,
     TrainAnswer,
     TrainOrder,
+    to_record,
+    to_tensors,
 )
 
 WHOLE = st.integers(0, 2**62)
@@ -189,3 +192,28 @@ def test_what_a_later_version_says_besides_is_left_alone() -> None:
     answer.metric_records[METRICS_RECORD]["later"] = 1.0
     assert TrainOrder.from_record(order).settings == {"later": "x"}
     assert TrainAnswer.from_record(answer) == ANSWER
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "int64", "int32", "uint8", "bool", "complex64"])
+@pytest.mark.parametrize("shape", [(), (0, 3), (4,), (3, 5)])
+def test_arrays_are_the_bytes_that_flower_writes_and_reads(dtype: str, shape: tuple[int, ...]) -> None:
+    values = np.arange(math.prod(shape)).astype(dtype).reshape(shape)
+    for own in (values, values.T):
+        (array,) = to_record({"a": torch.from_numpy(own)}).values()
+        wanted = Array(own)
+        assert (array.dtype, array.shape, array.stype, array.data) == (
+            wanted.dtype, wanted.shape, wanted.stype, wanted.data,
+        )  # fmt: skip
+        (tensor,) = to_tensors(ArrayRecord({"a": array})).values()
+        assert torch.equal(tensor, torch.from_numpy(own.copy()))
+        tensor.zero_()  # what is read belongs to its reader
+        assert array.data == wanted.data
+
+
+def test_an_array_whose_header_lies_is_read_as_its_bytes_say_or_refused() -> None:
+    data = Array(np.ones((2, 3), dtype=np.float32)).data
+    lying = ArrayRecord({"a": Array("float32", (3, 2), "numpy.ndarray", data)})
+    assert to_tensors(lying)["a"].shape == (2, 3)
+    for broken in (data[:-1], b"\x00" + data[1:]):
+        with pytest.raises(ValueError, match=r".+"):
+            to_tensors(ArrayRecord({"a": Array("float32", (2, 3), "numpy.ndarray", broken)}))
