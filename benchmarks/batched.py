@@ -127,14 +127,14 @@ def measure(clients: int, sizes: Sequence[int], pairs: int) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print and keep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, default=1000)
     parser.add_argument("--sizes", type=int, nargs="+", default=[8, 32])
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     silence()
     found = measure(given.clients, given.sizes, given.pairs)
     for name, milliseconds in found["cpu_milliseconds_a_client"].items():

@@ -14,6 +14,7 @@ import torch
 from benchmarks import (
     aggregation,
     audit,
+    batched,
     cohorts,
     draw,
     engine,
@@ -225,3 +226,11 @@ def test_a_steps_products_are_recorded_forward_and_backward() -> None:
     assert names == ["addmm", "mm", "mm"]
     for operation, arguments, settings in recorder.products:
         operation(*arguments, **settings)
+
+
+def test_the_benchmark_of_clients_trained_together_times_them_against_one_by_one(tmp_path: Path) -> None:
+    batched.main(["--clients", "4", "--sizes", "2", "--pairs", "1", "--json", str(tmp_path / "figures.json")])
+    found = json.loads((tmp_path / "figures.json").read_text())
+    times = found["cpu_milliseconds_a_client"]
+    assert times.keys() == {"off", "2"}
+    assert found["times_faster"]["2"] == pytest.approx(times["off"] / times["2"])

@@ -260,3 +260,28 @@ def header(text: str) -> bytes:
 def test_bytes_that_are_no_array_are_refused(data: bytes) -> None:
     with pytest.raises((ValueError, TypeError, EOFError)):
         to_tensors(ArrayRecord({"x": Array("float32", (5,), "numpy.ndarray", data)}))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "int64", "int32", "uint8", "bool", "complex64"])
+@pytest.mark.parametrize("shape", [(), (0, 3), (4,), (3, 5)])
+def test_arrays_are_the_bytes_that_flower_writes_and_reads(dtype: str, shape: tuple[int, ...]) -> None:
+    values = np.arange(math.prod(shape)).astype(dtype).reshape(shape)
+    for own in (values, values.T):
+        (array,) = to_record({"a": torch.from_numpy(own)}).values()
+        wanted = Array(own)
+        assert (array.dtype, array.shape, array.stype, array.data) == (
+            wanted.dtype, wanted.shape, wanted.stype, wanted.data,
+        )  # fmt: skip
+        (tensor,) = to_tensors(ArrayRecord({"a": array})).values()
+        assert torch.equal(tensor, torch.from_numpy(own.copy()))
+        tensor.zero_()  # what is read belongs to its reader
+        assert array.data == wanted.data
+
+
+def test_an_array_whose_header_lies_is_read_as_its_bytes_say_or_refused() -> None:
+    data = Array(np.ones((2, 3), dtype=np.float32)).data
+    lying = ArrayRecord({"a": Array("float32", (3, 2), "numpy.ndarray", data)})
+    assert to_tensors(lying)["a"].shape == (2, 3)
+    for broken in (data[:-1], b"\x00" + data[1:]):
+        with pytest.raises(ValueError, match=r".+"):
+            to_tensors(ArrayRecord({"a": Array("float32", (2, 3), "numpy.ndarray", broken)}))
