@@ -80,6 +80,14 @@ class OneACpu:
         pass
 
 
+def await_all(grid: RayGrid) -> None:
+    """Wait until all workers are up: else the first one might do all there is before the second is."""
+    grid._ready()
+    assert grid._pool is not None
+    while grid._pool.free() < grid.sizing.workers:
+        grid._pool.wait(1.0)
+
+
 def seen(reply: Message) -> dict[str, object]:
     assert not reply.has_error(), reply.error
     return dict(reply.content.config_records["seen"])
@@ -101,8 +109,9 @@ def test_a_node_without_base_and_rows_is_sent_them_once_and_trains_to_the_same_b
     alone = simulate(text_config(**common), tmp_path / "alone").path
     node = add_node(machines)
     try:
-        config = text_config(**common, simulation__workers=2, simulation__address=machines.cluster.address)
-        run = simulate(config, tmp_path / "both").path
+        with RayGrid(workers=2, address=machines.cluster.address) as grid:
+            await_all(grid)
+            run = simulate(text_config(**common, simulation__workers=2), tmp_path / "both", grid=grid).path
     finally:
         machines.cluster.remove_node(node)
     assert adapter_hash(run) == adapter_hash(alone)
