@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field
 
 from fedpeft.config.section import Section
 
-CHECKPOINT = "checkpoint"
+CHECKPOINT: Literal["checkpoint"] = "checkpoint"
 
 
 def _probability(value: object) -> object:
