@@ -66,37 +66,37 @@ class _LoraLinear(torch.autograd.Function):
         return of_x, None, None, of_A, of_B, None
 
 
+apply: Callable[..., Tensor] = _LoraLinear.apply
+
+
+class FusedLinear(Linear):  # type: ignore[misc]  # PEFT has no types
+    """PEFT's LoRA on a linear layer, which takes the short way wherever it computes the same."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return what PEFT's layer returns, up to the order of sums."""
+        kind = _computed_in(self, x)
+        if args or kwargs or kind is None:
+            plain: Tensor = super().forward(x, *args, **kwargs)
+            return plain
+        base: Any = self.base_layer
+        A, B = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
+        with torch.autocast(x.device.type, enabled=False):
+            y: Tensor = apply(x.to(kind), base.weight, base.bias, A, B, self.scaling[ADAPTER])
+        return y
+
+
 def fuse(model: nn.Module) -> int:
     """Let the LoRA layers of a model take the short way wherever it computes the same; return how many may.
 
     Parameters
     ----------
     model : torch.nn.Module
-        Adapted by PEFT; the layers' ``forward`` is replaced.
+        Adapted by PEFT; its layers change their class, which copies of them keep.
     """
     layers = [module for module in model.modules() if type(module) is Linear]
     for layer in layers:
-        _shorten(layer)
+        layer.__class__ = FusedLinear
     return len(layers)
-
-
-apply: Callable[..., Tensor] = _LoraLinear.apply
-
-
-def _shorten(layer: Linear) -> None:
-    whole: Callable[..., Tensor] = layer.forward
-
-    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        kind = _computed_in(layer, x)
-        if args or kwargs or kind is None:
-            return whole(x, *args, **kwargs)
-        base: Any = layer.base_layer
-        A, B = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-        with torch.autocast(x.device.type, enabled=False):
-            y: Tensor = apply(x.to(kind), base.weight, base.bias, A, B, layer.scaling[ADAPTER])
-        return y
-
-    layer.forward = forward
 
 
 def _computed_in(layer: Any, x: Tensor) -> torch.dtype | None:
