@@ -37,6 +37,7 @@ from fedpeft.training.batched.together import (
     train_together,
     why_not,
 )
+from fedpeft.training.prefix import feeding
 from fedpeft.wire import ShortAnswer
 
 # what a forward pass holds at most: its activations grow with rows, their tokens and the width of the model
@@ -170,7 +171,8 @@ def _train(members: Sequence[_Member]) -> list[Trained]:
     first, parts = members[0].ready, [member.part for member in members]
     home, run = first.home, first.run
     home.adapted.load(first.start.tensors, first.order.scaling)  # changes of the base are one and the same for all
-    with num_threads(run.simulation.threads_per_worker), torch.enable_grad():
+    one = num_threads(run.simulation.threads_per_worker)
+    with one, feeding(home.adapted.model, run), torch.enable_grad():
         return train_together(home.adapted, run.train, parts, first.trained, _gradients(members))
 
 

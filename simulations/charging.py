@@ -15,6 +15,7 @@ from fedpeft.clients.privacy import data_fingerprint, release
 from fedpeft.clients.rows import client_rows
 from fedpeft.clients.verdicts import Verdict
 from fedpeft.config import RunConfig
+from fedpeft.config.federation import MACHINE_KEYS
 from fedpeft.privacy.budget import Budget, Limit, charged
 from fedpeft.privacy.ledger import Entry, Ledger
 from fedpeft.privacy.levels import level_of
@@ -86,11 +87,10 @@ class Charging:
 
 def _as_released(config: RunConfig) -> RunConfig:
     """Return a configuration as far as numbers follow from it, whatever a run that goes on was told to change."""
-    machine = {"workers", "address"} & type(config.simulation).model_fields.keys()
     keeping = ("checkpoint_every", "keep_checkpoints")
     return config.model_copy(
         update={
-            "simulation": config.simulation.model_copy(update=dict.fromkeys(machine)),
+            "simulation": config.simulation.model_copy(update=dict.fromkeys(MACHINE_KEYS)),
             "run": config.run.model_copy(update=dict.fromkeys(keeping, 1)),
         }
     )

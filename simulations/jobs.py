@@ -13,6 +13,7 @@ from pathlib import Path
 
 from fedpeft import tasks
 from fedpeft.config import Layer, RunConfig, cohort_size, resolve
+from fedpeft.config.federation import MACHINE_KEYS
 from fedpeft.errors import ConfigError, RunDirectoryError
 from fedpeft.resident import Resident, resident
 from fedpeft.runs import CONFIG_FILE, check_vacant, read_config
@@ -80,10 +81,15 @@ class Job:
 
 
 def _same(one: RunConfig, other: RunConfig) -> bool:
-    """Tell whether two configurations are of one run; neither machine nor checkpoints change a result."""
+    """Tell whether a run's configuration is what is asked for; neither machine nor checkpoints change a result.
+
+    What was left open, ``auto``, is fixed in the run's own.
+    """
+    asked = other.simulation.model_dump()
+    free = {key: value for key, value in asked.items() if key in MACHINE_KEYS or value == "auto"}
     kept = {"checkpoint_every": other.run.checkpoint_every, "keep_checkpoints": other.run.keep_checkpoints}
-    alike = one.model_copy(update={"simulation": other.simulation, "run": one.run.model_copy(update=kept)})
-    return alike.to_flat() == other.to_flat()
+    simulation, run = one.simulation.model_copy(update=free), one.run.model_copy(update=kept)
+    return one.model_copy(update={"simulation": simulation, "run": run}).to_flat() == other.to_flat()
 
 
 def plan_jobs(rows: Sequence[Row], config: RunConfig, seeds: int, out: Path) -> list[Job]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedpeft.config import Layer, RunConfig, read_toml, resolve
+from fedpeft.config.federation import MACHINE_KEYS
 from fedpeft.errors import CheckpointError, ConfigError, PrivacyError, RunDirectoryError
 from fedpeft.privacy.ledger import LEDGER
 from fedpeft.rounding import as_given
@@ -35,10 +36,9 @@ from fedpeft.simulations.contexts import Contexts
 from fedpeft.strategies.rounds.checkpoints import CLIENTS, Resumed
 from fedpeft.training.optimizers import SCHEDULES
 
-MACHINE = "simulation"  # the section of which no result depends on
 ROUNDS = "federation.rounds"
-FREE = (ROUNDS, "run.checkpoint_every", "run.keep_checkpoints")
-ALLOWED = f"{ROUNDS} (as many or more), all of [{MACHINE}], run.checkpoint_every and run.keep_checkpoints"
+FREE = (ROUNDS, *(f"simulation.{key}" for key in MACHINE_KEYS), "run.checkpoint_every", "run.keep_checkpoints")
+ALLOWED = f"{ROUNDS} (as many or more), {', '.join(FREE[1:-1])} and {FREE[-1]}"
 
 
 def _forget(events: Iterable[Event]) -> None:
@@ -182,7 +182,7 @@ def resumed_config(run: Path, settings: Layer | None = None) -> RunConfig:
     after = resolve([read_toml(run / CONFIG_FILE), settings or {}])
     own, other = before.to_flat(), after.to_flat()
     for key in sorted(own.keys() | other.keys()):
-        if own.get(key) != other.get(key) and key not in FREE and not key.startswith(f"{MACHINE}."):
+        if own.get(key) != other.get(key) and key not in FREE:
             raise ConfigError(
                 f"{key} = {other.get(key)} cannot be changed in a run that goes on: it has {own.get(key)}. Allowed "
                 f"are {ALLOWED}. For a run of its own: fedpeft simulate {run / CONFIG_FILE} {key}={other.get(key)}"

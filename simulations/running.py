@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fedpeft.config import RunConfig
+from fedpeft.config.federation import MACHINE_KEYS
 from fedpeft.errors import FedpeftError
 from fedpeft.formats import duration, number
 from fedpeft.report.privacy import epsilon
@@ -100,7 +101,8 @@ def _simulated(job: Job, grid: RayGrid | None, verbose: bool) -> Outcome:
         return simulate(job.config, job.path, verbose=verbose, grid=grid)
     here = job.config.model_dump(exclude_none=True)
     kept = {key: here["run"][key] for key in ("checkpoint_every", "keep_checkpoints")}
-    return resume(job.path, {"simulation": here["simulation"], "run": kept}, verbose=verbose, grid=grid)
+    machine = {key: value for key, value in here["simulation"].items() if key in MACHINE_KEYS}
+    return resume(job.path, {"simulation": machine, "run": kept}, verbose=verbose, grid=grid)
 
 
 def _score(facts: Facts) -> str:

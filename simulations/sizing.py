@@ -227,8 +227,8 @@ def _file_of(config: RunConfig) -> Path | None:
         described = (folder / "config.json").read_text(encoding="utf-8")
     except (FedpeftError, OSError, UnicodeDecodeError):
         return None  # the run itself will say what is wrong
-    threads = config.simulation.threads_per_worker
-    text = to_json({"key": key, "versions": parts, "weights": weights, "base": described, "threads": threads})
+    how = (config.simulation.threads_per_worker, config.simulation.batch_clients)
+    text = to_json({"key": key, "versions": parts, "weights": weights, "base": described, "how": how})
     return cache_dir() / KEPT / f"{hashlib.sha256(text.encode()).hexdigest()[:40]}.json"
 
 

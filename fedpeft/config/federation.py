@@ -38,8 +38,12 @@ def cohort_size(clients: int, fraction: float, min_clients: int) -> int:
     return min(clients, max(1, min_clients, round(fraction * clients)))
 
 
+# keys of [simulation] on which no result depends: a run that goes on may have others
+MACHINE_KEYS = ("workers", "gpus_per_worker", "address", "prefix_cache_limit")
+
+
 class SimulationConfig(Section):
-    """The machine. No result depends on the number of workers; last digits may depend on threads, and on a GPU."""
+    """The machine. No result depends on `MACHINE_KEYS`; last digits depend on the others, and on a GPU."""
 
     workers: Annotated[int | None, BeforeValidator(number_or_auto)] = Field(
         None, ge=0, description="Ray workers; auto: what cores, memory and GPUs bear; 0 trains in this process"
