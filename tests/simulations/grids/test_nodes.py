@@ -93,6 +93,9 @@ def seen(reply: Message) -> dict[str, object]:
     return dict(reply.content.config_records["seen"])
 
 
+WHILE = 300.0  # seconds; where time may be up, quick messages do not travel together
+
+
 def adapter_hash(run: Path) -> str:
     return hashlib.sha256((run / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
 
@@ -141,7 +144,7 @@ def test_a_node_that_joins_is_used_and_one_that_leaves_costs_nothing_but_time(
             make_message(2, "train.place", started=str(marks[0]), awaited=str(marks[1])),
             make_message(3, "train.place", started=str(marks[1]), awaited=str(marks[0])),
         ]
-        both = {seen(reply)["node"] for reply in grid.send_and_receive(pair)}
+        both = {seen(reply)["node"] for reply in grid.send_and_receive(pair, timeout=WHILE)}
         assert len(both) == 2
         assert first["node"] in both
         # one of these two is at work on the node that leaves
@@ -150,7 +153,7 @@ def test_a_node_that_joins_is_used_and_one_that_leaves_costs_nothing_but_time(
         messages = [
             make_message(4 + at, "train.place", started=str(mark), awaited=str(gone)) for at, mark in enumerate(begun)
         ]
-        stream = grid.send_and_receive(leaving(messages, machines, node, begun, gone))
+        stream = grid.send_and_receive(leaving(messages, machines, node, begun, gone), timeout=WHILE)
         replies = [seen(reply)["node"] for reply in stream]
         assert replies == [first["node"]] * 4
         assert [attempt for _, attempt in deaths] == [1]
