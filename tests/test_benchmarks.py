@@ -18,7 +18,9 @@ from benchmarks import (
     cohorts,
     draw,
     engine,
+    kills,
     lora_fair_lambda,
+    memory,
     mixed_ranks,
     peer,
     pfl_peer,
@@ -110,16 +112,23 @@ def test_the_low_rank_regression_has_a_cell_for_each_lambda(monkeypatch: pytest.
 # --- the engine's record ---------------------------------------------------------------------------------------------
 
 
+BESIDE_OTHERS = (peer, bare_loop, scaling, engine, cohorts, startup)
+PARTS = (step, memory, prefix, batched, kills)
+NAMES = [module.__name__.rpartition(".")[2] for module in (*BESIDE_OTHERS, *PARTS)]
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Results of quick runs of all that measure the engine, in this process."""
     folder = tmp_path_factory.mktemp("results")
-    for module in (peer, bare_loop, scaling, engine, cohorts, startup):
-        module.main(["--quick", "--json", str(folder / f"{module.__name__.rpartition('.')[2]}.json")])
+    threads = torch.get_num_threads()
+    for module, name in zip((*BESIDE_OTHERS, *PARTS), NAMES, strict=True):
+        module.main(["--quick", "--json", str(folder / f"{name}.json")])
+    torch.set_num_threads(threads)
     return folder
 
 
-@pytest.mark.parametrize("name", ["peer", "loop", "scaling", "engine", "cohorts", "startup"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_benchmark_of_the_engine_writes_its_figures_and_the_machine(results: Path, name: str) -> None:
     kept = read(results / f"{name}.json")
     assert kept["command"] == f"python -m benchmarks.{name}"
@@ -226,11 +235,3 @@ def test_a_steps_products_are_recorded_forward_and_backward() -> None:
     assert names == ["addmm", "mm", "mm"]
     for operation, arguments, settings in recorder.products:
         operation(*arguments, **settings)
-
-
-def test_the_benchmark_of_clients_trained_together_times_them_against_one_by_one(tmp_path: Path) -> None:
-    batched.main(["--clients", "4", "--sizes", "2", "--pairs", "1", "--json", str(tmp_path / "figures.json")])
-    found = json.loads((tmp_path / "figures.json").read_text())
-    times = found["cpu_milliseconds_a_client"]
-    assert times.keys() == {"off", "2"}
-    assert found["times_faster"]["2"] == pytest.approx(times["off"] / times["2"])
