@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import subprocess
@@ -186,6 +187,25 @@ def test_figures_say_whether_their_target_is_reached(tmp_path: Path) -> None:
     assert kept["figures"] == [Figure("faster", 1.7, target=1.6, detail={"s": 2.0})]
     assert kept["points"] == [1]
     assert everything.rows(tmp_path) == {}, "it is none of the record"
+
+
+def test_a_result_names_the_options_that_its_figures_depend_on(tmp_path: Path) -> None:
+    made = parser(None)
+    made.add_argument("--local-steps", type=int, nargs="+", default=[1])
+    made.add_argument("--turns", type=int, default=3)
+    made.add_argument("settings", nargs="*")
+    given = made.parse_args(["a.b=1", "--local-steps", "2", "4", "--turns", "3", "--json", str(tmp_path / "a.json")])
+    publish("a", [], given, machine())
+    assert read(tmp_path / "a.json")["command"] == "python -m benchmarks.a --local-steps 2 4 a.b=1"
+
+
+def test_the_record_is_smaller_than_each_benchmark_by_itself_unless_it_shall_be_full() -> None:
+    given = argparse.Namespace(quick=False, full=False, kills=None)
+    assert everything.options_of("kills", given) == ["--kills", "5"]
+    given.full = True
+    assert everything.options_of("kills", given) == everything.options_of("peer", given) == []
+    given.kills = 7
+    assert everything.options_of("kills", given) == ["--kills", "7"]
 
 
 def test_contenders_take_turns_and_memory_is_that_of_the_whole_tree() -> None:
