@@ -129,7 +129,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             given.layers, given.precisions, given.turns = "last:1", ["fp32"], 2
         else:
             shape = {"train.local_steps": given.steps, "train.batch_size": given.batch_size, "data.max_length": 128}
-            work = Work({**shape, "model.name": str(materialize("docstrings").model)}, "docstrings")
+            files = materialize("docstrings")  # from the cache that there is, not into the one below
+            work = Work({**shape, "model.name": str(files.model), "data.source": str(files.data)}, "docstrings")
         with variables(**{CACHE_VARIABLE: folder}):  # nothing of an earlier time is there
             work = work.but(adapter__layers=given.layers)
             figures = [each for precision in given.precisions for each in measure(work, precision, given.turns)]
