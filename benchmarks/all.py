@@ -1,10 +1,14 @@
 """The whole record on one quiet machine, in less than 25 minutes on two cores: the tables of docs/performance.md.
 
-    python -m benchmarks.all [--only peer loop] [--quick] [--tables]
+    python -m benchmarks.all [--only peer loop] [--full] [--kills 20] [--quick] [--tables]
 
 Each benchmark runs in a process of its own and writes ``benchmarks/results/NAME.json``; one that fails is said, and the
 others go on. At the end come the rows that have a target, and the drawing. ``--tables`` runs nothing: it writes the
 tables of the document anew from what is there.
+
+To keep to that time some are smaller here than by themselves: fewer rounds and steps of the job, fewer turns and fewer
+kills (the options are `RECORD`, and stand in the tables). ``--full`` runs each as it is by itself, in about an hour;
+``--kills 20`` kills as often as there.
 """
 
 from __future__ import annotations
@@ -25,18 +29,18 @@ from benchmarks.record import RESULTS, ROOT, Figure, read, shown
 
 # what is run in which order, the longest first while the machine is quiet; those that are not here are left out
 RECORD: dict[str, list[str]] = {
-    "peer": [],
-    "loop": [],
-    "pfl_peer": [],
-    "step": [],
-    "scaling": [],
-    "engine": [],
+    "peer": ["--rounds", "2", "--longer", "4", "--steps", "5"],
+    "loop": ["--steps", "2"],
+    "pfl_peer": ["--steps", "2"],
+    "step": ["--turns", "10"],
+    "scaling": ["--rounds", "2"],
+    "engine": ["--rounds", "2"],
     "cohorts": [],
     "memory": [],
-    "prefix": [],
+    "prefix": ["--turns", "5"],
     "batched": [],
-    "startup": [],
-    "kills": [],
+    "startup": ["--turns", "1"],
+    "kills": ["--kills", "5"],
 }
 
 
@@ -45,12 +49,21 @@ def present(names: Sequence[str]) -> list[str]:
     return [name for name in names if (ROOT / "benchmarks" / f"{name}.py").is_file()]
 
 
-def run(name: str, folder: Path, *, quick: bool) -> bool:
+def options_of(name: str, given: argparse.Namespace) -> list[str]:
+    """Return what a benchmark is started with."""
+    if given.quick:
+        return ["--quick"]
+    if name == "kills" and given.kills:
+        return ["--kills", str(given.kills)]
+    return [] if given.full else RECORD[name]
+
+
+def run(name: str, folder: Path, options: Sequence[str]) -> bool:
     """Run one; return whether it came to its end."""
-    command = [sys.executable, "-m", f"benchmarks.{name}", "--json", str(folder / f"{name}.json"), *RECORD[name]]
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--json", str(folder / f"{name}.json"), *options]
     started = time.perf_counter()
     print(f"--- {name}", flush=True)
-    done = subprocess.run([*command, *(["--quick"] if quick else [])], cwd=ROOT, check=False)
+    done = subprocess.run(command, cwd=ROOT, check=False)
     print(f"--- {name}: {time.perf_counter() - started:.0f} s", flush=True)
     return done.returncode == 0
 
@@ -72,6 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run all, and print the rows with a target."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=RECORD, default=list(RECORD))
+    parser.add_argument("--full", action="store_true", help="each in the size that it has by itself")
+    parser.add_argument("--kills", type=int, help=f"of each kind; {RECORD['kills'][-1]}, or 20 with --full")
     parser.add_argument("--quick", action="store_true", help="see that all run; nothing is kept")
     parser.add_argument("--tables", action="store_true", help="write the document's tables from the results there")
     given = parser.parse_args(arguments)
@@ -81,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not given.tables:
             if os.getloadavg()[0] > 0.5:
                 print(f"the machine is not quiet (load {os.getloadavg()[0]:.1f}); times will say little")
-            failed = [name for name in present(given.only) if not run(name, folder, quick=given.quick)]
+            failed = [name for name in present(given.only) if not run(name, folder, options_of(name, given))]
         found = rows(folder)
     table = Table("benchmark", "what", "figure", "target", "")
     for name, figures in found.items():

@@ -1,6 +1,6 @@
 """Many tiny clients in a round: trained together against one by one, the whole round included.
 
-    python -m benchmarks.batched [--clients 1000] [--sizes 8 32] [--pairs 3] [--json FILE]
+    python -m benchmarks.batched [--clients 1000] [--sizes 32] [--pairs 1] [--quick] [--json FILE]
 
 A client makes 2 steps of 4 x 16 tokens with LoRA and a head on a BERT of width 64, made up here; what it costs is
 mostly the handling of its message and of many small tensors. Timed is the CPU time of a second round, in this process
@@ -10,11 +10,7 @@ ratios.
 
 from __future__ import annotations
 
-import argparse
 import csv
-import json
-import os
-import platform
 import random
 import statistics
 import tempfile
@@ -23,39 +19,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedpeft.chatter import silence
+from benchmarks.record import Figure, machine, parser, publish, ratio
+from benchmarks.tiny import WORDS, write_model
 from fedpeft.config import RunConfig, nest, resolve
 from fedpeft.runs import Event
 from fedpeft.simulations.simulate import simulate
 
 TARGET = 5.0
-WORDS = [f"w{index}" for index in range(60)]
-STEPS, BATCH, TOKENS, WIDTH = 2, 4, 16, 64
-
-
-def make_model(folder: Path, *, width: int = WIDTH) -> None:
-    """Write a BERT of two layers without dropout, drawn at random, and its tokenizer."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
-
-    torch.manual_seed(1)
-    BertModel(
-        BertConfig(
-            vocab_size=len(WORDS) + 2,
-            hidden_size=width,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=2 * width,
-            max_position_embeddings=128,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-        )
-    ).save_pretrained(folder)
-    vocabulary = {word: index for index, word in enumerate(["[PAD]", "[UNK]", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]").save_pretrained(folder)
+STEPS, BATCH, TOKENS = 2, 4, 16
 
 
 def make_rows(path: Path, clients: int) -> None:
@@ -76,6 +47,7 @@ def configuration(folder: Path, size: int | str) -> RunConfig:
         "model.name": str(folder / "model"),
         "data.source": str(folder / "rows.csv"),
         "partition.by": "client",
+        "model.dropout": "0",
         "adapter.rank": 4,
         "train.local_steps": STEPS,
         "train.batch_size": BATCH,
@@ -101,47 +73,39 @@ def round_seconds(config: RunConfig) -> float:
     return stamps[1] - stamps[0]
 
 
-def measure(clients: int, sizes: Sequence[int], pairs: int) -> dict[str, Any]:
-    """Return the ratios, and what was measured on."""
-    with tempfile.TemporaryDirectory() as place:
+def measure(clients: int, sizes: Sequence[int], pairs: int) -> list[Figure]:
+    """Return how much faster so many at a time are, and what a client takes one by one."""
+    with tempfile.TemporaryDirectory(prefix="fedpeft-bench-") as place:
         folder = Path(place)
-        make_model(folder / "model")
+        write_model(folder / "model")
         make_rows(folder / "rows.csv", clients)
-        seconds: dict[str, list[float]] = {"off": [], **{str(size): [] for size in sizes}}
+        seconds: dict[int | str, list[float]] = {name: [] for name in ("off", *sizes)}
         for _ in range(pairs):
-            for name in seconds:
-                size = name if name == "off" else int(name)
-                seconds[name].append(round_seconds(configuration(folder, size)))
-    ratios = {
-        name: statistics.median(alone / taken for alone, taken in zip(seconds["off"], own, strict=True))
-        for name, own in seconds.items()
-        if name != "off"
-    }
-    return {
-        "benchmark": "batched",
-        "clients": clients,
-        "cpu_milliseconds_a_client": {name: 1e3 * statistics.median(own) / clients for name, own in seconds.items()},
-        "times_faster": ratios,
-        "target": TARGET,
-        "machine": {"processor": platform.processor(), "cores": os.cpu_count(), "python": platform.python_version()},
-    }
+            for name, taken in seconds.items():
+                taken.append(round_seconds(configuration(folder, name)))
+    alone = seconds.pop("off")
+    figures = []
+    for size, together in seconds.items():
+        detail = {
+            "alone_ms": 1000 * statistics.median(alone) / clients,
+            "together_ms": 1000 * statistics.median(together) / clients,
+        }
+        what = f"{clients:,} clients, {size} at a time against one by one"
+        figures.append(Figure(what, ratio(alone, together), target=TARGET, detail=detail))
+    return figures
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print and keep."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clients", type=int, default=1000)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[8, 32])
-    parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--json", type=Path)
-    given = parser.parse_args(arguments)
-    silence()
-    found = measure(given.clients, given.sizes, given.pairs)
-    for name, milliseconds in found["cpu_milliseconds_a_client"].items():
-        gain = f", {found['times_faster'][name]:.1f} times as fast" if name != "off" else ""
-        print(f"batch_clients = {name:>3}: {milliseconds:6.2f} ms of CPU time a client{gain}")
-    if given.json:
-        given.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    """Measure, print, and write."""
+    given_options = parser(__doc__)
+    given_options.add_argument("--clients", type=int, default=1000)
+    given_options.add_argument("--sizes", type=int, nargs="+", default=[32])
+    given_options.add_argument("--pairs", type=int, default=1)
+    given = given_options.parse_args(arguments)
+    before = machine()
+    if given.quick:
+        given.clients, given.sizes, given.pairs = 4, [2], 1
+    publish("batched", measure(given.clients, given.sizes, given.pairs), given, before)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """SIGKILL at random moments, of a run's process and of its workers: what comes out is compared to the byte.
 
-Run it with ``python -m benchmarks.kills --kills 20``; it takes some minutes on two cores. A run is killed, resumed and
+    python -m benchmarks.kills [--kills 20] [--only KIND] [--quick] [--json FILE]
+
+A run is killed, resumed and
 killed again until it ends, then begun anew until there were enough kills. Adapter and events (but for times) must be
 those of a run that nobody disturbed, whatever is killed and whenever. Under record-level privacy the ledger must hold
-every charge that the undisturbed run made; with secure randomness, at least as many as rounds were trained. Prints a
-table in Markdown; anything that differs is the exit code 1.
+every charge that the undisturbed run made; with secure randomness, at least as many as rounds were trained. A figure is
+how many kills came to nothing; anything that differs is the exit code 1.
 
 Every run is a fork of this process, which has loaded libraries, model and rows before: so that what is killed is a run,
 and not its preparation.
@@ -12,7 +14,6 @@ and not its preparation.
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import random
@@ -28,7 +29,8 @@ from typing import Any
 import psutil
 import torch
 
-from fedpeft.chatter import silence
+from benchmarks.peer import small
+from benchmarks.record import Figure, machine, parser, publish
 from fedpeft.config import RunConfig, configure
 from fedpeft.privacy.ledger import LEDGER, read_entries
 from fedpeft.resident import resident
@@ -54,7 +56,6 @@ KINDS: dict[str, tuple[str, Mapping[str, object]]] = {
     "driver, record level, secure": ("driver", {**RECORD, "privacy.rng": "secure"}),
     "workers": ("workers", {"simulation.workers": 2, "train.local_steps": 20}),
 }
-HEADERS = ("what is killed", "kills", "runs", "adapters equal", "events equal", "charges, at least and found")
 PATIENCE = 600.0  # seconds, after which a run hangs
 
 
@@ -64,35 +65,40 @@ class Found:
 
     what: str
     kills: int = 0
+    survived: int = 0
     runs: int = 0
-    adapters: int = 0
-    events: int = 0
-    charges: str = "none"
-    passed: bool = True
+    charges_least: int = 0
+    charges_found: int = 0
 
-    def cells(self) -> tuple[str, ...]:
-        """Return its row of the table."""
-        return (self.what, *(str(value) for value in (self.kills, self.runs, self.adapters, self.events, self.charges)))
+    def figure(self, wanted: int) -> Figure:
+        """Return how many of the kills changed nothing."""
+        detail = {"runs": self.runs}
+        if self.charges_least:
+            detail |= {"charges_least": self.charges_least, "charges_found": self.charges_found}
+        return Figure(f"{self.what}: as without kills", self.survived, f"of {self.kills}", wanted, detail=detail)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Kill, resume, compare, and print the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--kills", type=int, default=20, help="of each kind")
-    parser.add_argument("--only", choices=sorted(KINDS), action="append", help="these kinds alone")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--config", type=Path, help="another model and other rows than the digits preset's")
-    given = parser.parse_args(arguments)
-    silence()
+    """Kill, resume, compare, print, and write."""
+    given_options = parser(__doc__)
+    given_options.add_argument("--kills", type=int, default=20, help="of each kind")
+    given_options.add_argument("--only", choices=sorted(KINDS), action="append", help="these kinds alone")
+    given_options.add_argument("--seed", type=int, default=0, help="of the moments")
+    given_options.add_argument("--config", type=Path, help="another model and other rows than the digits preset's")
+    given = given_options.parse_args(arguments)
+    before = machine()
     torch.set_num_threads(1)  # threads do not survive a fork
     found = []
-    for what in given.only or KINDS:
-        with tempfile.TemporaryDirectory() as folder:
-            found.append(stress(what, configured(KINDS[what][1], given.config), given.kills, Path(folder), given.seed))
-    print("| " + " | ".join(HEADERS) + " |\n|---" + "|---:" * (len(HEADERS) - 1) + "|")
-    for each in found:
-        print("| " + " | ".join(each.cells()) + " |")
-    if broken := [each.what for each in found if not each.passed]:
+    with tempfile.TemporaryDirectory(prefix="fedpeft-bench-") as place:
+        folder = Path(place)
+        if given.quick:
+            given.kills, given.only, given.config = 1, ["driver"], folder / "tiny.toml"
+            given.config.write_text(small(folder).config().to_toml())
+        for index, what in enumerate(given.only or KINDS):
+            config = configured(KINDS[what][1], given.config)
+            found.append(stress(what, config, given.kills, folder / str(index), given.seed))
+    publish("kills", [each.figure(given.kills) for each in found], given, before)
+    if broken := [each.what for each in found if each.survived < each.kills]:
         raise SystemExit(f"not as without kills: {', '.join(broken)}")
 
 
@@ -115,12 +121,14 @@ def stress(what: str, config: RunConfig, kills: int, folder: Path, seed: int) ->
     strike = kill_workers if KINDS[what][0] == "workers" else kill_driver
     while found.kills < kills:
         found.runs += 1
+        killed_before = found.kills
         run = folder / f"run-{found.runs}"
         while not (run.is_dir() and (run / CONFIG_FILE).is_file() and is_complete(run, config)):
             left = kills - found.kills
             process = _started(lambda: resume(run) if (run / CONFIG_FILE).is_file() else simulate(config, run))  # noqa: B023
             found.kills += strike(process, draw, seconds, left)
-        _judge(found, config, whole, run)
+        if _judge(found, config, whole, run):
+            found.survived += found.kills - killed_before
         print(f"{what}: {found.kills} kills, {found.runs} runs", file=sys.stderr, flush=True)
     return found
 
@@ -182,22 +190,22 @@ def _finish(process: Any) -> None:
         raise SystemExit(f"a run ended with {process.exitcode}")
 
 
-def _judge(found: Found, config: RunConfig, whole: Path, run: Path) -> None:
-    """Hold a run that was killed against the one that was not."""
+def _judge(found: Found, config: RunConfig, whole: Path, run: Path) -> bool:
+    """Tell whether a run that was killed came out as the one that was not."""
     secure = config.privacy.rng == "secure"
     adapter = Path("adapter/adapter_model.safetensors")
     alike = [path.relative_to(whole) for path in whole.glob("clients/*/adapter/*.safetensors")]
-    adapters = all((whole / name).read_bytes() == (run / name).read_bytes() for name in (adapter, *alike))
-    found.adapters += adapters
-    found.events += (events := timeless(whole) == timeless(run))
-    if not secure:  # whose numbers nobody can draw again
-        found.passed &= adapters and events
+    passed = secure or (  # whose numbers nobody can draw again
+        all((whole / name).read_bytes() == (run / name).read_bytes() for name in (adapter, *alike))
+        and timeless(whole) == timeless(run)
+    )
     if config.privacy.is_private:
         least, charged = (
             sorted((entry.client, entry.round) for entry in read_entries(path / LEDGER)) for path in (whole, run)
         )
-        found.charges = f"{len(least)}, {len(charged)}"
-        found.passed &= charged == least if not secure else set(charged) >= set(least)
+        found.charges_least, found.charges_found = len(least), len(charged)
+        passed &= charged == least if not secure else set(charged) >= set(least)
+    return passed
 
 
 def timeless(run: Path) -> list[dict[str, Any]]:

@@ -1,8 +1,10 @@
 """How much memory a simulation holds at its peak, with so many workers, and what it is made of.
 
-    python -m benchmarks.memory --preset docstrings [--precision fp32 bf16] [--workers 1,2] [--json FILE] [SETTING ...]
+    python -m benchmarks.memory [--presets docstrings chat] [--precisions fp32 bf16] [--workers 1 2] [--quick]
+                                [--json FILE] [KEY=VALUE ...]
 
-Each figure is a whole `fedpeft simulate` in a process of its own. Several times a second the proportional set size
+Each is a whole `fedpeft simulate` of 1 round, 4 clients and 4 steps in a process of its own. A preset that was never
+fetched into the cache is left out, and said.  Several times a second the proportional set size
 (PSS: a page that several processes map counts once) of the command and of all its descendants, Ray's included, is
 summed. The parts are those of the moment at which the sum was largest: ``own`` is anonymous memory, ``files`` what is
 mapped from files (weights, libraries), ``shared`` is memory in /dev/shm (Ray's object store). The process that workers
@@ -11,30 +13,28 @@ are forked from counts among Ray's. Linux only.
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
 import re
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import psutil
-from rich.console import Console
-from rich.table import Table
+
+from benchmarks.job import CommandError, Work
+from benchmarks.peer import small
+from benchmarks.record import Figure, machine, parser, publish
+from fedpeft.presets import find, folder_of
 
 TARGET = 1.25  # of two workers against one
 INTERVAL = 0.2  # seconds between two looks
 PARTS = {"Pss": "all", "Pss_Anon": "own", "Pss_File": "files", "Pss_Shmem": "shared"}
 LINE = re.compile(r"(\w+): +(\d+) kB")
-# enough for every worker to have trained, and for the test rows to be scored twice
-SETTINGS = ("federation.rounds=2", "train.local_steps=4")
+# enough for every worker to have trained, and for the test rows to be scored
+SETTINGS = {"federation.rounds": 1, "federation.clients": 4, "train.local_steps": 4}
 
 Usage = dict[str, int]  # bytes, by what of
 
@@ -98,22 +98,21 @@ def look(root: psutil.Process) -> dict[str, Usage]:
     return found
 
 
-def measure(preset: str, precision: str, workers: int, settings: Sequence[str] = ()) -> Peak:
+def measure(work: Work, precision: str, workers: int) -> Peak:
     """Run a simulation and return its peak.
 
     Raises
     ------
-    RuntimeError
+    CommandError
         The run failed.
     """
-    peak = Peak(preset, precision, workers)
-    with tempfile.TemporaryDirectory() as folder:
-        options = ["--preset", preset, "--workers", str(workers), "--out", f"{folder}/run", "--json"]
-        words = [*options, *SETTINGS, f"train.precision={precision}", *settings]
+    peak = Peak(work.preset or "tiny", precision, workers)
+    work = work.but(train__precision=precision, simulation__workers=workers)
+    with tempfile.TemporaryDirectory(prefix="fedpeft-bench-") as folder:
+        command = [sys.executable, "-m", "fedpeft", "simulate", "--json", "--out", f"{folder}/run", *work.words()]
         started = time.perf_counter()
         with Path(folder, "log").open("w+") as log:
-            command = [sys.executable, "-m", "fedpeft", "simulate", *words]
-            run = subprocess.Popen(command, stdout=log, stderr=log)
+            run = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder)
             root = psutil.Process(run.pid)
             while run.poll() is None:
                 held = look(root)
@@ -124,7 +123,7 @@ def measure(preset: str, precision: str, workers: int, settings: Sequence[str] =
                 time.sleep(INTERVAL)
             if run.returncode:
                 log.seek(0)
-                raise RuntimeError(f"fedpeft simulate {' '.join(words)} failed:\n{log.read()[-2000:]}")
+                raise CommandError(f"{' '.join(command)} ended with {run.returncode}:\n{log.read()[-2000:]}")
         peak.seconds = round(time.perf_counter() - started, 1)
     return peak
 
@@ -139,43 +138,51 @@ def ratios(peaks: Sequence[Peak]) -> Mapping[str, float]:
     }
 
 
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.2f}"
+def figures(peaks: Sequence[Peak]) -> list[Figure]:
+    """Return the ratios, and each peak with its parts in GB."""
+    found = [Figure(f"{what}: 2 workers against 1", each, "x", TARGET, "most") for what, each in ratios(peaks).items()]
+    for peak in peaks:
+        parts = {
+            f"{role} {part}": size / 1e9
+            for role, held in peak.roles.items()
+            for part, size in held.items()
+            if part != "all"
+        }
+        what = f"{peak.preset} {peak.precision}, {peak.workers} worker{'s' * (peak.workers != 1)}: peak"
+        found.append(Figure(what, peak.total / 1e9, "GB", detail=parts))
+    return found
+
+
+def at_hand(name: str) -> bool:
+    """Tell whether a preset can be used without fetching it; say so if not."""
+    if find(name).fetched and not folder_of(find(name)).is_dir():
+        print(f"{name} is left out: first `fedpeft presets fetch {name}`", file=sys.stderr)
+        return False
+    return True
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", nargs="+", default=["docstrings"])
-    parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"])
-    parser.add_argument("--workers", default="1,2", help="numbers of workers, comma-separated; 0 is one process")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("settings", nargs="*", help="section.key=value, as for fedpeft simulate")
-    options = parser.parse_args(arguments)
-    numbers = [int(word) for word in options.workers.split(",")]
-    peaks = [
-        measure(preset, precision, workers, options.settings)
-        for preset in options.preset
-        for precision in options.precision
-        for workers in numbers
-    ]
-    table = Table("preset", "precision", "workers", "peak GB", "driver: own + files", "workers", "Ray", "shared", "s")
-    for peak in peaks:
-        cells = [
-            f"{_gb(part['own'])} + {_gb(part['files'])}" if (part := peak.roles.get(role)) else "-"
-            for role in ("driver", "workers", "ray")
+    given_options = parser(__doc__)
+    given_options.add_argument("--presets", nargs="+", default=["docstrings", "chat"])
+    given_options.add_argument("--precisions", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
+    given_options.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="0 is one process")
+    given_options.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="as for fedpeft simulate")
+    given = given_options.parse_args(arguments)
+    before = machine()
+    more = dict(each.split("=", 1) for each in given.settings)
+    with tempfile.TemporaryDirectory(prefix="fedpeft-bench-") as folder:
+        if given.quick:
+            works, given.precisions, given.workers = [small(Path(folder))], ["fp32"], [0]
+        else:
+            works = [Work({**SETTINGS, **more}, name) for name in given.presets if at_hand(name)]
+        peaks = [
+            measure(work, precision, workers)
+            for work in works
+            for precision in given.precisions
+            for workers in given.workers
         ]
-        shared = _gb(sum(part["shared"] for part in peak.roles.values()))
-        facts = (peak.preset, peak.precision, str(peak.workers), _gb(peak.total))
-        table.add_row(*facts, *cells, shared, f"{peak.seconds:.0f}")
-    Console().print(table)
-    found = ratios(peaks)
-    for what, ratio in found.items():
-        print(f"{what}: 2 workers hold {ratio:.2f} times what 1 holds (at most {TARGET})")
-    if options.json:
-        machine: dict[str, Any] = {"machine": platform.machine(), "cores": os.cpu_count()}
-        rows = {"rows": [asdict(peak) for peak in peaks], "ratios": found}
-        options.json.write_text(json.dumps(machine | rows, indent=2) + "\n", encoding="utf-8")
+    publish("memory", figures(peaks), given, before, seconds=[peak.seconds for peak in peaks])
 
 
 if __name__ == "__main__":

@@ -86,10 +86,25 @@ def machine() -> dict[str, Any]:
     }
 
 
-def parser(description: str | None) -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """One that remembers which options were given, as ``words``; a result names them with its command."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse, and keep the words that are neither ``--json`` nor ``--quick``."""
+        given = super().parse_args(args, namespace)
+        given.words = []
+        for name, value in vars(given).items():
+            if name not in ("json", "quick", "words") and value != self.get_default(name):
+                values = value if isinstance(value, list) else [value]
+                option = [] if name == "settings" else [f"--{name.replace('_', '-')}"]
+                given.words += [*option, *map(str, values)]
+        return given
+
+
+def parser(description: str | None) -> Parser:
     """Return a parser of what all benchmarks take, and let the libraries below be silent."""
     silence()
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--json", type=Path, metavar="FILE", help="where the figures go; benchmarks/results/NAME.json")
     made.add_argument("--quick", action="store_true", help="sizes whose figures mean nothing, to see that it works")
     return made
@@ -124,8 +139,12 @@ def publish(
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = {
         "benchmark": name,
-        "command": f"python -m benchmarks.{name}",
-        "options": {key: str(value) if isinstance(value, Path) else value for key, value in vars(given).items()},
+        "command": " ".join([f"python -m benchmarks.{name}", *given.words]),
+        "options": {
+            key: str(value) if isinstance(value, Path) else value
+            for key, value in vars(given).items()
+            if key != "words"
+        },
         "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": before,
         "figures": [asdict(figure) for figure in figures],

@@ -1,20 +1,18 @@
 """What a client's step costs beside its matrix products alone: all-MiniLM-L6 with LoRA of rank 8 on query and value.
 
-    python -m benchmarks.step [--precision bf16] [--batch-size 16] [--tokens 128] [--json FILE] [KEY=VALUE ...]
+    python -m benchmarks.step [--precisions fp32 bf16] [--turns 30] [--quick] [--json FILE] [KEY=VALUE ...]
 
 One step is recorded: every matrix product and every fused attention that torch runs, forward and backward, with its
 shapes, strides and types. These are then run alone, in the same order and on tensors of their own, in turns with whole
 steps, in one process and on one thread; the figure is the median over turns of the ratio of one pair, in CPU time.
-Rows are those of the docstrings preset, cut or repeated to the number of tokens. KEY=VALUE are settings of a run, such
-as model.dropout=checkpoint.
+Rows are the longest of the docstrings preset, cut to the number of tokens. Each precision is measured with the dropout
+of the base's checkpoint and with none. KEY=VALUE are further settings of a run.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,9 +24,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from fedpeft.chatter import silence
-from fedpeft.config import configure
-from fedpeft.resident import Resident
+from benchmarks.job import Work
+from benchmarks.peer import small
+from benchmarks.record import Figure, machine, parser, publish, ratio
 from fedpeft.training.local import PlainGradients, training_mode
 
 TARGET = 1.35
@@ -60,11 +58,11 @@ def _alike(tensor: Tensor) -> Tensor:
     return torch.empty_strided(held.shape, held.stride(), dtype=held.dtype, device=held.device).copy_(held)
 
 
-def make_step(settings: dict[str, Any], batch_size: int, tokens: int) -> tuple[Callable[[], None], Resident]:
-    """Return a function that makes one whole step, batch included, and the model that it trains."""
-    home = Resident(configure({"adapter.rank": 8, "train.batch_size": batch_size, **settings}, preset="docstrings"))
+def make_step(work: Work) -> Callable[[], None]:
+    """Return a function that makes one whole step on the longest rows, batch included."""
+    home = work.home()
     adapted, train, split = home.adapted, home.config.train, home.data.train
-    batch = np.sort(np.argsort(-split.lengths, kind="stable")[:batch_size])
+    batch = np.sort(np.argsort(-split.lengths, kind="stable")[: train.batch_size])
     parameters = adapted.begin_training(adapted.trained)
     optimizer = torch.optim.AdamW(parameters, lr=1e-4)
     gradients = PlainGradients(adapted, split, batch, train, 1, np.random.default_rng(0))
@@ -75,7 +73,7 @@ def make_step(settings: dict[str, Any], batch_size: int, tokens: int) -> tuple[C
         optimizer.step()
 
     training_mode(adapted.model)
-    return step, home
+    return step
 
 
 def cpu_seconds(work: Callable[[], Any]) -> float:
@@ -85,9 +83,9 @@ def cpu_seconds(work: Callable[[], Any]) -> float:
     return time.thread_time() - started
 
 
-def measure(settings: dict[str, Any], batch_size: int, tokens: int, turns: int) -> dict[str, Any]:
+def measure(name: str, work: Work, turns: int) -> Figure:
     """Time pairs of a step and its products."""
-    step, _ = make_step({"data.max_length": tokens, **settings}, batch_size, tokens)
+    step = make_step(work)
     for _ in range(3):
         step()
     with Recorder() as recorder:
@@ -100,44 +98,45 @@ def measure(settings: dict[str, Any], batch_size: int, tokens: int, turns: int) 
     with torch.no_grad():
         for _ in range(3):
             products()
-    pairs = []
+    taken: dict[Callable[[], None], list[float]] = {step: [], products: []}
     for turn in range(turns):
-        taken = {}
-        for work in (step, products)[:: 1 if turn % 2 else -1]:
-            with torch.set_grad_enabled(work is step):
-                taken[work] = cpu_seconds(work)
-        pairs.append((taken[step], taken[products]))
-    ratios = sorted(whole / alone for whole, alone in pairs)
-    quarter = len(ratios) // 4
-    return {
-        "step": statistics.median(whole for whole, _ in pairs),
-        "products": statistics.median(alone for _, alone in pairs),
-        "count": len(recorder.products),
-        "ratio": statistics.median(ratios),
-        "middle_half": [ratios[quarter], ratios[-quarter - 1]],
+        for each in (step, products)[:: 1 if turn % 2 else -1]:
+            with torch.set_grad_enabled(each is step):
+                taken[each].append(cpu_seconds(each))
+    whole, alone = taken.values()
+    detail = {
+        "step_ms": 1000 * statistics.median(whole),
+        "products_ms": 1000 * statistics.median(alone),
+        "products": len(recorder.products),
+        "ratios": sorted(a / b for a, b in zip(whole, alone, strict=True)),
     }
+    return Figure(f"{name}: a step against its products", ratio(whole, alone), "x", TARGET, "most", detail)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--turns", type=int, default=30)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
-    options = parser.parse_args(arguments)
-    silence()
+    given_options = parser(__doc__)
+    given_options.add_argument("--precisions", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
+    given_options.add_argument("--dropouts", nargs="+", default=["0", "checkpoint"], help="model.dropout of each")
+    given_options.add_argument("--batch-size", type=int, default=16)
+    given_options.add_argument("--tokens", type=int, default=128)
+    given_options.add_argument("--turns", type=int, default=30)
+    given_options.add_argument("settings", nargs="*", metavar="KEY=VALUE")
+    given = given_options.parse_args(arguments)
+    before = machine()
     torch.set_num_threads(1)
-    settings = {"train.precision": options.precision} | dict(each.split("=", 1) for each in options.settings)
-    found = measure(settings, options.batch_size, options.tokens, options.turns)
-    low, high = found["middle_half"]
-    print(f"{platform.machine()}, 1 thread, {options.batch_size} x {options.tokens} tokens, {options.precision}")
-    print(f"step {1000 * found['step']:.0f} ms, its {found['count']} products alone {1000 * found['products']:.0f} ms")
-    print(f"ratio {found['ratio']:.2f} ({low:.2f} to {high:.2f}; at most {TARGET:g})")
-    if options.json:
-        options.json.write_text(json.dumps({"settings": settings, **found}, indent=2) + "\n")
+    shape = {"adapter.rank": 8, "train.batch_size": given.batch_size, "data.max_length": given.tokens}
+    more = dict(each.split("=", 1) for each in given.settings)
+    figures = []
+    with tempfile.TemporaryDirectory(prefix="fedpeft-bench-") as folder:
+        work = Work({**shape, **more}, "docstrings")
+        if given.quick:
+            work, given.precisions, given.turns = small(Path(folder)), ["fp32"], 2
+        for precision in given.precisions:
+            for dropout in given.dropouts:
+                each = work.but(train__precision=precision, model__dropout=dropout)
+                figures.append(measure(f"{precision}, model.dropout={dropout}", each, given.turns))
+    publish("step", figures, given, before)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import subprocess
@@ -19,6 +20,7 @@ from benchmarks import (
     draw,
     engine,
     lora_fair_lambda,
+    memory,
     mixed_ranks,
     peer,
     pfl_peer,
@@ -110,16 +112,23 @@ def test_the_low_rank_regression_has_a_cell_for_each_lambda(monkeypatch: pytest.
 # --- the engine's record ---------------------------------------------------------------------------------------------
 
 
+BESIDE_OTHERS = (peer, bare_loop, scaling, engine, cohorts, startup)
+PARTS = (step, memory, prefix, batched)  # kills forks, which wants a process of its own: tests/end_to_end/test_kills.py
+NAMES = [module.__name__.rpartition(".")[2] for module in (*BESIDE_OTHERS, *PARTS)]
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Results of quick runs of all that measure the engine, in this process."""
     folder = tmp_path_factory.mktemp("results")
-    for module in (peer, bare_loop, scaling, engine, cohorts, startup):
-        module.main(["--quick", "--json", str(folder / f"{module.__name__.rpartition('.')[2]}.json")])
+    threads = torch.get_num_threads()
+    for module, name in zip((*BESIDE_OTHERS, *PARTS), NAMES, strict=True):
+        module.main(["--quick", "--json", str(folder / f"{name}.json")])
+    torch.set_num_threads(threads)
     return folder
 
 
-@pytest.mark.parametrize("name", ["peer", "loop", "scaling", "engine", "cohorts", "startup"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_benchmark_of_the_engine_writes_its_figures_and_the_machine(results: Path, name: str) -> None:
     kept = read(results / f"{name}.json")
     assert kept["command"] == f"python -m benchmarks.{name}"
@@ -179,6 +188,25 @@ def test_figures_say_whether_their_target_is_reached(tmp_path: Path) -> None:
     assert everything.rows(tmp_path) == {}, "it is none of the record"
 
 
+def test_a_result_names_the_options_that_its_figures_depend_on(tmp_path: Path) -> None:
+    made = parser(None)
+    made.add_argument("--local-steps", type=int, nargs="+", default=[1])
+    made.add_argument("--turns", type=int, default=3)
+    made.add_argument("settings", nargs="*")
+    given = made.parse_args(["a.b=1", "--local-steps", "2", "4", "--turns", "3", "--json", str(tmp_path / "a.json")])
+    publish("a", [], given, machine())
+    assert read(tmp_path / "a.json")["command"] == "python -m benchmarks.a --local-steps 2 4 a.b=1"
+
+
+def test_the_record_is_smaller_than_each_benchmark_by_itself_unless_it_shall_be_full() -> None:
+    given = argparse.Namespace(quick=False, full=False, kills=None)
+    assert everything.options_of("kills", given) == ["--kills", "5"]
+    given.full = True
+    assert everything.options_of("kills", given) == everything.options_of("peer", given) == []
+    given.kills = 7
+    assert everything.options_of("kills", given) == ["--kills", "7"]
+
+
 def test_contenders_take_turns_and_memory_is_that_of_the_whole_tree() -> None:
     order: list[str] = []
     taken = in_turns({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 2)
@@ -226,11 +254,3 @@ def test_a_steps_products_are_recorded_forward_and_backward() -> None:
     assert names == ["addmm", "mm", "mm"]
     for operation, arguments, settings in recorder.products:
         operation(*arguments, **settings)
-
-
-def test_the_benchmark_of_clients_trained_together_times_them_against_one_by_one(tmp_path: Path) -> None:
-    batched.main(["--clients", "4", "--sizes", "2", "--pairs", "1", "--json", str(tmp_path / "figures.json")])
-    found = json.loads((tmp_path / "figures.json").read_text())
-    times = found["cpu_milliseconds_a_client"]
-    assert times.keys() == {"off", "2"}
-    assert found["times_faster"]["2"] == pytest.approx(times["off"] / times["2"])

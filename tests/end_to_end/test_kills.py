@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.record import read
 from fedpeft.errors import RunDirectoryError
 from fedpeft.runs import read_config, read_events, resumable_round
 from fedpeft.simulations.simulate import resume, simulate
@@ -23,7 +24,8 @@ def test_runs_killed_at_random_moments_end_as_if_nothing_had_been(text_config: R
     file = tmp_path / "tiny.toml"
     file.write_text(text_config(partition__by=None).to_toml())
     kinds = ("driver, personal heads and B", "driver, record level, seeded")
-    command = [sys.executable, "-m", "benchmarks.kills", "--kills", "2", "--config", str(file)]
+    out = ["--json", str(tmp_path / "kills.json")]
+    command = [sys.executable, "-m", "benchmarks.kills", "--kills", "2", "--config", str(file), *out]
     done = subprocess.run(
         [*command, *(word for kind in kinds for word in ("--only", kind))],
         cwd=ROOT,
@@ -33,8 +35,10 @@ def test_runs_killed_at_random_moments_end_as_if_nothing_had_been(text_config: R
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    rows = [line.split("|") for line in done.stdout.splitlines() if line.startswith("| driver")]
-    assert [(row[1].strip(), int(row[2])) for row in rows] == [(kind, 2) for kind in kinds]
+    figures = read(tmp_path / "kills.json")["figures"]
+    assert [(each.what, each.value, each.unit) for each in figures] == [
+        (f"{kind}: as without kills", 2, "of 2") for kind in kinds
+    ]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
