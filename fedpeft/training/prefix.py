@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -31,6 +30,7 @@ from fedpeft.adapters.stacks import blocks_of
 from fedpeft.cache import cache_dir
 from fedpeft.config import RunConfig
 from fedpeft.errors import AdapterError
+from fedpeft.jsons import to_json
 from fedpeft.models import num_threads
 from fedpeft.training.hidden_states import HiddenStates
 from fedpeft.training.local import training_mode
@@ -280,7 +280,7 @@ class Prefix:
             "machine": [on.type, torch.cuda.get_device_name(on)] if on.type == "cuda" else _processor(),
             "arithmetic": torch.get_float32_matmul_precision(),
         }
-        digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
+        digest = hashlib.sha256(to_json(facts, sort_keys=True).encode())
         aside = {id(tensor) for module in self._above for tensor in chain(module.parameters(), module.buffers())}
         for name, tensor in sorted(chain(inner.named_parameters(), inner.named_buffers()), key=lambda each: each[0]):
             if id(tensor) not in aside and not tensor.requires_grad:

@@ -97,7 +97,7 @@ def test_a_client_that_prunes_itself_keeps_the_rank_and_is_sent_no_more() -> Non
     result = strategy.start(FunctionGrid({1: client}), to_record(initial()), 3)
     assert asked == [2, 1, 1]
     assert strategy.loop is not None
-    assert strategy.loop.memory()["rank.1"].item() == 1
+    assert strategy.loop.memory().facts["ranks"] == {"1": 1}
     merged = to_tensors(result.arrays)
     assert not merged[B][:, 1].any()  # what is pruned is zero in the whole
     assert merged[A].shape == (2, 5)

@@ -314,7 +314,7 @@ def test_no_round_is_much_longer_than_it_must_be_and_results_stay_in_order(
 ) -> None:
     least = max(sum(seconds) / workers, max(seconds))
     guessed = makespan(seconds, workers, lambda job: job[1] * (wrong if job[0] % 2 else 1.0))
-    assert guessed <= 1.6 * least
+    assert guessed <= 2 * least  # as of whatever order in which no worker is idle (Graham, 1966)
 
 
 def test_on_the_average_rounds_of_unequal_clients_end_sooner() -> None:
@@ -341,7 +341,7 @@ def test_what_is_expected_changes_no_result_whoever_dies(
     dispatcher = Dispatcher[int, str](
         FakePool(workers, chance.choice, dies),
         window=window,
-        key=lambda job: job % 7,
+        keys=lambda job: frozenset({job % 7}),
         expected=lambda job: chance.random(),
     )
     dispatcher.ahead = ahead

@@ -16,6 +16,7 @@ from fedpeft.strategies.averaging.private_mean import (
     require_sums,
 )
 from fedpeft.strategies.averaging.server_optimizers import ServerOptimizer
+from fedpeft.strategies.rounds.memory import MEAN
 from fedpeft.strategies.rounds.watchers import Watcher
 from fedpeft.wire import to_record
 from tests.strategies.averaging.private_clients import ABLE, SILENT, moving, run, start
@@ -71,7 +72,7 @@ def test_a_server_optimizer_steps_on_the_private_mean() -> None:
     mean, _, _ = run(clients, ClientPrivacy(1.0))
     final, _, strategy = run(clients, ClientPrivacy(1.0), server_optimizer="adam")
     assert_close(final, ServerOptimizer("adam").step(start(), mean))
-    assert {CLIP} < strategy.loop.memory().keys()  # type: ignore[union-attr]
+    assert {f"{MEAN}:{CLIP}"} < strategy.loop.memory().tensors.keys()  # type: ignore[union-attr]
 
 
 def test_a_seeded_run_gives_the_same_bytes_in_whatever_order_answers_come() -> None:
@@ -81,7 +82,9 @@ def test_a_seeded_run_gives_the_same_bytes_in_whatever_order_answers_come() -> N
     one, _, strategy = run(clients, noisy, **options)
     two, _, other = run(clients, noisy, reverse=True, **options)
     assert fingerprint(one) == fingerprint(two)
-    assert fingerprint(strategy.loop.memory()) == fingerprint(other.loop.memory())  # type: ignore[union-attr]
+    one_memory, other_memory = strategy.loop.memory(), other.loop.memory()  # type: ignore[union-attr]
+    assert fingerprint(one_memory.tensors) == fingerprint(other_memory.tensors)
+    assert one_memory.facts == other_memory.facts
     assert fingerprint(one) != fingerprint(run(clients, noisy, seed=1, **options)[0])
 
 
