@@ -32,5 +32,5 @@ class ModelConfig(Section):
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
     trust_remote_code: bool = Field(False, description="run code that a hub repository brings")
     dropout: Annotated[float | Literal["checkpoint"], BeforeValidator(_probability)] = Field(
-        CHECKPOINT, description="of the frozen base in training: 0 is fastest; 'checkpoint' takes what config.json says"
+        0.0, description="of the frozen base in training: 0 is fastest; 'checkpoint' takes what config.json says"
     )
