@@ -287,7 +287,8 @@ class RayGrid(SimulationGrid):
         dispatcher.ahead = 0 if self.pace.work is None else AHEAD
         # a client that hangs until time is up would take with it what others of its bundle have answered
         by_pace = self.bundling.size == 1 and timeout is None
-        bundles = self.pace.bundles(messages) if by_pace else self.bundling.bundles(messages)
+        workers = 1 if self._sizing is None else self._sizing.workers
+        bundles = self.pace.bundles(messages, workers) if by_pace else self.bundling.bundles(messages)
         with contextlib.closing(dispatcher.stream(bundles, timeout)) as stream:
             yield from _settled(self._replies(stream, deadline))
 
