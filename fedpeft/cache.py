@@ -54,7 +54,7 @@ def locked(path: Path) -> Iterator[None]:
     """
     lock = FileLock(f"{path}.lock")
     with explained(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make(path.parent)
         lock.acquire()
     try:
         yield
@@ -74,15 +74,35 @@ def publishing(folder: Path) -> Iterator[Path]:
         The disk is full or the folder cannot be written.
     """
     with explained(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        _make(folder.parent)
         for stale in folder.parent.glob(f"{folder.name}.tmp-*"):
             shutil.rmtree(stale, ignore_errors=True)
         draft = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex}")
         draft.mkdir()
         try:
             yield draft
+            for path in (*draft.rglob("*"), draft):  # else a power cut may leave a name without its contents
+                _sync(path)
             if folder.exists():
                 shutil.rmtree(folder)
             os.replace(draft, folder)
+            _sync(folder.parent)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
+
+
+def _make(folder: Path) -> None:
+    """Make a folder of the cache; the cache itself, with rows in it, is for nobody else to read."""
+    top = cache_dir()
+    if folder.is_relative_to(top):
+        top.parent.mkdir(parents=True, exist_ok=True)
+        top.mkdir(mode=0o700, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

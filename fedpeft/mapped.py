@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,10 +21,12 @@ from safetensors.torch import save_file
 
 from fedpeft.cache import cache_dir, locked, publishing
 
-FORMAT_VERSION = 1
+log = logging.getLogger(__name__)
+
+FORMAT_VERSION = 2
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"  # what transformers reads, the first if both
 BESIDES = ("config.json", "generation_config.json", INDEX)
-SIZES = "sizes.json"
+SIZES, SUMS = "sizes.json", "sha256.json"
 FLOATS = {"F64", "F32", "F16", "BF16"}
 CALLED = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
@@ -95,7 +98,8 @@ def _dtypes(path: Path) -> Mapping[str, str]:
 
 def _key(files: list[Path], dtype: torch.dtype) -> str:
     """Return what names a conversion: the files, as they were when it was made."""
-    facts = [[str(path.resolve()), (stat := path.stat()).st_size, stat.st_mtime_ns] for path in files]
+    stats = [(str(path.resolve()), path.stat()) for path in files]
+    facts = [[name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino] for name, stat in stats]
     return hashlib.sha256(json.dumps([FORMAT_VERSION, str(dtype), facts]).encode()).hexdigest()[:32]
 
 
@@ -103,7 +107,7 @@ def _is_whole(kept: Path) -> bool:
     """Tell whether a conversion is there and undamaged, by the sizes and the headers of its files."""
     try:
         sizes = json.loads((kept / SIZES).read_text(encoding="utf-8"))
-        if {path.name: path.stat().st_size for path in kept.iterdir() if path.name != SIZES} != sizes:
+        if {path.name: path.stat().st_size for path in kept.iterdir() if path.name not in (SIZES, SUMS)} != sizes:
             return False
     except (OSError, ValueError):
         return False
@@ -129,4 +133,43 @@ def _convert(folder: Path, files: list[Path], dtype: torch.dtype, kept: Path) ->
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, draft / name)
         sizes = {path.name: path.stat().st_size for path in draft.iterdir()}
+        (draft / SUMS).write_text(json.dumps({name: _sum(draft / name) for name in sizes}), encoding="utf-8")
         (draft / SIZES).write_text(json.dumps(sizes), encoding="utf-8")
+
+
+def _sum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verify(folder: Path) -> None:
+    """Remove the conversions of a base whose bytes are not those that were written; the next loading makes them anew.
+
+    Each file is read whole, which takes 0.1 s for 100 MB; so a run's driver asks once, and no worker does.
+
+    Parameters
+    ----------
+    folder : Path
+        Of a transformers model.
+
+    Raises
+    ------
+    DataError
+        One is damaged, and the cache cannot be written.
+    """
+    files = _weight_files(folder)
+    for dtype in CALLED if files else ():
+        kept = cache_dir() / "bases" / _key(files, dtype)
+        if not _is_whole(kept) or _is_sound(kept):
+            continue
+        log.warning("the converted weights in '%s' are damaged, and are made again", kept)
+        with locked(kept):
+            shutil.rmtree(kept, ignore_errors=True)
+
+
+def _is_sound(kept: Path) -> bool:
+    try:
+        sums = json.loads((kept / SUMS).read_text(encoding="utf-8"))
+        return all(_sum(kept / name) == held for name, held in sums.items())
+    except (OSError, ValueError, AttributeError):
+        return False

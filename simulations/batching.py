@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -14,19 +14,29 @@ from torch import Tensor
 from fedpeft.adapters.state import Role, role_of
 from fedpeft.clients.together import MOST_TOKENS, longest
 from fedpeft.config import RunConfig, TrainConfig, cohort_size
+from fedpeft.data.splits import EncodedSplit
 from fedpeft.models import num_threads, torch_seed
 from fedpeft.privacy.levels import level_of
 from fedpeft.privacy.mechanism import RecordMechanism
 from fedpeft.privacy.randomness import seeded
 from fedpeft.resident import Resident
 from fedpeft.simulations.grids.bundles import Bundling
-from fedpeft.training.batched.together import JointGradients, JointPlainGradients, Part, Stacks, train_together, why_not
+from fedpeft.training.batched.together import (
+    JointGradients,
+    JointPlainGradients,
+    Part,
+    Rows,
+    Stacks,
+    train_together,
+    why_not,
+)
 from fedpeft.training.local import PlainGradients, Turn, train_locally
 
 TOGETHER = "fedpeft.clients.together:answer_together"
 SIZES = (8, 32)  # that a timing chooses among
 GAIN = 1.2  # of a client's time, from which on it is worth other last digits
 TURNS, STEPS = 3, 2
+MIXED, LONGEST = ((0, 1, 4), (2, 3, 5)), (4, 5)  # of the rows that are made up: of all lengths, and the longest
 TOLERANCE = {"fp32": 1e-2, "bf16": 0.2}  # of a gradient's norm
 
 
@@ -80,8 +90,9 @@ def _refusal(config: RunConfig, home: Resident) -> str:
 
 def _disagreement(config: RunConfig, home: Resident) -> str:
     """Try it: two clients of different adapters must have the gradients together that they have alone."""
-    adapted, split, train = home.adapted, home.data.train, config.train
-    parts = _parts(config, home, 2)
+    adapted, train = home.adapted, config.train
+    split, held = _rows(config, home, MIXED)
+    parts = _parts(config, home, held, 2)
     gradients = JointPlainGradients(adapted, home.own_layers, split, train, parts)
     stacks = Stacks.of(adapted, parts, range(2), adapted.trained)
     batches = [next(gradients.batches(index)) for index in range(2)]
@@ -113,20 +124,35 @@ def _alike(alone: Tensor | None, together: Tensor | None, tolerance: float) -> b
     return bool((alone - together).norm() <= tolerance * alone.norm() + 1e-6)
 
 
-def _parts(config: RunConfig, home: Resident, count: int) -> list[Part]:
+def _rows(
+    config: RunConfig, home: Resident, made_up: Sequence[Sequence[int]]
+) -> tuple[EncodedSplit, Mapping[str, Rows]]:
+    """Return rows, and which of them are whose.
+
+    What is tried and timed goes on record. Of a private run it must tell of no row and no count: then rows are made up,
+    see `public_rows`, and those of `made_up` are the clients'.
+    """
+    if config.privacy.is_private:
+        from fedpeft.privacy.independence import public_rows  # which loads Opacus
+
+        return home.once(public_rows), {str(client): np.array(rows) for client, rows in enumerate(made_up)}
+    held = dict(zip(home.partition.client_ids, home.partition.indices, strict=True))
+    return home.data.train, {client: rows for client, rows in held.items() if len(rows)} or held
+
+
+def _parts(config: RunConfig, home: Resident, held: Mapping[str, Rows], count: int) -> list[Part]:
     """Return parts of so many clients, whose adapters were moved from where they begin."""
-    clients, held, seed = home.partition.client_ids, home.partition.indices, config.run.seed
-    chosen = [index for index in range(len(clients)) if len(held[index])] or [0]
+    clients = list(held)
     parts = []
     for number in range(count):
-        index = chosen[number % len(chosen)]
         with torch_seed(number):
             own = {
                 name: t + 0.05 * torch.randn_like(t) if t.is_floating_point() else t
                 for name, t in home.adapted.initial.items()
                 if role_of(name) is not Role.BASE
             }
-        parts.append(Part(own, home.adapted.scaling, held[index], Turn(seed, clients[index], 1, 1)))
+        client = clients[number % len(clients)]
+        parts.append(Part(own, home.adapted.scaling, held[client], Turn(config.run.seed, client, 1, 1)))
     return parts
 
 
@@ -134,16 +160,16 @@ def _choose(config: RunConfig, home: Resident) -> tuple[int, float]:
     """Time a client's round alone and together; return the best size, 1 where it gains little, and what it gains."""
     federation, simulation = config.federation, config.simulation
     cohort = cohort_size(len(home.partition.client_ids), federation.fraction, federation.min_clients)
-    train = home.data.train
-    tokens = config.train.batch_size * longest(train, np.arange(len(train)))
+    split, held = _rows(config, home, [LONGEST * 2 * config.train.batch_size])
+    tokens = config.train.batch_size * longest(split, np.arange(len(split)))
     best, gain = 1, GAIN
     with num_threads(simulation.threads_per_worker):
-        alone = _fastest(lambda: _alone(config, home, _parts(config, home, 1)[0]))
+        alone = _fastest(lambda: _alone(config, home, split, _parts(config, home, held, 1)[0]))
         for size in SIZES:
             if size > cohort or size * tokens > MOST_TOKENS:
                 break
-            parts = _parts(config, home, size)
-            times = alone * size / _fastest(lambda: _together(config, home, parts))  # noqa: B023
+            parts = _parts(config, home, held, size)
+            times = alone * size / _fastest(lambda: _together(config, home, split, parts))  # noqa: B023
             if times > gain:
                 best, gain = size, times
     home.adapted.load(home.adapted.initial, home.adapted.scaling)
@@ -161,16 +187,16 @@ def _fastest(call: Callable[[], object]) -> float:
     return min(seconds)
 
 
-def _alone(config: RunConfig, home: Resident, part: Part) -> None:
+def _alone(config: RunConfig, home: Resident, split: EncodedSplit, part: Part) -> None:
     level, private = level_of(config.privacy), None
     if level.clients_add_noise:
-        private = level.gradients(home, home.data.train, part.rows, _mechanism(config, part), seeded(0, "timing"))
+        private = level.gradients(home, split, part.rows, _mechanism(config, part), seeded(0, "timing"))
     home.adapted.load(part.tensors, part.scaling)
-    train_locally(home.adapted, home.data.train, part.rows, _short(config), part.turn, private=private)
+    train_locally(home.adapted, split, part.rows, _short(config), part.turn, private=private)
 
 
-def _together(config: RunConfig, home: Resident, parts: Sequence[Part]) -> None:
-    adapted, train, split, level = home.adapted, _short(config), home.data.train, level_of(config.privacy)
+def _together(config: RunConfig, home: Resident, split: EncodedSplit, parts: Sequence[Part]) -> None:
+    adapted, train, level = home.adapted, _short(config), level_of(config.privacy)
     gradients: JointGradients = JointPlainGradients(adapted, home.own_layers, split, train, parts)
     if level.clients_add_noise:
         rows = [part.rows for part in parts]

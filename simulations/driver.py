@@ -9,6 +9,7 @@ from pathlib import Path
 from fedpeft.clients.app import OWN_PERSONAL, TRUST_REMOTE_CODE
 from fedpeft.clients.rows import client_rows
 from fedpeft.config import RunConfig, cohort_size
+from fedpeft.mapped import verify
 from fedpeft.presets import provenance
 from fedpeft.privacy.books import Books
 from fedpeft.privacy.levels import level_of
@@ -58,6 +59,7 @@ def drive(
         Of a run that goes on.
     """
     home = resident(config)
+    verify(home.folder)  # before anybody loads the base
     check_rows(home)
 
     def note(message: str) -> None:

@@ -66,3 +66,9 @@ def test_a_cache_that_is_no_folder_is_a_clear_error(tmp_path: Path) -> None:
         locked(tmp_path / "file" / "x"),
     ):
         pass
+
+
+def test_the_cache_which_holds_rows_is_closed_to_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FEDPEFT_CACHE_DIR", str(tmp_path / "above" / "cache"))
+    with locked(cache_dir() / "deep" / "entry"):
+        assert cache_dir().stat().st_mode & 0o777 == 0o700

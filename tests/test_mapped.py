@@ -130,6 +130,22 @@ def test_a_damaged_conversion_is_found_and_made_again(tiny_bert: Path, text_conf
     assert json.loads((kept / mapped.SIZES).read_text())[mapped.WEIGHTS] == len(good)
 
 
+def test_a_conversion_of_the_right_size_with_other_bytes_is_found_as_a_run_begins(
+    tiny_bert: Path, text_config: Make
+) -> None:
+    whole = load(text_config, tiny_bert, "bf16").model.state_dict()
+    (kept,) = conversions()
+    mapped.verify(tiny_bert)
+    assert conversions() == [kept]
+    good = (kept / mapped.WEIGHTS).read_bytes()
+    (kept / mapped.WEIGHTS).unlink()  # the pages of the model above stay as they are
+    (kept / mapped.WEIGHTS).write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    mapped.verify(tiny_bert)
+    assert conversions() == []
+    found = load(text_config, tiny_bert, "bf16").model.state_dict()
+    assert all(torch.equal(found[name], whole[name]) for name in whole)
+
+
 def test_other_weights_under_the_same_name_are_converted_anew(half: Path, text_config: Make) -> None:
     before = load(text_config, half).model.state_dict()
     tensors = {name: tensor + 1 for name, tensor in load_file(half / mapped.WEIGHTS).items()}

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from fedpeft.config.section import Section
-from fedpeft.config.values import number_or_auto
+from fedpeft.config.values import count_auto_or_off, number_or_auto
 
 
 class StrategyConfig(BaseModel):
@@ -49,7 +49,9 @@ class SimulationConfig(Section):
         None, ge=0, description="Ray workers; auto: what cores, memory and GPUs bear; 0 trains in this process"
     )
     threads_per_worker: int = Field(1, ge=1, description="CPU threads of a worker")
-    batch_clients: Literal["auto", "off"] | Annotated[int, Field(ge=1)] = Field(
+    batch_clients: Annotated[
+        Literal["auto", "off"] | Annotated[int, Field(ge=1)], BeforeValidator(count_auto_or_off)
+    ] = Field(
         "off", description="clients that a worker trains in one forward: a number, or auto by a timing at the start"
     )
     gpus_per_worker: Annotated[float | None, BeforeValidator(number_or_auto)] = Field(

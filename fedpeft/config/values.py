@@ -33,6 +33,18 @@ def number_or_auto(value: object, info: ValidationInfo) -> object:
     return value
 
 
+def count_auto_or_off(value: object, info: ValidationInfo) -> object:
+    """Read a number of at least 1, which may be written as text; leave ``auto`` and ``off`` as they are."""
+    if value in ("auto", "off"):
+        return value
+    try:
+        if not isinstance(value, bool) and (count := int(str(value))) >= 1:
+            return count
+    except ValueError:
+        pass
+    raise ValueError(f"simulation.{info.field_name} = {value!r}: give a number of at least 1, auto or off")
+
+
 def join_list(value: object) -> object:
     """Read ``[0, 1, 5]`` or 5 as ``"0,1,5"`` or ``"5"``: what :func:`split_list` takes apart."""
     if isinstance(value, list | tuple):

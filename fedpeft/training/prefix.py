@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import platform
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import chain
@@ -36,9 +38,11 @@ from fedpeft.training.hidden_states import HiddenStates
 from fedpeft.training.local import training_mode
 
 FOLDER = "prefix"  # in the cache
-VERSION = 1  # of what is stored and how it is computed
+VERSION = 2  # of what is stored and how it is computed
 CLOSE = {"fp32": 1e-4, "bf16": 0.05}  # largest difference that rounding makes, of the largest value
 CHECKED = 6  # rows
+VERSIONED = {"torch", "transformers", "peft", "fedpeft", "opacus"}  # libraries
+ROUNDING = ("ONEDNN_DEFAULT_FPMATH_MODE", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR")  # environment variables
 KEPT, FORWARD = "fedpeft_prefix", "forward"  # attributes of modules
 
 
@@ -272,13 +276,13 @@ class Prefix:
         facts = {
             "version": VERSION,
             "versions": [torch.__version__, transformers.__version__],
-            "model": type(inner).__name__,
+            "model": [type(inner).__name__, _sources(inner)],
             "config": config,
             "attention": getattr(getattr(inner, "config", None), "_attn_implementation", None),
             "below": len(self.blocks),
             "precision": self.precision,
             "machine": [on.type, torch.cuda.get_device_name(on)] if on.type == "cuda" else _processor(),
-            "arithmetic": torch.get_float32_matmul_precision(),
+            "arithmetic": [torch.get_float32_matmul_precision(), *_arithmetic()],
         }
         digest = hashlib.sha256(to_json(facts, sort_keys=True).encode())
         aside = {id(tensor) for module in self._above for tensor in chain(module.parameters(), module.buffers())}
@@ -384,6 +388,22 @@ def _key(row: Mapping[str, Tensor]) -> bytes:
 def _state(on: torch.device) -> list[Tensor]:
     """Return the states of the generators that a model may draw from."""
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state(on)] if on.type == "cuda" else [])]
+
+
+def _sources(model: nn.Module) -> list[str]:
+    """Return the hashes of all code of a model that no library's version stands for, such as a base's own."""
+    names = {type(module).__module__ for module in model.modules()}
+    foreign = [sys.modules[name] for name in names if name.partition(".")[0] not in VERSIONED and name in sys.modules]
+    own = [Path(module.__file__) for module in foreign if module.__file__]
+    beside = {path for file in own for path in file.parent.glob("*.py")}  # which it may import
+    return sorted(hashlib.sha256(path.read_bytes()).hexdigest() for path in beside)
+
+
+def _arithmetic() -> list[str]:
+    """Return what else decides how products are rounded."""
+    mkldnn: Any = torch.backends.mkldnn
+    kinds = [mkldnn, *(getattr(mkldnn, name, None) for name in ("matmul", "conv", "rnn"))]
+    return [*(str(getattr(kind, "fp32_precision", "")) for kind in kinds), *(os.environ.get(n, "") for n in ROUNDING)]
 
 
 def _processor() -> list[str]:

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -175,10 +176,9 @@ def _own_directory() -> Iterator[Path]:
     """
     # short, because the paths of sockets are limited
     parent = Path(os.environ.get("RAY_TMPDIR") or ("/tmp" if os.path.isdir("/tmp") else tempfile.gettempdir()))
-    for left in parent.glob(f"{PREFIX}*/{LOCK}"):
-        with contextlib.suppress(OSError), left.open("wb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(left.parent, ignore_errors=True)
+    for left in parent.glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError):
+            _remove_left(left)
     directory = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
     try:
         with (directory / f"{LOCK}.new").open("wb") as lock:
@@ -188,6 +188,32 @@ def _own_directory() -> Iterator[Path]:
             yield directory / "r"
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def _remove_left(folder: Path) -> None:
+    """Remove a folder whose process is gone. The names are anybody's to take: what is not our own is left alone."""
+    found = os.lstat(folder)
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        return
+    lock = os.open(folder / LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if stat.S_ISREG(os.fstat(lock).st_mode):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(lock)
+
+
+def own_folder() -> Path | None:
+    """Return the folder of the Ray that `ray_connection` has started in this process, which is closed to others.
+
+    None of a Ray that somebody else started.
+    """
+    node = ray._private.worker._global_node
+    if node is None or not node.is_head():
+        return None
+    folder = Path(node.get_temp_dir_path()).parent
+    return folder if folder.name.startswith(PREFIX) else None
 
 
 def default_store_bytes() -> int:

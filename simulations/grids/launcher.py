@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -19,20 +20,30 @@ PATIENCE = 300.0  # seconds for all imports, on a machine that does much else
 
 def main(spec: str, arguments: list[str]) -> None:
     """Have the nursery fork a worker, and last as long as it does."""
-    folder = json.loads(spec)["folder"]
-    os.makedirs(folder, mode=0o700, exist_ok=True)
-    raylet = os.environ.get("RAY_RAYLET_PID") or str(os.getppid())
-    path = os.path.join(folder, f"{raylet}.{hashlib.sha256(spec.encode()).hexdigest()[:12]}")
     connection = None
-    if os.stat(folder).st_uid == os.getuid():  # nobody else may say what workers are
-        with open(f"{path}.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # the first worker starts the nursery, and the others wait for it
-            connection = _connected(path) or _started(path, spec)
+    with contextlib.suppress(OSError):  # where anything is wrong with the nursery, there is a worker still
+        connection = _nursery(spec)
     if connection is None or not _forked(connection, arguments):
         os.execv(sys.executable, [sys.executable, *arguments])  # a worker that shares nothing
     # the worker holds the other end until it dies; so long must this process live, and nothing is smaller than cat
     os.dup2(connection.fileno(), 0)
-    os.execvp("cat", ["cat"])
+    with contextlib.suppress(OSError):
+        os.execvp("cat", ["cat"])
+    while os.read(0, 1):
+        pass
+
+
+def _nursery(spec: str) -> socket.socket | None:
+    """Connect to the nursery of this node, which the first worker starts; None where there can be none."""
+    folder = json.loads(spec)["folder"]
+    found = os.lstat(folder)  # not there on another machine
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        return None  # nobody else may say what workers are
+    raylet = os.environ.get("RAY_RAYLET_PID") or str(os.getppid())
+    path = os.path.join(folder, f"{raylet}.{hashlib.sha256(spec.encode()).hexdigest()[:12]}")
+    with open(f"{path}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the others wait for the first
+        return _connected(path) or _started(path, spec)
 
 
 def _forked(connection: socket.socket, arguments: list[str]) -> bool:

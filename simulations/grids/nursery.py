@@ -22,7 +22,6 @@ import shlex
 import signal
 import socket
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,17 +33,18 @@ from fedpeft.simulations.grids import launcher
 LOOK = 1.0  # seconds until it is seen that Ray is gone
 
 
-def executable(modules: Sequence[str], variables: Mapping[str, str]) -> str:
+def executable(folder: Path, modules: Sequence[str], variables: Mapping[str, str]) -> str:
     """Return the command by which Ray starts a worker, as its runtime environment takes it under ``py_executable``.
 
     Parameters
     ----------
+    folder : Path
+        Closed to others: whoever could write there would say what workers are.
     modules : sequence of str
         What workers need, imported once.
     variables : mapping of str to str
         Environment variables that must stand before.
     """
-    folder = Path(tempfile.gettempdir()) / f"fedpeft-nursery-{os.getuid()}"
     spec = {"folder": str(folder), "modules": list(modules), "variables": dict(variables)}
     return shlex.join([sys.executable, "-I", "-S", str(launcher.__file__), json.dumps(spec)])
 
@@ -62,9 +62,6 @@ def main(path: Path, modules: Sequence[str]) -> None:
     raylet = int(path.name.partition(".")[0])
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # so that a dead worker leaves nothing behind
     os.umask(0o077)
-    for left in path.parent.glob("*.*"):  # by nurseries that were killed
-        if not _lives(int(left.name.partition(".")[0])):
-            left.unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen(1024)  # who asks meanwhile waits
@@ -106,6 +103,8 @@ def _serve(listener: socket.socket, connection: socket.socket) -> None:
 def _lives(pid: int) -> bool:
     try:
         os.kill(pid, 0)
+    except PermissionError:
+        return True  # another user's
     except OSError:
         return False
     return True

@@ -52,22 +52,46 @@ class Pace:
             return taken
         return self._work(message) * (self._seconds / self._worked if self._worked else 1.0)
 
-    def bundles(self, messages: Iterator[Message]) -> Iterator[Bundle]:
-        """Put neighbours together that take next to no time; no client is twice in one bundle."""
-        taken: dict[int, Message] = {}
+    def bundles(self, messages: Iterator[Message], workers: int = 1) -> Iterator[Bundle]:
+        """Put neighbours together that take next to no time; no client is twice in one bundle.
+
+        Parameters
+        ----------
+        messages : iterator of Message
+            Pulled as far as they fill a bundle of each worker.
+        workers : int
+            Among whom messages are divided evenly where they fill no more: nobody idles beside who has two.
+        """
+        while block := self._block(messages, workers):
+            share = min(self._most(), math.ceil(len(block) / workers))
+            taken: dict[int, Message] = {}
+            seconds = 0.0
+            for message in block:
+                node = message.metadata.dst_node_id
+                if len(taken) == share or seconds >= QUICK_SECONDS or node in taken:
+                    yield tuple(taken.values())
+                    taken, seconds = {}, 0.0
+                taken[node] = message
+                seconds += self._seconds_of(message)
+            yield tuple(taken.values())
+
+    def _block(self, messages: Iterator[Message], workers: int) -> list[Message]:
+        """Pull what fills a bundle of each worker; no more after one that is not quick."""
+        block: list[Message] = []
         seconds = 0.0
         for message in messages:
-            node = message.metadata.dst_node_id
-            if node in taken:
-                yield tuple(taken.values())
-                taken, seconds = {}, 0.0
-            taken[node] = message
-            seconds += self.expected(message) if self._worked else math.inf
-            if seconds >= QUICK_SECONDS or len(taken) >= min(MOST_MESSAGES, MOST_BYTES // self._largest):
-                yield tuple(taken.values())
-                taken, seconds = {}, 0.0
-        if taken:
-            yield tuple(taken.values())
+            block.append(message)
+            seconds += self._seconds_of(message)
+            if seconds >= workers * QUICK_SECONDS or len(block) >= workers * self._most():
+                break
+        return block
+
+    def _most(self) -> int:
+        """Return how many messages a bundle may have by the size of replies."""
+        return max(1, min(MOST_MESSAGES, MOST_BYTES // self._largest))
+
+    def _seconds_of(self, message: Message) -> float:
+        return self.expected(message) if self._worked else math.inf
 
     def _work(self, message: Message) -> float:
         return 1.0 if self.work is None else self.work(message)

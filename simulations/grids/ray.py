@@ -33,6 +33,7 @@ from fedpeft.simulations.grids.cluster import (
     cpus_per_worker,
     named_address,
     nodes,
+    own_folder,
     ray_connection,
     this_node,
 )
@@ -57,12 +58,6 @@ PRELOADED = (
     *("ray._private.node", "ray._private.workers.default_worker", "fedpeft.simulations.grids.transport"),
     *("fedpeft.clients.app", "fedpeft.strategies.rounds.scoring", "flwr_datasets.partitioner"),
 )
-
-
-def _started_here() -> bool:
-    """Tell whether Ray was started on this machine by this process, and for its own workers."""
-    node = ray._private.worker._global_node
-    return sys.platform == "linux" and node is not None and bool(node.is_head())
 
 
 class RayGrid(SimulationGrid):
@@ -216,8 +211,9 @@ class RayGrid(SimulationGrid):
         is_cluster = named_address(self._cluster)[1] != OWN
         variables = environment(self._threads, gpu=gpus > 0)
         forked: dict[str, Any] = {}
-        if not gpus and _started_here():  # a GPU that was looked at is no use to a fork
-            command = executable(PRELOADED, variables)
+        folder = own_folder() if sys.platform == "linux" else None
+        if folder and not gpus:  # a GPU that was looked at is no use to a fork
+            command = executable(folder, PRELOADED, variables)
             forked = {"runtime_env": {"py_executable": command}}
         actor = ray.remote(Worker).options(
             num_cpus=cpus_per_worker(workers, self._threads, gpus, grows=is_cluster),
@@ -291,7 +287,8 @@ class RayGrid(SimulationGrid):
         dispatcher.ahead = 0 if self.pace.work is None else AHEAD
         # a client that hangs until time is up would take with it what others of its bundle have answered
         by_pace = self.bundling.size == 1 and timeout is None
-        bundles = self.pace.bundles(messages) if by_pace else self.bundling.bundles(messages)
+        workers = 1 if self._sizing is None else self._sizing.workers
+        bundles = self.pace.bundles(messages, workers) if by_pace else self.bundling.bundles(messages)
         with contextlib.closing(dispatcher.stream(bundles, timeout)) as stream:
             yield from _settled(self._replies(stream, deadline))
 

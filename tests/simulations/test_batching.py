@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -139,7 +141,26 @@ def test_a_model_whose_gradients_change_beside_other_clients_is_found_out(
     assert batched(config, home)[1] == ""
 
 
-@pytest.mark.parametrize("value", [0, "all", 1.5])
+@pytest.mark.parametrize("level", ["record", "client"])
+def test_what_is_tried_and_timed_of_a_private_run_depends_on_no_row_and_no_count(
+    still_config: Make, monkeypatch: pytest.MonkeyPatch, level: str
+) -> None:
+    config = still_config(
+        simulation__batch_clients="auto", privacy__level=level, privacy__noise_multiplier=1.0, train__local_steps=1
+    )
+    home = Resident(config)
+    public = SimpleNamespace(client_ids=home.partition.client_ids)
+    assert (home.adapted, home.labels) != (None, ())  # what was made of rows before they go
+    vars(home).update(data=SimpleNamespace(), partition=public)
+    monkeypatch.setattr(batching, "SIZES", (2,))
+    monkeypatch.setattr(batching, "GAIN", 0.0)
+    fixed, said = batched(config, home)
+    assert fixed.simulation.batch_clients == 2, said
+
+
+@pytest.mark.parametrize("value", [0, -3, "x", "0", 1.5, True])
 def test_only_a_number_of_clients_auto_and_off_are_taken(text_config: Make, value: object) -> None:
-    with pytest.raises(ConfigError, match="batch_clients"):
+    allowed = f"simulation.batch_clients = {value!r}: give a number of at least 1, auto or off"
+    with pytest.raises(ConfigError, match=f"^{re.escape(allowed)}$"):
         text_config(simulation__batch_clients=value)
+    assert text_config(simulation__batch_clients="8").simulation.batch_clients == 8

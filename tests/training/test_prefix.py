@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from fedpeft.config import RunConfig, nest, resolve
 from fedpeft.errors import AdapterError
 from fedpeft.models import base_folder, load_base, torch_seed
 from fedpeft.tasks.losses import mean_loss
+from fedpeft.training import prefix
 from fedpeft.training.local import training_mode
 from fedpeft.training.prefix import Prefix, UnfitError, feeding, prefix_of
 
@@ -212,3 +214,20 @@ def test_states_are_known_by_what_lies_below_and_not_by_what_is_trained(folders:
     assert Prefix(model.model, "fp32").fingerprint() == known
     inner.bert.encoder.layer[1].output.dense.weight.data[0, 0] += 1
     assert Prefix(model.model, "fp32").fingerprint() != known
+
+
+def test_the_code_of_a_base_and_what_rounds_its_products_count_as_much_as_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "beside.py").write_text("SCALE = 1")
+    (tmp_path / "own_base.py").write_text("from torch import nn\nclass Own(nn.Linear):\n    pass\n")
+    own = importlib.import_module("own_base").Own(2, 2)
+    before = prefix._sources(own)
+    assert len(before) == 2
+    assert prefix._sources(torch.nn.Linear(2, 2)) == []
+    (tmp_path / "beside.py").write_text("SCALE = 2")
+    assert prefix._sources(own) != before
+    plain = prefix._arithmetic()
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert prefix._arithmetic() != plain

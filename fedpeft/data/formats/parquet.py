@@ -36,7 +36,7 @@ def _read(place: Place, wanted: Wanted) -> datasets.Dataset:
     names = wanted.present(place, stored_schema.names)
     schema = _plain_schema(place, names, stored_schema)
     with explained(cache_dir()):
-        cache_dir().mkdir(parents=True, exist_ok=True)
+        cache_dir().mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache_dir(), prefix="read-", ignore_cleanup_errors=True) as folder:
             copy = Path(folder) / "rows.arrow"  # the map outlives this name
             with pa.OSFile(str(copy), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:

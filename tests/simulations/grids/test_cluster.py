@@ -6,6 +6,7 @@ import shutil
 import socket
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import ray
@@ -115,3 +116,38 @@ def test_folders_that_a_killed_process_left_are_removed_and_those_in_use_are_not
             with cluster._own_directory():
                 assert own.is_dir()
     assert {path.name for path in tmp_path.iterdir()} == {held.name, fresh.name}
+
+
+def test_a_folder_that_somebody_else_has_put_there_is_neither_entered_nor_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / "tmp"))
+    victim = tmp_path / "victim"
+    elsewhere, linked, piped, opened, foreign = (
+        tmp_path / "tmp" / f"{cluster.PREFIX}{name}" for name in ("elsewhere", "linked", "piped", "opened", "foreign")
+    )
+    victim.mkdir()
+    (victim / "kept").write_text("words")
+    (victim / cluster.LOCK).write_text("words")
+    for folder in (linked, piped, opened, foreign):
+        folder.mkdir(parents=True)
+    elsewhere.symlink_to(victim)
+    (linked / cluster.LOCK).symlink_to(victim / "kept")
+    os.mkfifo(piped / cluster.LOCK)
+    for folder in (opened, foreign):
+        (folder / cluster.LOCK).touch()
+    opened.chmod(0o777)
+    plain = os.lstat
+
+    def lstat(path: object, **others: Any) -> Any:
+        found = plain(path, **others)  # type: ignore[call-overload]
+        return SimpleNamespace(st_mode=found.st_mode, st_uid=found.st_uid + 1) if path == foreign else found
+
+    monkeypatch.setattr(os, "lstat", lstat)
+    with cluster._own_directory():
+        pass
+    monkeypatch.undo()
+    assert {(victim / name).read_text() for name in ("kept", cluster.LOCK)} == {"words"}
+    assert {path.name for path in (tmp_path / "tmp").iterdir()} == {
+        path.name for path in (elsewhere, linked, piped, opened, foreign)
+    }

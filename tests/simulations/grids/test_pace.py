@@ -33,8 +33,8 @@ def test_who_has_answered_is_expected_to_take_as_long_and_others_by_their_work(m
     assert pace.expected(make_message(2)) == 1.0
 
 
-def sizes(pace: Pace, messages: list[Message]) -> list[int]:
-    bundles = list(pace.bundles(iter(messages)))
+def sizes(pace: Pace, messages: list[Message], workers: int = 1) -> list[int]:
+    bundles = list(pace.bundles(iter(messages), workers))
     assert [message for bundle in bundles for message in bundle] == messages
     return [len(bundle) for bundle in bundles]
 
@@ -61,3 +61,14 @@ def test_no_client_is_twice_in_what_travels_together(make_message: MakeMessage) 
     pace = Pace()
     pace.learn(make_message(1), 1e-6)
     assert sizes(pace, [make_message(node) for node in (1, 2, 3, 2, 4, 1, 1)]) == [3, 3, 1]
+
+
+@pytest.mark.parametrize(
+    ("count", "workers", "expected"), [(2, 2, [1, 1]), (5, 2, [3, 2]), (7, 3, [3, 3, 1]), (1, 4, [1]), (8, 1, [8])]
+)
+def test_no_worker_idles_beside_one_that_is_given_several(
+    make_message: MakeMessage, count: int, workers: int, expected: list[int]
+) -> None:
+    pace = Pace()
+    pace.learn(make_message(1), 1e-6)
+    assert sizes(pace, [make_message(node) for node in range(1, count + 1)], workers) == expected
