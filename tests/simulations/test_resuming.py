@@ -93,6 +93,40 @@ def test_secure_noise_is_charged_again_for_what_is_trained_again(text_config: Ma
     assert [by_round.count(number) for number in (1, 2)] == [3, 6]
 
 
+@pytest.mark.parametrize("seen", ["moved", "from within"])
+def test_a_run_under_another_name_is_the_run_that_it_was_on_its_books(
+    seen: str, text_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = text_config(federation__rounds=2, strategy__name="fedit", **RECORD)
+    run = simulate(config, tmp_path / "run", listener=stopping(2)).path
+    if seen == "moved":
+        run = run.rename(tmp_path / "moved")
+        resume(run)
+    else:
+        monkeypatch.chdir(run)
+        resume(Path())
+    entries = read_entries(run / LEDGER)
+    assert {entry.run for entry in entries} == {"run"}
+    assert sorted(entry.round for entry in entries) == [1, 1, 1, 2, 2, 2]
+
+
+def test_what_a_run_stated_at_its_end_is_gone_before_it_charges_more(text_config: Make, tmp_path: Path) -> None:
+    config = text_config(federation__rounds=1, strategy__name="fedit", **RECORD)
+    run = simulate(config, tmp_path / "run").path
+    stated = [run / "privacy.json", run / "adapter" / "privacy.json"]
+    assert all(file.is_file() for file in stated)
+    charged = len(read_entries(run / LEDGER))
+
+    def is_gone(event: Event) -> None:
+        if event.get("message") == "the run goes on after round 1":
+            seen.append((any(file.exists() for file in stated), len(read_entries(run / LEDGER))))
+
+    seen = list[tuple[bool, int]]()
+    resume(run, parse_overrides(["federation.rounds=2"]), listener=is_gone)
+    assert seen == [(False, charged)]
+    assert all(file.is_file() for file in stated)
+
+
 def test_more_rounds_are_those_of_a_run_that_had_them_from_the_start(text_config: Make, tmp_path: Path) -> None:
     settings = {"strategy__name": "fedit", "strategy__server_optimizer": "yogi", "train__lr_schedule": "constant"}
     whole = simulate(text_config(federation__rounds=3, **settings), tmp_path / "whole").path
