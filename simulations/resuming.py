@@ -11,12 +11,15 @@ from fedpeft.config import Layer, RunConfig, read_toml, resolve
 from fedpeft.config.federation import MACHINE_KEYS
 from fedpeft.errors import CheckpointError, ConfigError, PrivacyError, RunDirectoryError
 from fedpeft.privacy.ledger import LEDGER
+from fedpeft.privacy.statement import PRIVACY
 from fedpeft.rounding import as_given
 from fedpeft.runs import (
+    ADAPTER,
     CONFIG_FILE,
     ENVIRONMENT_FILE,
     EVENTS,
     EVENTS_FILE,
+    PAGE,
     SIMULATED,
     Checkpoint,
     Event,
@@ -37,6 +40,7 @@ from fedpeft.strategies.rounds.checkpoints import CLIENTS, Resumed
 from fedpeft.training.optimizers import SCHEDULES
 
 ROUNDS = "federation.rounds"
+STATED = (PRIVACY, f"{ADAPTER}/{PRIVACY}", PAGE)  # what a run says at its end that it spent
 FREE = (ROUNDS, *(f"simulation.{key}" for key in MACHINE_KEYS), "run.checkpoint_every", "run.keep_checkpoints")
 ALLOWED = f"{ROUNDS} (as many or more), {', '.join(FREE[1:-1])} and {FREE[-1]}"
 
@@ -88,7 +92,7 @@ class Resumption:
         """
         checkpoint = self._newest(contexts, listener)
         done, events = (0, 0) if checkpoint is None else (checkpoint.round, checkpoint.facts[EVENTS])
-        directory.go_on(self.config, done, events, {SIMULATED: True})
+        directory.go_on(self.config, done, events, {SIMULATED: True}, STATED)
         earlier = {}
         for number in checkpoint_rounds(self.path):
             if number < done:

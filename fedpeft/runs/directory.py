@@ -9,7 +9,7 @@ import re
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 from urllib.parse import quote
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 CONFIG_FILE, ENVIRONMENT_FILE, EVENTS_FILE = "config.toml", "environment.json", "metrics.jsonl"
 ADAPTER, CLIENTS = "adapter", "clients"  # folders
+PAGE = "report.html"  # see `fedpeft.report.page`
 CANARIES = "canaries.json"  # planted rows, their coins and their scores
 UNBORN = (LOCK_FILE, f".{CONFIG_FILE}")  # all that is left of a run that was killed before it was one
 SIMULATED = "simulated"  # key of environment.json: whether the clients' states are in this folder
@@ -150,7 +151,14 @@ class RunDirectory:
         if self._lock is not None:
             self._lock.release()
 
-    def go_on(self, config: RunConfig, server_round: int, events: int, details: Mapping[str, Any]) -> None:
+    def go_on(
+        self,
+        config: RunConfig,
+        server_round: int,
+        events: int,
+        details: Mapping[str, Any],
+        outdated: Iterable[str] = (),
+    ) -> None:
         """Take the folder back to how it was after a round, and note that the run goes on from there.
 
         Parameters
@@ -163,6 +171,8 @@ class RunDirectory:
             Bytes of metrics.jsonl that were written by then: what follows is recomputed.
         details : mapping
             Further facts for environment.json, where it was not written yet.
+        outdated : iterable of str
+            Names in the folder of what was stated at an end that is none any more.
 
         Raises
         ------
@@ -178,6 +188,8 @@ class RunDirectory:
             _replace(self.path / CONFIG_FILE, config.to_toml())
             with (self.path / EVENTS_FILE).open("a+b") as file:
                 file.truncate(min(events, file.tell()))
+            for name in outdated:
+                (self.path / name).unlink(missing_ok=True)
             for later in checkpoint_rounds(self.path):
                 if later > server_round:
                     remove_checkpoint(self.path, later)
