@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,12 +35,22 @@ from fedpeft.runs import (
     read_object,
     remove_checkpoint,
 )
+from fedpeft.runs.checkpoints import CHECKPOINTS
+from fedpeft.runs.directory import CANARIES, RESERVED
+from fedpeft.runs.directory import CLIENTS as STATES
+from fedpeft.runs.files import refuse_links
 from fedpeft.runs.history import History
+from fedpeft.runs.lock import LOCK_FILE
 from fedpeft.simulations.contexts import Contexts
 from fedpeft.strategies.rounds.checkpoints import CLIENTS, Resumed
 from fedpeft.training.optimizers import SCHEDULES
 
 ROUNDS = "federation.rounds"
+OWN_FILES = (
+    *(CONFIG_FILE, ENVIRONMENT_FILE, EVENTS_FILE, LOCK_FILE, RESERVED, CANARIES, PAGE),
+    *(LEDGER, PRIVACY, f".{LEDGER}.anchor"),
+)
+OWN_FOLDERS = (CHECKPOINTS, ADAPTER, STATES, "faults", "plots")
 STATED = (PRIVACY, f"{ADAPTER}/{PRIVACY}", PAGE)  # what a run says at its end that it spent
 FREE = (ROUNDS, *(f"simulation.{key}" for key in MACHINE_KEYS), "run.checkpoint_every", "run.keep_checkpoints")
 ALLOWED = f"{ROUNDS} (as many or more), {', '.join(FREE[1:-1])} and {FREE[-1]}"
@@ -92,7 +103,7 @@ class Resumption:
         """
         checkpoint = self._newest(contexts, listener)
         done, events = (0, 0) if checkpoint is None else (checkpoint.round, checkpoint.facts[EVENTS])
-        directory.go_on(self.config, done, events, {SIMULATED: True}, STATED)
+        directory.go_on(self.config, done, events, STATED)
         earlier = {}
         for number in checkpoint_rounds(self.path):
             if number < done:
@@ -146,6 +157,7 @@ def resuming(run: Path, settings: Layer | None = None) -> Iterator[Resumption]:
     RunDirectoryError
         It is no simulation's, or another process writes into it.
     """
+    refuse_links(run, OWN_FILES, OWN_FOLDERS)
     config = resumed_config(run, settings)
     with RunLock(run) as lock:
         yield Resumption(run, config, lock)
@@ -178,18 +190,20 @@ def resumed_config(run: Path, settings: Layer | None = None) -> RunConfig:
     """
     before = read_config(run)
     environment = read_object(run / ENVIRONMENT_FILE)
-    if environment and not environment.get(SIMULATED):
+    anew = f"fedpeft simulate {shlex.quote(str(run / CONFIG_FILE))}"
+    if not environment.get(SIMULATED):
         raise RunDirectoryError(
             f"'{run}' cannot be resumed: it was not made by `fedpeft simulate`, or by an earlier version, and its "
-            f"clients' states are not here. Begin it anew: fedpeft simulate {run / CONFIG_FILE}"
+            f"clients' states are not here; or its {ENVIRONMENT_FILE} was lost. Begin it anew: {anew}"
         )
     after = resolve([read_toml(run / CONFIG_FILE), settings or {}])
     own, other = before.to_flat(), after.to_flat()
     for key in sorted(own.keys() | other.keys()):
         if own.get(key) != other.get(key) and key not in FREE:
+            setting = shlex.quote(f"{key}={other.get(key)}")
             raise ConfigError(
                 f"{key} = {other.get(key)} cannot be changed in a run that goes on: it has {own.get(key)}. Allowed "
-                f"are {ALLOWED}. For a run of its own: fedpeft simulate {run / CONFIG_FILE} {key}={other.get(key)}"
+                f"are {ALLOWED}. For a run of its own: {anew} {setting}"
             )
     planned, wanted = before.federation.rounds, after.federation.rounds
     if wanted < planned:
@@ -198,8 +212,8 @@ def resumed_config(run: Path, settings: Layer | None = None) -> RunConfig:
     if wanted > planned and privacy.epsilon is not None and privacy.noise_multiplier is None:
         raise PrivacyError(
             f"{ROUNDS} = {wanted}: the noise of this run was calibrated so that {planned} rounds cost privacy.epsilon "
-            f"= {as_given(privacy.epsilon)}, and cannot pay for more. Begin a run of {wanted} rounds: fedpeft simulate "
-            f"{run / CONFIG_FILE} {ROUNDS}={wanted}"
+            f"= {as_given(privacy.epsilon)}, and cannot pay for more. Begin a run of {wanted} rounds: {anew} "
+            f"{ROUNDS}={wanted}"
         )
     return after
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedpeft.errors import CheckpointError
 from fedpeft.jsons import to_json
+from fedpeft.runs.files import sync
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -155,15 +155,6 @@ def resumable_round(run: Path) -> int:
         except (CheckpointError, OSError):
             continue
     return 0
-
-
-def sync(path: Path) -> None:
-    """See that a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sum(file: Path) -> dict[str, Any]:

@@ -218,6 +218,38 @@ def test_a_run_whose_clients_are_elsewhere_is_not_resumed(copied: Path) -> None:
     (copied / "environment.json").write_text(json.dumps(facts))
     with pytest.raises(RunDirectoryError, match="cannot be resumed: it was not made by `fedpeft simulate`"):
         resume(copied)
+    (copied / "environment.json").unlink()
+    with pytest.raises(RunDirectoryError, match=r"or its environment.json was lost. Begin it anew: fedpeft simulate /"):
+        resume(copied)
+
+
+OWN = (".lock", ".reserved", "metrics.jsonl", ".config.toml", LEDGER, "checkpoints", "clients/site-1/state")
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_run_with_a_link_in_it_is_not_gone_on_with_and_what_it_leads_to_stays(
+    name: str, copied: Path, tmp_path: Path
+) -> None:
+    elsewhere, link = tmp_path / "elsewhere", copied / name
+    is_folder = "." not in name
+    if is_folder:
+        elsewhere.mkdir()
+        (elsewhere / "theirs.safetensors").write_text("theirs")
+        shutil.rmtree(link, ignore_errors=True)
+    else:
+        elsewhere.write_text("theirs")
+        link.unlink(missing_ok=True)
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(elsewhere)
+    with pytest.raises(RunDirectoryError, match=f"{name}' is a link to '.*elsewhere': a run that goes on would"):
+        resume(copied)
+    kept = elsewhere / "theirs.safetensors" if is_folder else elsewhere
+    assert kept.read_text() == "theirs"
+
+
+def test_a_run_is_gone_on_with_through_a_link_to_its_folder(copied: Path, tmp_path: Path) -> None:
+    (tmp_path / "latest").symlink_to(copied)
+    assert resume(tmp_path / "latest").reason == "completed"
 
 
 @pytest.mark.parametrize(
@@ -233,7 +265,10 @@ def test_a_private_run_does_not_go_on_without_all_its_charges(
         resume(run)
 
 
-@pytest.mark.parametrize("left", [("config.toml",), ("config.toml", "environment.json", "metrics.jsonl", LEDGER)])
+BEGUN = ("config.toml", "environment.json")
+
+
+@pytest.mark.parametrize("left", [BEGUN, (*BEGUN, "metrics.jsonl"), (*BEGUN, "metrics.jsonl", LEDGER)])
 def test_a_run_that_was_killed_as_it_began_begins_in_the_same_folder(
     left: tuple[str, ...], text_config: Make, tmp_path: Path
 ) -> None:
