@@ -223,6 +223,34 @@ def test_a_run_whose_clients_are_elsewhere_is_not_resumed(copied: Path) -> None:
         resume(copied)
 
 
+def test_a_configuration_that_was_edited_by_hand_is_refused_before_anything_is_written(copied: Path) -> None:
+    file, events = copied / "config.toml", (copied / "metrics.jsonl").read_bytes()
+    file.write_text(file.read_text().replace("learning_rate = 0.01", "learning_rate = 0.5"))
+    with pytest.raises(ConfigError, match=r"train.learning_rate = 0.5 in .* but round 2 was done with 0.01: a run"):
+        resume(copied)
+    assert (copied / "metrics.jsonl").read_bytes() == events
+
+
+def test_other_versions_of_what_bytes_depend_on_are_warned_of(copied: Path) -> None:
+    facts = json.loads((copied / "environment.json").read_text())
+    facts["packages"]["peft"], facts["resumes"] = "0.0.1", "none"
+    (copied / "environment.json").write_text(json.dumps(facts))
+    heard: list[Event] = []
+    resume(copied, listener=heard.append)
+    assert any("peft 0.0.1 then, " in str(event.get("message")) for event in heard if event["event"] == "warning")
+    assert len(json.loads((copied / "environment.json").read_text())["resumes"]) == 1
+
+
+def test_a_ledger_that_is_gone_is_missed_before_the_first_event(text_config: Make, tmp_path: Path) -> None:
+    config = text_config(federation__rounds=1, strategy__name="fedit", **RECORD)
+    run = simulate(config, tmp_path / "run").path
+    shutil.rmtree(run / "checkpoints")
+    (run / "metrics.jsonl").write_bytes(b"")
+    (run / LEDGER).unlink()
+    with pytest.raises(LedgerError, match="there is no privacy ledger"):
+        resume(run)
+
+
 OWN = (".lock", ".reserved", "metrics.jsonl", ".config.toml", LEDGER, "checkpoints", "clients/site-1/state")
 
 
