@@ -151,8 +151,8 @@ class Resumption:
             if own.get(key) != now.get(key):
                 anew = f"fedpeft simulate {shlex.quote(str(self.path / CONFIG_FILE))}"
                 raise ConfigError(
-                    f"{key} = {now.get(key)} in '{self.path / CONFIG_FILE}', but round {checkpoint.round} was done with "
-                    f"{own.get(key)}: a run that goes on keeps its settings. Put that back, or begin a run of its own, "
+                    f"{key} = {now.get(key)} in '{self.path / CONFIG_FILE}', but round {checkpoint.round} was done "
+                    f"with {own.get(key)}: a run that goes on keeps its settings. Put that back, or begin a run of its own, "
                     f"with --out: {anew}"
                 )
 

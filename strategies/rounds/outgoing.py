@@ -88,7 +88,7 @@ class Outgoing:
 
         A client that does not hold what it drew from the seed then says so once more, and is sent everything as before.
         """
-        nobody = {"known": []} if self._hides_clients else {}
+        nobody: dict[str, Any] = {"known": []} if self._hides_clients else {}
         return {str(rank): held.memory() | nobody for rank, held in self._held.items()}
 
     def recall(self, state: AdapterState, memory: Mapping[str, Any]) -> None:
