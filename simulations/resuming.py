@@ -152,8 +152,8 @@ class Resumption:
                 anew = f"fedpeft simulate {shlex.quote(str(self.path / CONFIG_FILE))}"
                 raise ConfigError(
                     f"{key} = {now.get(key)} in '{self.path / CONFIG_FILE}', but round {checkpoint.round} was done "
-                    f"with {own.get(key)}: a run that goes on keeps its settings. Put that back, or begin a run of its own, "
-                    f"with --out: {anew}"
+                    f"with {own.get(key)}: a run that goes on keeps its settings. Put that back, or begin a run of "
+                    f"its own, with --out: {anew}"
                 )
 
     def _compare_versions(self, done: int, listener: Listener) -> None:

@@ -156,9 +156,8 @@ def federate(
         loop.watchers.append(Spending(journal, books, home, charge, lambda: (list(loop.client_ids.values()), kept)))
     if config.privacy.canaries:
         loop.watchers.append(PlantedRows(journal, home, initial))
-    every, last = config.run.checkpoint_every, config.federation.rounds
-    facts = {"strategy": method.name, CONFIG: lasting(config)}
-    keeper = Checkpoints(directory, every, last, loop.memory, insight.states, facts)
+    last, facts = config.federation.rounds, {"strategy": method.name, CONFIG: lasting(config)}
+    keeper = Checkpoints(directory, config.run.checkpoint_every, last, loop.memory, insight.states, facts)
     loop.watchers = [keeper, *loop.watchers, records]  # at an end, what can be gone on from is saved first
     method.summary()
     if resumed is not None:
