@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +20,18 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, MetricRecord, RecordDict
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import load, save
 from torch import Tensor
 
 from fedpeft.config import Scalar
 from fedpeft.errors import RunDirectoryError
 from fedpeft.runs import folder_name
+from fedpeft.runs.files import sync, write_whole
 from fedpeft.wire import to_tensors
 
 RUN_ID = 1
+_VERSION = re.compile("[0-9a-f]{64}")  # files under no other name are ever removed
 STATE, SUFFIX = "state", ".safetensors"
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"  # kinds of records, in a file's header
 Snapshot = Mapping[str, str]  # the SHA-256 of each client's state, by client id, of those that keep anything
@@ -72,6 +76,7 @@ class Contexts(Mapping[int, Context]):
         self._versions: dict[int, _Version] = {}
         self._left: set[tuple[int, str]] = set()  # versions on disk that are nobody's any more
         self._snapshots: list[Snapshot] = []
+        self._unsynced: set[Path] = set()  # folders with names that may not be on the disk
         self._read: tuple[str, RecordDict] | None = None  # charging and sending look at the same state
 
     def __getitem__(self, node: int) -> Context:
@@ -121,8 +126,22 @@ class Contexts(Mapping[int, Context]):
             self._leave(node, before.sha256)
 
     def snapshot(self) -> Snapshot:
-        """Return which version each client keeps now, as a value for JSON; these files stay until `forget`."""
+        """Return which version each client keeps now, as a value for JSON; these files stay until `forget`.
+
+        They are on the disk then.
+
+        Raises
+        ------
+        RunDirectoryError
+            They cannot be brought there.
+        """
         kept = {self._clients[node - 1]: self._versions[node].sha256 for node in sorted(self._versions)}
+        for folder in self._unsynced:  # a checkpoint that is on the disk must not name what is not
+            try:
+                sync(folder)
+            except OSError as error:
+                raise RunDirectoryError(f"cannot write '{folder}': {error.strerror or error}") from None
+        self._unsynced.clear()
         self._snapshots.append(kept)
         return dict(kept)
 
@@ -141,13 +160,13 @@ class Contexts(Mapping[int, Context]):
                 raise RunDirectoryError(
                     f"a checkpoint holds the state of client {client}, which this run does not have."
                 )
-            versions[nodes[client]] = _Version(sha256, tuple(from_bytes(self._bytes(nodes[client], sha256))))
+            versions[nodes[client]] = _Version(sha256, tuple(self._read_state(nodes[client], sha256)))
         self._versions, self._snapshots = versions, [dict(snapshot)]
         self._left = {
             (node, path.stem)
             for client, node in nodes.items()
             for path in (self._folder / folder_name(client) / STATE).glob(f"*{SUFFIX}")
-            if node not in versions or versions[node].sha256 != path.stem
+            if _VERSION.fullmatch(path.stem) and (node not in versions or versions[node].sha256 != path.stem)
         }
 
     def forget(self, kept: Iterable[Snapshot]) -> None:
@@ -172,7 +191,7 @@ class Contexts(Mapping[int, Context]):
         if version is None:
             return RecordDict()
         if self._read is None or self._read[0] != version.sha256:
-            self._read = version.sha256, from_bytes(self._bytes(node, version.sha256))
+            self._read = version.sha256, self._read_state(node, version.sha256)
         return RecordDict(dict(self._read[1]))
 
     def _path(self, node: int, sha256: str) -> Path:
@@ -180,17 +199,28 @@ class Contexts(Mapping[int, Context]):
 
     def _write(self, node: int, sha256: str, data: bytes) -> None:
         path = self._path(node, sha256)
-        partial = path.with_suffix(".partial")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_bytes(data)
-            partial.replace(path)
+            if not path.parent.is_dir():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._unsynced |= {path.parent.parent, self._folder, self._folder.parent}
+            write_whole(path, data, path.with_suffix(".partial"))
+            self._unsynced.add(path.parent)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                partial.unlink()
             raise RunDirectoryError(
                 f"cannot write what client {self._clients[node - 1]} keeps into '{path.parent}': "
                 f"{error.strerror or error}; make room there, and run again."
+            ) from None
+
+    def _read_state(self, node: int, sha256: str) -> RecordDict:
+        if not (isinstance(sha256, str) and _VERSION.fullmatch(sha256)):
+            raise RunDirectoryError(f"what client {self._clients[node - 1]} keeps has no name of ours: {sha256!r:.80}")
+        data = self._bytes(node, sha256)
+        try:
+            return from_bytes(data)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
+            raise RunDirectoryError(
+                f"what client {self._clients[node - 1]} keeps is no state of a client: "
+                f"'{self._path(node, sha256)}' ({type(error).__name__})"
             ) from None
 
     def _bytes(self, node: int, sha256: str) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,7 +29,7 @@ from fedpeft.simulations.sizing import planned
 from fedpeft.strategies import find, with_typed_options
 from fedpeft.strategies.base import AdapterStrategy
 from fedpeft.strategies.federation import build_strategy, client_ranks, personal_names
-from fedpeft.strategies.rounds.exchange import sent_down
+from fedpeft.strategies.rounds.exchange import Exchange, sent_down
 from fedpeft.strategies.rounds.ranks import Ranks
 from fedpeft.strategies.rounds.report import require_enough
 
@@ -158,7 +158,8 @@ def plan(config: RunConfig) -> DryRun:
     facts = method.capabilities
     ranks = _dealt(config, clients)
     up = sum(_volume(adapted, method.exchange(number).sent_up(names, adapted.frozen), ranks) for number in rounds)
-    down = sum(_volume(adapted, sent_down(method.exchange, names, adapted.frozen, number), ranks) for number in rounds)
+    held = _exchange(config, method)
+    down = sum(_volume(adapted, sent_down(held, names, adapted.frozen, number), ranks) for number in rounds)
     cohort = cohort_size(len(clients), config.federation.fraction, config.federation.min_clients)
     ready = build_strategy(config, home)
     ready.check_cohort(ready.options, cohort)
@@ -207,6 +208,13 @@ def _on_precision(config: RunConfig, home: Resident) -> Iterator[str]:
             f"train.precision = '{given}': the base's products of a batch took {1000 * timing.fp32:.3g} ms in fp32 and "
             f"{1000 * timing.bf16:.3g} ms in bf16 here; train.precision='{timing.better}' would be faster"
         )
+
+
+def _exchange(config: RunConfig, method: type[AdapterStrategy]) -> Callable[[int], Exchange]:
+    """Return what each round exchanges, as `fedpeft.strategies.rounds.outgoing.Outgoing` has it."""
+    if level_of(config.privacy).hides_cohort:
+        return lambda server_round: method.exchange(server_round).forgotten()
+    return method.exchange
 
 
 def plan_privacy(config: RunConfig, home: Resident) -> dict[str, Any] | None:

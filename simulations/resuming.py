@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedpeft.config import Layer, RunConfig, read_toml, resolve
-from fedpeft.config.federation import MACHINE_KEYS
 from fedpeft.errors import CheckpointError, ConfigError, PrivacyError, RunDirectoryError
+from fedpeft.jsons import strict_json
+from fedpeft.privacy.anchors import anchor_of_run
 from fedpeft.privacy.ledger import LEDGER
+from fedpeft.privacy.statement import PRIVACY
 from fedpeft.rounding import as_given
 from fedpeft.runs import (
+    ADAPTER,
     CONFIG_FILE,
     ENVIRONMENT_FILE,
     EVENTS,
     EVENTS_FILE,
+    PAGE,
     SIMULATED,
     Checkpoint,
     Event,
@@ -31,13 +36,25 @@ from fedpeft.runs import (
     read_object,
     remove_checkpoint,
 )
+from fedpeft.runs.checkpoints import CHECKPOINTS
+from fedpeft.runs.directory import CANARIES, RESERVED
+from fedpeft.runs.directory import CLIENTS as STATES
+from fedpeft.runs.files import refuse_links
 from fedpeft.runs.history import History
+from fedpeft.runs.lock import LOCK_FILE
+from fedpeft.runs.machine import versions
 from fedpeft.simulations.contexts import Contexts
-from fedpeft.strategies.rounds.checkpoints import CLIENTS, Resumed
+from fedpeft.strategies.rounds.checkpoints import CLIENTS, CONFIG, FREE, Resumed, lasting
 from fedpeft.training.optimizers import SCHEDULES
 
 ROUNDS = "federation.rounds"
-FREE = (ROUNDS, *(f"simulation.{key}" for key in MACHINE_KEYS), "run.checkpoint_every", "run.keep_checkpoints")
+OWN_FILES = (
+    *(CONFIG_FILE, ENVIRONMENT_FILE, EVENTS_FILE, LOCK_FILE, RESERVED, CANARIES, PAGE),
+    *(LEDGER, PRIVACY, anchor_of_run(Path(LEDGER)).name),
+)
+OWN_FOLDERS = (CHECKPOINTS, ADAPTER, STATES, "faults", "plots")
+COUNT = ("fedpeft", "torch", "transformers", "peft", "opacus", "numpy")  # whose versions bytes may depend on
+STATED = (PRIVACY, f"{ADAPTER}/{PRIVACY}", PAGE)  # what a run says at its end that it spent
 ALLOWED = f"{ROUNDS} (as many or more), {', '.join(FREE[1:-1])} and {FREE[-1]}"
 
 
@@ -73,6 +90,8 @@ class Resumption:
         A run that was killed before its first event had not come to it; an empty file was then to become one.
         """
         ledger, events = self.path / LEDGER, self.path / EVENTS_FILE
+        if anchor_of_run(ledger).exists() and not ledger.exists():  # which comes first
+            return True
         if any(file.is_file() and file.stat().st_size for file in (ledger, events)) or checkpoint_rounds(self.path):
             return True
         ledger.unlink(missing_ok=True)
@@ -88,13 +107,16 @@ class Resumption:
         """
         checkpoint = self._newest(contexts, listener)
         done, events = (0, 0) if checkpoint is None else (checkpoint.round, checkpoint.facts[EVENTS])
-        directory.go_on(self.config, done, events, {SIMULATED: True})
+        if checkpoint is not None:
+            self._require_config(checkpoint)
+        self._compare_versions(done, listener)
+        directory.go_on(self.config, done, events, STATED)
         earlier = {}
         for number in checkpoint_rounds(self.path):
             if number < done:
                 try:
                     earlier[number] = read_facts(self.path, number)[CLIENTS]
-                except CheckpointError:  # of no use to anybody
+                except (CheckpointError, KeyError):  # of no use to anybody
                     remove_checkpoint(self.path, number)
         contexts.forget([*earlier.values(), *([] if checkpoint is None else [checkpoint.facts[CLIENTS]])])
         self.recall(read_events(self.path))
@@ -106,8 +128,12 @@ class Resumption:
         for number in reversed(checkpoint_rounds(self.path)):
             try:
                 checkpoint = read_checkpoint(self.path, number)
-                self._require_events(checkpoint)
-                contexts.restore(checkpoint.facts[CLIENTS])
+                try:
+                    self._require_events(checkpoint)
+                    contexts.restore(checkpoint.facts[CLIENTS])
+                except (LookupError, TypeError, ValueError, AttributeError) as error:
+                    what = f"the checkpoint of round {number} is none of this version's: {type(error).__name__} {error}"
+                    raise CheckpointError(what) from None
             except RunDirectoryError as error:
                 message = f"{error}; the one before it is taken, and what came after it is computed again"
                 listener({"event": "warning", "round": number, "message": message})
@@ -115,6 +141,32 @@ class Resumption:
                 return checkpoint
         contexts.restore({})
         return None
+
+    def _require_config(self, checkpoint: Checkpoint) -> None:
+        """Refuse a configuration that was edited by hand; one of an earlier version's checkpoints is not known."""
+        own, now = checkpoint.facts.get(CONFIG), strict_json(lasting(self.config))
+        if not isinstance(own, dict):
+            return
+        for key in sorted(own.keys() | now.keys()):
+            if own.get(key) != now.get(key):
+                anew = f"fedpeft simulate {shlex.quote(str(self.path / CONFIG_FILE))}"
+                raise ConfigError(
+                    f"{key} = {now.get(key)} in '{self.path / CONFIG_FILE}', but round {checkpoint.round} was done "
+                    f"with {own.get(key)}: a run that goes on keeps its settings. Put that back, or begin a run of "
+                    f"its own, with --out: {anew}"
+                )
+
+    def _compare_versions(self, done: int, listener: Listener) -> None:
+        """Warn where libraries that results depend on are of other versions than the run was begun with."""
+        before, now = read_object(self.path / ENVIRONMENT_FILE).get("packages"), versions()
+        if not isinstance(before, dict):
+            return
+        others = [
+            f"{name} {before[name]} then, {now[name]} now" for name in COUNT if before.get(name, now[name]) != now[name]
+        ]
+        if others:
+            message = f"{'; '.join(others)}: the run may not come to the bytes that it would have come to"
+            listener({"event": "warning", "round": done, "message": message})
 
     def _require_events(self, checkpoint: Checkpoint) -> None:
         file = self.path / EVENTS_FILE
@@ -142,6 +194,7 @@ def resuming(run: Path, settings: Layer | None = None) -> Iterator[Resumption]:
     RunDirectoryError
         It is no simulation's, or another process writes into it.
     """
+    refuse_links(run, OWN_FILES, OWN_FOLDERS)
     config = resumed_config(run, settings)
     with RunLock(run) as lock:
         yield Resumption(run, config, lock)
@@ -174,18 +227,20 @@ def resumed_config(run: Path, settings: Layer | None = None) -> RunConfig:
     """
     before = read_config(run)
     environment = read_object(run / ENVIRONMENT_FILE)
-    if environment and not environment.get(SIMULATED):
+    anew = f"fedpeft simulate {shlex.quote(str(run / CONFIG_FILE))}"
+    if not environment.get(SIMULATED):
         raise RunDirectoryError(
             f"'{run}' cannot be resumed: it was not made by `fedpeft simulate`, or by an earlier version, and its "
-            f"clients' states are not here. Begin it anew: fedpeft simulate {run / CONFIG_FILE}"
+            f"clients' states are not here; or its {ENVIRONMENT_FILE} was lost. Begin it anew: {anew}"
         )
     after = resolve([read_toml(run / CONFIG_FILE), settings or {}])
     own, other = before.to_flat(), after.to_flat()
     for key in sorted(own.keys() | other.keys()):
         if own.get(key) != other.get(key) and key not in FREE:
+            setting = shlex.quote(f"{key}={other.get(key)}")
             raise ConfigError(
                 f"{key} = {other.get(key)} cannot be changed in a run that goes on: it has {own.get(key)}. Allowed "
-                f"are {ALLOWED}. For a run of its own: fedpeft simulate {run / CONFIG_FILE} {key}={other.get(key)}"
+                f"are {ALLOWED}. For a run of its own: {anew} {setting}"
             )
     planned, wanted = before.federation.rounds, after.federation.rounds
     if wanted < planned:
@@ -194,8 +249,8 @@ def resumed_config(run: Path, settings: Layer | None = None) -> RunConfig:
     if wanted > planned and privacy.epsilon is not None and privacy.noise_multiplier is None:
         raise PrivacyError(
             f"{ROUNDS} = {wanted}: the noise of this run was calibrated so that {planned} rounds cost privacy.epsilon "
-            f"= {as_given(privacy.epsilon)}, and cannot pay for more. Begin a run of {wanted} rounds: fedpeft simulate "
-            f"{run / CONFIG_FILE} {ROUNDS}={wanted}"
+            f"= {as_given(privacy.epsilon)}, and cannot pay for more. Begin a run of {wanted} rounds: {anew} "
+            f"{ROUNDS}={wanted}"
         )
     return after
 

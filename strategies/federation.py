@@ -20,7 +20,7 @@ from fedpeft.resident import Resident, resident
 from fedpeft.runs import Listener, RunDirectory
 from fedpeft.strategies.base import AdapterStrategy
 from fedpeft.strategies.registry import find
-from fedpeft.strategies.rounds.checkpoints import Checkpoints, ClientStates, Resumed
+from fedpeft.strategies.rounds.checkpoints import CONFIG, Checkpoints, ClientStates, Resumed, lasting
 from fedpeft.strategies.rounds.loop import Loop
 from fedpeft.strategies.rounds.records import (
     Adapters,
@@ -156,8 +156,8 @@ def federate(
         loop.watchers.append(Spending(journal, books, home, charge, lambda: (list(loop.client_ids.values()), kept)))
     if config.privacy.canaries:
         loop.watchers.append(PlantedRows(journal, home, initial))
-    every, last = config.run.checkpoint_every, config.federation.rounds
-    keeper = Checkpoints(directory, every, last, loop.memory, insight.states, {"strategy": method.name})
+    last, facts = config.federation.rounds, {"strategy": method.name, CONFIG: lasting(config)}
+    keeper = Checkpoints(directory, config.run.checkpoint_every, last, loop.memory, insight.states, facts)
     loop.watchers = [keeper, *loop.watchers, records]  # at an end, what can be gone on from is saved first
     method.summary()
     if resumed is not None:

@@ -6,7 +6,7 @@ import contextlib
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 import typer
@@ -17,10 +17,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextlib.contextmanager
-def stoppable() -> Iterator[None]:
+def stoppable(then: Callable[[], str] = str) -> Iterator[None]:
     """Turn the first signal into `Interruption`, and exit as shells expect where nobody has taken it up.
 
-    A signal that is ignored, as Ctrl-C is in the background, stays so.
+    A signal that is ignored, as Ctrl-C is in the background, stays so. What `then` returns is the last line.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -37,7 +37,7 @@ def stoppable() -> Iterator[None]:
     try:
         yield
     except Interruption as interruption:
-        print("interrupted", file=sys.stderr)
+        print("\n".join(filter(None, ("interrupted", then()))), file=sys.stderr)
         raise typer.Exit(interruption.exit_code) from None
     finally:
         for number, handler in before.items():

@@ -67,14 +67,22 @@ def _go_on(run: Path, asked: Asked, json_lines: bool, verbose: bool) -> None:
     from fedpeft.config import merge
 
     quiet(verbose)
+    from fedpeft.report.console import JsonListener
+    from fedpeft.runs import PAGE
     from fedpeft.simulations.resuming import caution, is_complete, resuming
 
     with resuming(run, merge(asked.layers())) as resumption:
         config = resumption.config
         if is_complete(run, config):
-            if not json_lines:
-                rounds = config.federation.rounds
-                print(f"'{run}' is complete, all {rounds} rounds; more: federation.rounds={2 * rounds}, for example")
+            rounds = config.federation.rounds
+            listener = JsonListener()
+            if not (run / PAGE).exists():  # it was interrupted as that was drawn
+                _write_report(run, listener)
+            said = f"'{run}' is complete, all {rounds} rounds; more: federation.rounds={2 * rounds}, for example"
+            if json_lines:
+                listener({"event": "note", "round": rounds, "message": said})
+            else:
+                print(said)
             return
         if words := caution(run, config):
             print(f"warning: {words}", file=sys.stderr)
@@ -87,8 +95,14 @@ def _carry_out(
     """Run, write the report, and exit as the run ended."""
     from fedpeft.report.console import JsonListener
     from fedpeft.report.terminal import TerminalListener
+    from fedpeft.runs import CONFIG_FILE, default_directory
 
-    with stoppable():
+    out = out or default_directory(config)
+
+    def how() -> str:
+        return _command(out) if (out / CONFIG_FILE).exists() else ""
+
+    with stoppable(how):
         with JsonListener() if json_lines else TerminalListener(config) as listener:
             from fedpeft.simulations.simulate import simulate as run
 
@@ -101,8 +115,13 @@ def _carry_out(
         if outcome.error is not None:
             raise typer.Exit(outcome.error.exit_code)  # the summary has said why
         if outcome.reason == "interrupted":
-            print(f"go on with: fedpeft simulate --resume {shlex.quote(str(outcome.path))}", file=sys.stderr)
+            print(_command(outcome.path), file=sys.stderr)
             raise typer.Exit(outcome.exit_code)
+
+
+def _command(run: Path) -> str:
+    """Say how an interrupted run goes on."""
+    return f"go on with: fedpeft simulate --resume {shlex.quote(str(run))}"
 
 
 def _introduce(config: RunConfig) -> None:

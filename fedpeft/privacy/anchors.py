@@ -62,8 +62,13 @@ def data_dir() -> Path:
 def anchor_file(head: Head, ledger: Path) -> Path:
     """Return where a ledger's anchor is: of a run, beside it; of a site, in the user's data folder."""
     if head.keeper == "run":
-        return ledger.with_name(f".{ledger.name}.anchor")
+        return anchor_of_run(ledger)
     return data_dir() / "ledgers" / f"{head.ledger}.json"
+
+
+def anchor_of_run(ledger: Path) -> Path:
+    """Return where the anchor of a run's ledger is."""
+    return ledger.with_name(f".{ledger.name}.anchor")
 
 
 def read_anchor(ledger: Path, head: Head) -> Anchor | None:

@@ -65,8 +65,9 @@ class Books:
         self.config, self.directory, self.told = config, directory, told
         path = directory.path / LEDGER
         self.ledger = Ledger(path, "run") if resumes else Ledger.create(path, "run")
-        self.ledger.entries()  # whatever is wrong with it comes out before anybody trains
-        self.run = directory.path.name
+        held = self.ledger.entries()  # whatever is wrong with it comes out before anybody trains
+        # a folder that was moved, or is looked at from within, holds the run that it held
+        self.run = held[0].run if held else directory.path.resolve().name
         self._level = level_of(config.privacy)
         self._examples, self._largest = dict(clients), largest
         self._known: dict[str, Charge] = {}  # one round's charge of each site, as it last told

@@ -17,6 +17,7 @@ from fedpeft.privacy.levels import level_of
 from fedpeft.privacy.statement import Facts, read_statement, state, void
 from fedpeft.rounding import upwards
 from fedpeft.runs import CONFIG_FILE, read_config
+from fedpeft.runs.history import History
 
 DELTA = 1e-5  # at which a site's ledger is summed up unless another is asked for
 COMPUTED = {
@@ -79,7 +80,8 @@ def run_spending(run: Path) -> Facts:
             f"'{run}' is not private, and has no ledger: its privacy.level is 'none'. Give `fedpeft simulate` "
             "privacy.level=record, or client."
         )
-    statement = read_statement(run)
+    # what was stated at an end that is on record no more says less than has been charged since
+    statement = read_statement(run) if History.read(run).end is not None else None
     held: dict[str, list[Entry]] = {}
     if not level_of(privacy).hides_cohort:
         held = {client: [] for client in (statement or {}).get("clients", {})}  # also those who were never asked

@@ -22,10 +22,10 @@ from fedpeft.report.loading import loading_code
 from fedpeft.report.plots import DARK, draw, write_plots
 from fedpeft.report.tables import environment_rows
 from fedpeft.report.views import cards, views
-from fedpeft.runs import ADAPTER, CONFIG_FILE, ENVIRONMENT_FILE, read_config, read_object
+from fedpeft.runs import ADAPTER, CONFIG_FILE, ENVIRONMENT_FILE, PAGE, read_config, read_object
 from fedpeft.runs.history import History
 
-PAGE, PLOTS = "report.html", "plots"
+PLOTS = "plots"
 TEMPLATE = "page.html.jinja"
 REPEATS = "This file, config.toml in the run directory, reproduces the run."
 REPEATS_SECRETLY = (

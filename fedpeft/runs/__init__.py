@@ -15,6 +15,7 @@ from fedpeft.runs.directory import CLIENTS as CLIENTS
 from fedpeft.runs.directory import CONFIG_FILE as CONFIG_FILE
 from fedpeft.runs.directory import ENVIRONMENT_FILE as ENVIRONMENT_FILE
 from fedpeft.runs.directory import EVENTS_FILE as EVENTS_FILE
+from fedpeft.runs.directory import PAGE as PAGE
 from fedpeft.runs.directory import SIMULATED as SIMULATED
 from fedpeft.runs.directory import Event as Event
 from fedpeft.runs.directory import Listener as Listener

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedpeft.errors import CheckpointError
 from fedpeft.jsons import to_json
+from fedpeft.runs.files import sync
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -108,9 +108,10 @@ def read_facts(run: Path, server_round: int) -> dict[str, Any]:
         raise CheckpointError(
             f"the checkpoint of round {server_round} is damaged: {Path(error.filename).name} is missing"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"the checkpoint of round {server_round} is damaged: {error}") from None
-    assert isinstance(facts, dict)
+    if not isinstance(facts, dict):
+        raise CheckpointError(f"the checkpoint of round {server_round} is damaged: {STATE_FILE} is no JSON object")
     return facts
 
 
@@ -127,7 +128,7 @@ def read_checkpoint(run: Path, server_round: int) -> Checkpoint:
             for name, tensor in load_file(checkpoint_folder(run, server_round) / TENSORS_FILE).items()
         }
         tensors = {name: found[name] for name in facts.pop("tensors")}
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"the checkpoint of round {server_round} is damaged: {error}") from None
     return Checkpoint(server_round, tensors, facts)
 
@@ -157,15 +158,6 @@ def resumable_round(run: Path) -> int:
     return 0
 
 
-def sync(path: Path) -> None:
-    """See that a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _sum(file: Path) -> dict[str, Any]:
     with file.open("rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
@@ -185,6 +177,6 @@ def _read_manifest(folder: Path, server_round: int) -> dict[str, dict[str, Any]]
             return dict(sums)
     except FileNotFoundError:
         raise CheckpointError(f"the checkpoint of round {server_round} has no {MANIFEST_FILE}") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     raise CheckpointError(f"the checkpoint of round {server_round} is damaged: {MANIFEST_FILE} is not as written")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -9,7 +10,7 @@ import re
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 from urllib.parse import quote
@@ -21,9 +22,9 @@ from fedpeft.runs.checkpoints import (
     Checkpoint,
     checkpoint_rounds,
     remove_checkpoint,
-    sync,
     write_checkpoint,
 )
+from fedpeft.runs.files import open_own, sync, write_whole
 from fedpeft.runs.lock import LOCK_FILE, RunLock
 from fedpeft.runs.machine import environment
 
@@ -32,8 +33,11 @@ if TYPE_CHECKING:
 
 CONFIG_FILE, ENVIRONMENT_FILE, EVENTS_FILE = "config.toml", "environment.json", "metrics.jsonl"
 ADAPTER, CLIENTS = "adapter", "clients"  # folders
+PAGE = "report.html"  # see `fedpeft.report.page`
 CANARIES = "canaries.json"  # planted rows, their coins and their scores
-UNBORN = (LOCK_FILE, f".{CONFIG_FILE}")  # all that is left of a run that was killed before it was one
+RESERVED = ".reserved"  # space for the final adapter
+# all that may be left of a run that was killed before it was one; the first is there in any case
+UNBORN = (LOCK_FILE, ENVIRONMENT_FILE, f".{ENVIRONMENT_FILE}", f".{CONFIG_FILE}")
 SIMULATED = "simulated"  # key of environment.json: whether the clients' states are in this folder
 RESUMES = "resumes"  # key of environment.json: when and where the run went on
 
@@ -76,7 +80,8 @@ def check_vacant(path: Path) -> None:
         raise RunDirectoryError(
             f"'{path}' already holds a run, which is not overwritten; give another --out, or remove it."
         )
-    if path.exists() and (not path.is_dir() or any(inner.name not in UNBORN for inner in path.iterdir())):
+    inner = {each.name for each in path.iterdir()} if path.is_dir() else set()
+    if (path.exists() and not path.is_dir()) or not (inner <= set(UNBORN) and (not inner or LOCK_FILE in inner)):
         raise RunDirectoryError(f"'{path}' exists and is not an empty folder; give another --out.")
 
 
@@ -112,7 +117,7 @@ class RunDirectory:
         self.path, self._keeps = path, config.run.keep_checkpoints
         self._pending: list[str] = []
         self._problems: list[str] = []
-        self._lock = lock
+        self._lock, self._reserves = lock, False
         needed = adapter_bytes * (self._keeps + 3) + (16 << 20)
         try:
             if lock is None:
@@ -127,9 +132,8 @@ class RunDirectory:
                     "make room, or give another --out."
                 )
             if lock is None:
-                _replace(path / CONFIG_FILE, config.to_toml())
                 facts = environment() | {"seed": config.run.seed} | dict(details or {})
-                _replace(path / ENVIRONMENT_FILE, to_json(facts, indent=2) + "\n")
+                self._write_facts(config, facts)
                 (path / EVENTS_FILE).touch()
             self._reserve(adapter_bytes * 2 + (1 << 20))
         except OSError as error:
@@ -146,11 +150,21 @@ class RunDirectory:
         self.close()
 
     def close(self) -> None:
-        """Let others write."""
+        """Give back the space that was reserved, and let others write."""
+        if self._reserves:
+            with contextlib.suppress(OSError):
+                self._reserved.unlink(missing_ok=True)
+            self._reserves = False
         if self._lock is not None:
             self._lock.release()
 
-    def go_on(self, config: RunConfig, server_round: int, events: int, details: Mapping[str, Any]) -> None:
+    def go_on(
+        self,
+        config: RunConfig,
+        server_round: int,
+        events: int,
+        outdated: Iterable[str] = (),
+    ) -> None:
         """Take the folder back to how it was after a round, and note that the run goes on from there.
 
         Parameters
@@ -161,23 +175,24 @@ class RunDirectory:
             0 for the beginning.
         events : int
             Bytes of metrics.jsonl that were written by then: what follows is recomputed.
-        details : mapping
-            Further facts for environment.json, where it was not written yet.
+        outdated : iterable of str
+            Names in the folder of what was stated at an end that is none any more.
 
         Raises
         ------
         RunDirectoryError
             It cannot be written.
         """
-        machine = environment()
-        facts = read_object(self.path / ENVIRONMENT_FILE) or machine | {"seed": config.run.seed} | dict(details)
-        now = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "round": server_round, "machine": machine}
-        facts[RESUMES] = [*facts.get(RESUMES, ()), now | {"rounds": config.federation.rounds}]
+        facts = read_object(self.path / ENVIRONMENT_FILE)
+        now = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "round": server_round, "machine": environment()}
+        before = facts.get(RESUMES)
+        facts[RESUMES] = [*(before if isinstance(before, list) else ()), now | {"rounds": config.federation.rounds}]
         try:
-            _replace(self.path / ENVIRONMENT_FILE, to_json(facts, indent=2) + "\n")
-            _replace(self.path / CONFIG_FILE, config.to_toml())
+            self._write_facts(config, facts)
             with (self.path / EVENTS_FILE).open("a+b") as file:
                 file.truncate(min(events, file.tell()))
+            for name in outdated:
+                (self.path / name).unlink(missing_ok=True)
             for later in checkpoint_rounds(self.path):
                 if later > server_round:
                     remove_checkpoint(self.path, later)
@@ -186,12 +201,19 @@ class RunDirectory:
                 f"cannot write the run directory '{self.path}': {error.strerror or error}"
             ) from None
 
+    def _write_facts(self, config: RunConfig, facts: Mapping[str, Any]) -> None:
+        """Write environment.json, and then config.toml: where that is there, it is a run, and the other is too."""
+        write_whole(self.path / ENVIRONMENT_FILE, (to_json(facts, indent=2) + "\n").encode())
+        write_whole(self.path / CONFIG_FILE, config.to_toml().encode())
+        sync(self.path)
+
     @property
     def _reserved(self) -> Path:
-        return self.path / ".reserved"
+        return self.path / RESERVED
 
     def _reserve(self, size: int) -> None:
-        with self._reserved.open("wb") as file:
+        with open(open_own(self._reserved, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb") as file:
+            self._reserves = True
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, size)
 
@@ -307,13 +329,6 @@ class RunDirectory:
         return path
 
 
-def _replace(file: Path, text: str) -> None:
-    """Write a whole file, or leave the one that is there."""
-    partial = file.with_name(f".{file.name}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)
-
-
 def read_config(path: Path) -> RunConfig:
     """Read the configuration of a finished or running run."""
     if not (path / CONFIG_FILE).is_file():
@@ -330,7 +345,7 @@ def read_events(path: Path) -> list[Event]:
     for line in file.read_text(encoding="utf-8").splitlines():
         try:
             events.append(json.loads(line))
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # half a line, or none that a run wrote
             break
     return events
 
@@ -339,6 +354,6 @@ def read_object(path: Path) -> dict[str, Any]:
     """Read a JSON object of a run directory; empty where there is none to be read."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}

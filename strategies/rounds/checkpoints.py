@@ -6,11 +6,25 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from fedpeft.config import RunConfig, Scalar
+from fedpeft.config.federation import MACHINE_KEYS
 from fedpeft.runs import EVENTS, Checkpoint, RunDirectory
 from fedpeft.strategies.rounds.memory import Memory
 from fedpeft.strategies.rounds.watchers import Watcher
 
-CLIENTS = "clients"  # key of a checkpoint's facts
+CLIENTS, CONFIG = "clients", "config"  # keys of a checkpoint's facts
+# what a run that goes on may have another value of
+FREE = (
+    "federation.rounds",
+    *(f"simulation.{key}" for key in MACHINE_KEYS),
+    "run.checkpoint_every",
+    "run.keep_checkpoints",
+)
+
+
+def lasting(config: RunConfig) -> dict[str, Scalar]:
+    """Return the settings that stay as they are for as long as a run goes on, by key."""
+    return {key: value for key, value in sorted(config.to_flat().items()) if key not in FREE}
 
 
 class ClientStates(Protocol):
@@ -93,6 +107,8 @@ class Checkpoints(Watcher):
         self._held = _Held(server_round, self._memory(), self.directory.events_size, clients)
         if server_round % self.every == 0 or server_round == self.last:
             self._save(self._held)
+        else:
+            self._forget()
 
     def ended(self, error: BaseException | None) -> None:
         """Save the state after the last round that was over, where no checkpoint holds it."""
@@ -106,6 +122,10 @@ class Checkpoints(Watcher):
         self._clients = {number: clients for number, clients in self._clients.items() if number in there}
         if held.round in there:
             self._held = None
+        self._forget()
+
+    def _forget(self) -> None:
+        """Let go of what clients kept after rounds that no checkpoint holds, nor the next one may."""
         if self._states is not None:
             rest = [] if self._held is None else [self._held.clients]
             self._states.forget([*self._clients.values(), *rest])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,6 +40,10 @@ class Exchange:
     refactored: frozenset[Role] = frozenset()
     drawn: frozenset[Role] = frozenset()
     draw: int = 0
+
+    def forgotten(self) -> Exchange:
+        """Return the same round with clients that keep nothing to the next: what they keep would show who took part."""
+        return replace(self, kept=frozenset())
 
     def sent_up(self, names: Collection[str], frozen: Collection[str]) -> list[str]:
         """Return those of `names` that a client sends back; `frozen` ones are trained by nobody."""
@@ -135,9 +139,14 @@ class Deliveries:
         known |= {name: self._versions[name] for name in sent if role_of(name) in exchange.kept}
 
     def memory(self) -> dict[str, Any]:
-        """Return what is known of clients, as plain JSON; those who hold the same are named together."""
+        """Return what is known of clients, as plain JSON; those who hold the same are named together.
+
+        Who holds what it drew, as everybody does who was never asked, is not named.
+        """
         alike: dict[tuple[tuple[str, int], ...], list[str]] = {}
         for client, known in self._known.items():
+            if known == self._drawn:
+                continue
             alike.setdefault(tuple(sorted(known.items())), []).append(client)
         groups = [{"versions": dict(versions), "clients": sorted(alike[versions])} for versions in sorted(alike)]
         return {"versions": dict(self._versions), "drawn": dict(self._drawn), "known": groups}

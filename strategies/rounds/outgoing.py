@@ -26,6 +26,7 @@ class Outgoing:
 
     def __init__(self, state: AdapterState, method: Method) -> None:
         self._method, self._terms = method, method.terms
+        self._hides_clients = method.terms.client_privacy is not None
         self._views = {0: state}  # what clients of a rank get; rank 0 is the whole
         self._held: dict[int, Deliveries] = {}  # by rank
         self._records: dict[int, ArrayRecord] = {}
@@ -83,8 +84,12 @@ class Outgoing:
             held.update(self.view(rank).to_tensors())
 
     def memory(self) -> dict[str, Any]:
-        """Return which client is known to hold what, by rank, as plain JSON."""
-        return {str(rank): held.memory() for rank, held in self._held.items()}
+        """Return which client is known to hold what, by rank, as plain JSON; nothing of it where clients are protected.
+
+        A client that does not hold what it drew from the seed then says so once more, and is sent everything as before.
+        """
+        nobody: dict[str, Any] = {"known": []} if self._hides_clients else {}
+        return {str(rank): held.memory() | nobody for rank, held in self._held.items()}
 
     def recall(self, state: AdapterState, memory: Mapping[str, Any]) -> None:
         """Take up an adapter, and what `memory` returned; the method has recalled its own before."""
@@ -94,7 +99,8 @@ class Outgoing:
 
     @property
     def _exchange(self) -> Exchange:
-        return self._method.exchange(self._round)
+        exchange = self._method.exchange(self._round)
+        return exchange.forgotten() if self._hides_clients else exchange
 
     def _held_by(self, rank: int) -> Deliveries:
         if rank not in self._held:

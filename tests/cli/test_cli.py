@@ -202,6 +202,10 @@ def test_a_complete_run_says_so_and_goes_on_with_more_rounds(fedpeft: Run, small
     code, out, err = fedpeft("simulate", "--resume", "run")
     assert (code, err) == (0, "")
     assert out.startswith("'run' is complete, all 1 rounds; more: federation.rounds=2")
+    (tmp_path / "run" / "report.html").unlink()
+    code, out, err = fedpeft("simulate", "--resume", "run", "--json")
+    assert (code, err, json.loads(out)["event"]) == (0, "", "note")
+    assert (tmp_path / "run" / "report.html").is_file()
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
     code, out, err = fedpeft("simulate", "--resume", "run", "federation.rounds=2")
     assert code == 0
@@ -230,6 +234,7 @@ def test_what_does_not_go_with_a_resumption_gets_one_line(
 ) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.toml").write_text(text_config().to_toml())
+    (tmp_path / "run" / "environment.json").write_text('{"simulated": true}')
     code, out, err = fedpeft("simulate", *words)
     assert (code, out) == (2, "")
     assert err.startswith(says)

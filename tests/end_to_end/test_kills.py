@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import fedpeft.simulations.contexts as contexts
 from benchmarks.record import read
 from fedpeft.errors import RunDirectoryError
 from fedpeft.runs import read_config, read_events, resumable_round
@@ -75,16 +76,16 @@ def test_a_run_that_has_no_room_for_what_clients_keep_goes_on_when_there_is(
 ) -> None:
     config = text_config(federation__rounds=2, strategy__name="fedsa-lora")
     whole = simulate(config, tmp_path / "whole").path
-    true_write, written = Path.write_bytes, list[Path]()
+    true_write, written = contexts.write_whole, list[Path]()
 
-    def write(path: Path, data: bytes) -> int:
+    def write(path: Path, data: bytes, partial: Path) -> None:
         written.append(path)
         if len(written) == 5:  # of the second round
             raise OSError(28, "No space left on device")
-        return true_write(path, data)
+        true_write(path, data, partial)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_bytes", write)
+        patch.setattr(contexts, "write_whole", write)
         with pytest.raises(
             RunDirectoryError, match=r"cannot write what client .* keeps .*No space left on device; make room"
         ):

@@ -86,6 +86,8 @@ def test_the_statement_is_that_of_the_run_and_those_never_asked_spent_nothing(ma
     run = make_run(config, [entry("a", 1)])
     told = state(config, {"a": [entry("a", 1).charge], "b": []}, {"a": 80, "b": 80})
     (run / "privacy.json").write_text(json.dumps(told))
+    assert UNFINISHED in read_spending(run)["statement"], "no end is on record: it has gone on since"
+    (run / "metrics.jsonl").write_text('{"event": "end", "round": 1, "reason": "completed"}\n')
     facts = read_spending(run)
     assert facts["statement"] == told["statement"]
     assert (facts["epsilon_max"], facts["epsilon_median"]) == (told["epsilon_max"], told["epsilon_median"])

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import resource
 import shutil
+import subprocess
+import threading
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,7 @@ from fedpeft.runs import (
     read_checkpoint,
     read_config,
     read_events,
+    read_object,
 )
 from fedpeft.runs.lock import is_held
 
@@ -175,7 +179,7 @@ def test_a_run_that_goes_on_cuts_what_came_after_the_checkpoint_half_lines_too(t
     directory.close()
     more = resolve([nest({"federation.rounds": 40})])
     with RunLock(directory.path) as lock:
-        RunDirectory(directory.path, more, 1000, lock=lock).go_on(more, 1, events, {})
+        RunDirectory(directory.path, more, 1000, lock=lock).go_on(more, 1, events)
     assert read_events(directory.path) == [{"event": "round", "round": 1}]
     assert read_config(directory.path).federation.rounds == 40
     assert checkpoint_rounds(directory.path) == [1]
@@ -193,6 +197,50 @@ def test_one_process_writes_into_a_run_directory(tmp_path: Path) -> None:
     assert is_held(directory.path) is False
     with RunLock(directory.path):
         assert is_held(directory.path)
+
+
+def test_whoever_looks_whether_a_run_goes_on_does_not_keep_it_from_beginning(tmp_path: Path) -> None:
+    RunLock(tmp_path).release()
+    looking = os.open(tmp_path / ".lock", os.O_RDONLY)
+    fcntl.flock(looking, fcntl.LOCK_SH)
+    threading.Timer(0.1, os.close, [looking]).start()
+    with RunLock(tmp_path):
+        assert is_held(tmp_path)
+
+
+def test_a_process_that_is_gone_or_has_let_go_is_not_named_as_the_writer(tmp_path: Path) -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    RunLock(tmp_path).release()
+    for left in ("", f"{gone.pid}\n", "-1", "9" * 30):
+        (tmp_path / ".lock").write_text(left)
+        looking = os.open(tmp_path / ".lock", os.O_RDONLY)
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        with pytest.raises(RunDirectoryError, match="is being written by another process; wait"):
+            RunLock(tmp_path)
+        os.close(looking)
+
+
+def test_what_is_left_of_a_run_that_was_killed_before_it_was_one_is_no_hindrance(tmp_path: Path) -> None:
+    for name in (".lock", ".config.toml", "environment.json"):
+        (tmp_path / name).touch()
+    RunDirectory(tmp_path, CONFIG, 1000).close()
+    assert not (tmp_path / ".reserved").exists(), "space is reserved for nobody"
+
+
+def test_a_file_of_the_users_that_is_called_like_one_of_a_run_is_not_taken_for_its_rest(tmp_path: Path) -> None:
+    (tmp_path / "environment.json").write_text("theirs")
+    with pytest.raises(RunDirectoryError, match="is not an empty folder"):
+        RunDirectory(tmp_path, CONFIG, 1000)
+    assert (tmp_path / "environment.json").read_text() == "theirs"
+
+
+def test_events_and_facts_that_no_run_wrote_are_passed_over(tmp_path: Path) -> None:
+    for harmful in ("[" * 200_000, '{"a":' * 100_000, '{"round": ' + "9" * 5000 + "}"):
+        (tmp_path / "metrics.jsonl").write_text('{"round": 1}\n' + harmful + "\n")
+        assert read_events(tmp_path) == [{"round": 1}]
+        (tmp_path / "environment.json").write_text(harmful)
+        assert read_object(tmp_path / "environment.json") == {}
 
 
 def test_a_line_still_being_written_is_left_out(tmp_path: Path) -> None:

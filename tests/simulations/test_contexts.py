@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -128,6 +130,42 @@ def test_a_damaged_state_is_found_and_a_stranger_s_refused(tmp_path: Path) -> No
     with pytest.raises(RunDirectoryError, match="client zoe"):
         contexts.restore({"zoe": "0" * 64})
     assert contexts.snapshot() == snapshot  # nothing has changed
+    for alien in (b"", b"x" * 99, (2).to_bytes(8, "little") + b"{}", (7).to_bytes(8, "little") + b'{"a":1}'):
+        name = hashlib.sha256(alien).hexdigest()
+        path.with_name(f"{name}.safetensors").write_bytes(alien)
+        with pytest.raises(RunDirectoryError, match=r"client ann keeps is no state of a client: .*safetensors"):
+            make(tmp_path).restore({"ann": name})
+    for strange in ("../../other", 7, None):
+        with pytest.raises(RunDirectoryError, match="client ann keeps has no name of ours"):
+            make(tmp_path).restore({"ann": strange})  # type: ignore[dict-item]
+
+
+def test_a_file_that_is_no_version_is_never_removed(tmp_path: Path) -> None:
+    contexts = make(tmp_path)
+    contexts.keep(1, state(1.0))
+    (mine,) = tmp_path.rglob("*.safetensors")
+    theirs = mine.with_name("model.safetensors")
+    theirs.write_text("theirs")
+    contexts.restore({})
+    contexts.forget([])
+    assert (mine.exists(), theirs.exists()) == (False, True)
+
+
+def test_what_a_snapshot_names_is_on_the_disk_with_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    true_sync, synced = os.fsync, list[str]()
+
+    def noted(descriptor: int) -> None:
+        synced.append(os.path.relpath(os.readlink(f"/proc/self/fd/{descriptor}"), tmp_path))
+        true_sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    contexts = make(tmp_path)
+    contexts.keep(1, state(1.0))
+    assert [Path(name).suffix for name in synced] == [".partial"]
+    contexts.snapshot()
+    assert set(synced[1:]) == {"..", ".", "ann", "ann/state"}
+    contexts.snapshot()
+    assert len(synced) == 5
 
 
 def test_a_full_disk_is_said_in_one_line_and_the_version_before_stays(
@@ -136,10 +174,10 @@ def test_a_full_disk_is_said_in_one_line_and_the_version_before_stays(
     contexts = make(tmp_path)
     contexts.keep(1, state(1.0))
 
-    def full(self: Path, data: bytes) -> int:
+    def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(RunDirectoryError, match=r"client ann keeps into .*: No space left on device"):
         contexts.keep(1, state(2.0))
     assert value(contexts, 1) == 1.0

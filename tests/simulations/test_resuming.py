@@ -93,6 +93,40 @@ def test_secure_noise_is_charged_again_for_what_is_trained_again(text_config: Ma
     assert [by_round.count(number) for number in (1, 2)] == [3, 6]
 
 
+@pytest.mark.parametrize("seen", ["moved", "from within"])
+def test_a_run_under_another_name_is_the_run_that_it_was_on_its_books(
+    seen: str, text_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = text_config(federation__rounds=2, strategy__name="fedit", **RECORD)
+    run = simulate(config, tmp_path / "run", listener=stopping(2)).path
+    if seen == "moved":
+        run = run.rename(tmp_path / "moved")
+        resume(run)
+    else:
+        monkeypatch.chdir(run)
+        resume(Path())
+    entries = read_entries(run / LEDGER)
+    assert {entry.run for entry in entries} == {"run"}
+    assert sorted(entry.round for entry in entries) == [1, 1, 1, 2, 2, 2]
+
+
+def test_what_a_run_stated_at_its_end_is_gone_before_it_charges_more(text_config: Make, tmp_path: Path) -> None:
+    config = text_config(federation__rounds=1, strategy__name="fedit", **RECORD)
+    run = simulate(config, tmp_path / "run").path
+    stated = [run / "privacy.json", run / "adapter" / "privacy.json"]
+    assert all(file.is_file() for file in stated)
+    charged = len(read_entries(run / LEDGER))
+
+    def is_gone(event: Event) -> None:
+        if event.get("message") == "the run goes on after round 1":
+            seen.append((any(file.exists() for file in stated), len(read_entries(run / LEDGER))))
+
+    seen = list[tuple[bool, int]]()
+    resume(run, parse_overrides(["federation.rounds=2"]), listener=is_gone)
+    assert seen == [(False, charged)]
+    assert all(file.is_file() for file in stated)
+
+
 def test_more_rounds_are_those_of_a_run_that_had_them_from_the_start(text_config: Make, tmp_path: Path) -> None:
     settings = {"strategy__name": "fedit", "strategy__server_optimizer": "yogi", "train__lr_schedule": "constant"}
     whole = simulate(text_config(federation__rounds=3, **settings), tmp_path / "whole").path
@@ -184,6 +218,66 @@ def test_a_run_whose_clients_are_elsewhere_is_not_resumed(copied: Path) -> None:
     (copied / "environment.json").write_text(json.dumps(facts))
     with pytest.raises(RunDirectoryError, match="cannot be resumed: it was not made by `fedpeft simulate`"):
         resume(copied)
+    (copied / "environment.json").unlink()
+    with pytest.raises(RunDirectoryError, match=r"or its environment.json was lost. Begin it anew: fedpeft simulate /"):
+        resume(copied)
+
+
+def test_a_configuration_that_was_edited_by_hand_is_refused_before_anything_is_written(copied: Path) -> None:
+    file, events = copied / "config.toml", (copied / "metrics.jsonl").read_bytes()
+    file.write_text(file.read_text().replace("learning_rate = 0.01", "learning_rate = 0.5"))
+    with pytest.raises(ConfigError, match=r"train.learning_rate = 0.5 in .* but round 2 was done with 0.01: a run"):
+        resume(copied)
+    assert (copied / "metrics.jsonl").read_bytes() == events
+
+
+def test_other_versions_of_what_bytes_depend_on_are_warned_of(copied: Path) -> None:
+    facts = json.loads((copied / "environment.json").read_text())
+    facts["packages"]["peft"], facts["resumes"] = "0.0.1", "none"
+    (copied / "environment.json").write_text(json.dumps(facts))
+    heard: list[Event] = []
+    resume(copied, listener=heard.append)
+    assert any("peft 0.0.1 then, " in str(event.get("message")) for event in heard if event["event"] == "warning")
+    assert len(json.loads((copied / "environment.json").read_text())["resumes"]) == 1
+
+
+def test_a_ledger_that_is_gone_is_missed_before_the_first_event(text_config: Make, tmp_path: Path) -> None:
+    config = text_config(federation__rounds=1, strategy__name="fedit", **RECORD)
+    run = simulate(config, tmp_path / "run").path
+    shutil.rmtree(run / "checkpoints")
+    (run / "metrics.jsonl").write_bytes(b"")
+    (run / LEDGER).unlink()
+    with pytest.raises(LedgerError, match="there is no privacy ledger"):
+        resume(run)
+
+
+OWN = (".lock", ".reserved", "metrics.jsonl", ".config.toml", LEDGER, "checkpoints", "clients/site-1/state")
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_run_with_a_link_in_it_is_not_gone_on_with_and_what_it_leads_to_stays(
+    name: str, copied: Path, tmp_path: Path
+) -> None:
+    elsewhere, link = tmp_path / "elsewhere", copied / name
+    is_folder = "." not in name
+    if is_folder:
+        elsewhere.mkdir()
+        (elsewhere / "theirs.safetensors").write_text("theirs")
+        shutil.rmtree(link, ignore_errors=True)
+    else:
+        elsewhere.write_text("theirs")
+        link.unlink(missing_ok=True)
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(elsewhere)
+    with pytest.raises(RunDirectoryError, match=f"{name}' is a link to '.*elsewhere': a run that goes on would"):
+        resume(copied)
+    kept = elsewhere / "theirs.safetensors" if is_folder else elsewhere
+    assert kept.read_text() == "theirs"
+
+
+def test_a_run_is_gone_on_with_through_a_link_to_its_folder(copied: Path, tmp_path: Path) -> None:
+    (tmp_path / "latest").symlink_to(copied)
+    assert resume(tmp_path / "latest").reason == "completed"
 
 
 @pytest.mark.parametrize(
@@ -199,7 +293,10 @@ def test_a_private_run_does_not_go_on_without_all_its_charges(
         resume(run)
 
 
-@pytest.mark.parametrize("left", [("config.toml",), ("config.toml", "environment.json", "metrics.jsonl", LEDGER)])
+BEGUN = ("config.toml", "environment.json")
+
+
+@pytest.mark.parametrize("left", [BEGUN, (*BEGUN, "metrics.jsonl"), (*BEGUN, "metrics.jsonl", LEDGER)])
 def test_a_run_that_was_killed_as_it_began_begins_in_the_same_folder(
     left: tuple[str, ...], text_config: Make, tmp_path: Path
 ) -> None:

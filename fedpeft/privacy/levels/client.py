@@ -91,7 +91,8 @@ class ClientLevel(Level):
             return []
         return [
             f"{' and '.join(kept)} stays with each client and is covered by no noise: neither it, nor scores of models "
-            "that hold it (clients/, test scores), may be shown to anybody else, and they are records of this run"
+            "that hold it, may be shown to anybody else; and who has any has taken part. Of this run's directory that "
+            "is clients/, checkpoints/ and the test scores in metrics.jsonl and its report"
         ]
 
     def secret_cohort(self, privacy: PrivacyConfig) -> bool:

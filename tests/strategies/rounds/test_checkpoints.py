@@ -82,3 +82,10 @@ def test_states_of_clients_stay_as_long_as_a_checkpoint_names_them_or_one_is_to_
     folder.is_full = False
     watcher.ended(KeyboardInterrupt())
     assert folder.there == [3, 4]
+
+
+def test_states_of_clients_do_not_pile_up_between_checkpoints() -> None:
+    watcher, folder, states = keeper(4, 9)
+    close(watcher, folder, range(1, 8))
+    assert folder.there == [4]
+    assert states.kept == [{"0": "version 4"}, {"0": "version 7"}]
