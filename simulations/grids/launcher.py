@@ -41,7 +41,7 @@ def _nursery(spec: str) -> socket.socket | None:
         return None  # nobody else may say what workers are
     raylet = os.environ.get("RAY_RAYLET_PID") or str(os.getppid())
     path = os.path.join(folder, f"{raylet}.{hashlib.sha256(spec.encode()).hexdigest()[:12]}")
-    with open(f"{path}.lock", "w") as lock:
+    with open(f"{path}.lock", "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the others wait for the first
         return _connected(path) or _started(path, spec)
 
