@@ -25,7 +25,9 @@ def configure_dropout(config: Any, probability: float) -> None:
         if hasattr(value, "get_text_config"):  # the configuration of a part, such as an encoder's
             configure_dropout(value, probability)
         elif _is_probability(name, value):
-            setattr(config, name, 0.0 if _skips(name) else probability)
+            chosen = 0.0 if _skips(name) else probability
+            # some configurations are strict about types, and hold a whole number where none is dropped
+            setattr(config, name, int(chosen) if isinstance(value, int) and chosen == int(chosen) else chosen)
 
 
 def set_dropout(model: nn.Module, probability: float) -> None:

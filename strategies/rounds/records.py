@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from fedpeft.adapters.state import AdapterState, ClientUpdate
-from fedpeft.errors import BudgetSpentError, FedpeftError, Interruption, TooFewClientsError
+from fedpeft.errors import BudgetSpentError, FedpeftError, Interruption, LedgerError, TooFewClientsError
 from fedpeft.jsons import to_json
 from fedpeft.privacy.accounting import Charge
 from fedpeft.privacy.books import Books
@@ -234,8 +234,8 @@ class Spending(Watcher):
         clients, personal = self.facts()
         try:
             facts = self.books.close(clients, personal, in_the_clear(self.home))
-        except OSError as failed:
-            problem = f"no {PRIVACY}: {failed.strerror or failed}"
+        except (OSError, LedgerError) as failed:  # a ledger on a full disk may not even be read
+            problem = f"no {PRIVACY}: {getattr(failed, 'strerror', None) or failed}"
             self.journal.warn(self.rounds, problem)
             statement: Event = {"epsilon_max": None, "guarantee": False, "statement": problem}
         else:

@@ -118,7 +118,8 @@ def test_auto_is_fixed_by_a_timing_and_never_where_it_loses(
 def test_what_cannot_be_trained_together_is_said_and_trained_one_by_one(
     text_config: Make, still_config: Make, tmp_path: Path
 ) -> None:
-    assert any("dropout is active" in note for note in plan(text_config(simulation__batch_clients=8)).notes)
+    drops = text_config(simulation__batch_clients=8, model__dropout="checkpoint")
+    assert any("dropout is active" in note for note in plan(drops).notes)
     own = {"adapter__kind": "ia3", "strategy__name": "fedit", "federation__rounds": 1}
     said = notes(still_config(simulation__batch_clients=8, **own), tmp_path / "run")
     assert any("one by one, since adapter.kind = 'ia3'" in note for note in said)

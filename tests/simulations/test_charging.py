@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -185,12 +186,13 @@ def test_a_full_disk_stops_training_before_it_is_charged_for(
 ) -> None:
     import fedpeft.privacy.ledger as module
     from fedpeft.errors import LedgerError
+    from fedpeft.privacy.ledger import LEDGER
 
-    written: list[int] = []
+    charged: list[str] = []
 
     def full(descriptor: int) -> None:
-        written.append(descriptor)
-        if len(written) > 7:  # the ledger was made, and two charges
+        charged.extend(path for path in [os.readlink(f"/proc/self/fd/{descriptor}")] if path.endswith(LEDGER))
+        if len(charged) > 2:
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(module.os, "fsync", full)
@@ -198,7 +200,9 @@ def test_a_full_disk_stops_training_before_it_is_charged_for(
         simulate(private(text_config), tmp_path / "run")
     monkeypatch.undo()
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
-    assert sum(found["steps"] for found in statement(tmp_path / "run")["clients"].values()) <= 9
+    assert [event["guarantee"] for event in events(tmp_path / "run", "privacy")] == [False]
+    assert [event["reason"] for event in events(tmp_path / "run", "end")] == ["LedgerError"]
+    assert sum(entry.steps for entry in module.Ledger(tmp_path / "run" / LEDGER).entries()) <= 9
 
 
 @pytest.mark.parametrize("strategy", ["lora-fair", "lora-lego", "flora", "fedrot-lora"])
