@@ -78,8 +78,8 @@ def answer_together(jobs: Sequence[Job]) -> list[RecordDict | None]:
         try:
             with simulated(verdict):
                 found = _member(place, message, context, verdict)
-        except Exception:
-            log.debug("a message of a bundle is answered alone", exc_info=True)
+        except Exception as error:  # it comes again where the message is answered alone, and is told there
+            log.debug("a message of a bundle is answered alone (%s)", type(error).__name__)
             continue
         if isinstance(found, _Member):
             groups[_key(found)].append(found)
@@ -95,8 +95,9 @@ def answer_together(jobs: Sequence[Job]) -> list[RecordDict | None]:
 def _answer_group(members: Sequence[_Member], answers: list[RecordDict | None]) -> None:
     try:
         trained = _train(members)
-    except Exception:
-        log.warning("training %d clients together failed; they are trained one by one", len(members), exc_info=True)
+    except Exception as error:  # of its text no more than its class, since it may quote rows
+        name = type(error).__name__
+        log.warning("training %d clients together failed (%s); they are trained one by one", len(members), name)
         return
     for member, each in zip(members, trained, strict=True):
         tensors = {**member.part.tensors, **each.tensors}

@@ -147,3 +147,17 @@ def test_clients_whose_rows_are_too_many_for_one_pass_are_trained_in_several(
     found = answer_together([job(config, index) for index in range(3)])
     assert sizes == [2]
     assert found[2] is None  # who is left over is answered alone
+
+
+def test_of_a_training_that_fails_no_more_is_logged_than_the_errors_class(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(members: object) -> None:
+        raise ValueError("a row says: I am ill")
+
+    monkeypatch.setattr(together, "_train", fails)
+    answers: list[RecordDict | None] = [None, None]
+    together._answer_group([object(), object()], answers)  # type: ignore[list-item]
+    assert answers == [None, None]
+    assert "ValueError" in caplog.text
+    assert "ill" not in caplog.text
