@@ -82,11 +82,11 @@ def publishing(folder: Path) -> Iterator[Path]:
         try:
             yield draft
             for path in (*draft.rglob("*"), draft):  # else a power cut may leave a name without its contents
-                _sync(path)
+                sync(path)
             if folder.exists():
                 shutil.rmtree(folder)
             os.replace(draft, folder)
-            _sync(folder.parent)
+            sync(folder.parent)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
 
@@ -100,7 +100,8 @@ def _make(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """See that a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

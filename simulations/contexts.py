@@ -24,10 +24,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 from torch import Tensor
 
+from fedpeft.cache import sync
 from fedpeft.config import Scalar
 from fedpeft.errors import RunDirectoryError
 from fedpeft.runs import folder_name
-from fedpeft.runs.files import sync, write_whole
+from fedpeft.runs.files import write_whole
 from fedpeft.wire import to_tensors
 
 RUN_ID = 1

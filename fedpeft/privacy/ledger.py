@@ -24,6 +24,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from fedpeft.cache import sync
 from fedpeft.errors import LedgerError
 from fedpeft.privacy.anchors import Anchor, kept_there_before, read_anchor, write_anchor
 from fedpeft.privacy.chain import (
@@ -121,7 +122,7 @@ class Ledger:
             write_anchor(ledger.path, head, last)
             partial.replace(ledger.path)
             taken = False
-            _sync_folder(ledger.path.parent)
+            sync(ledger.path.parent)
         except FileExistsError:
             raise LedgerError(
                 f"'{ledger.path}' is there already, and nothing is overwritten; a ledger goes on where it was."
@@ -438,12 +439,3 @@ def read_entries(path: Path) -> list[Entry]:
 def _write_all(file: BinaryIO, data: bytes) -> None:
     while data:
         data = data[file.write(data) :]
-
-
-def _sync_folder(folder: Path) -> None:
-    """See that a new file's name is on the disk as well."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedpeft.cache import sync
 from fedpeft.errors import CheckpointError
 from fedpeft.jsons import to_json
-from fedpeft.runs.files import sync
 
 if TYPE_CHECKING:
     from torch import Tensor

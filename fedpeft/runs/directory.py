@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 from urllib.parse import quote
 
+from fedpeft.cache import sync
 from fedpeft.config import RunConfig, read_toml, resolve
 from fedpeft.errors import RunDirectoryError
 from fedpeft.jsons import to_json
@@ -24,7 +25,7 @@ from fedpeft.runs.checkpoints import (
     remove_checkpoint,
     write_checkpoint,
 )
-from fedpeft.runs.files import open_own, sync, write_whole
+from fedpeft.runs.files import open_own, write_whole
 from fedpeft.runs.lock import LOCK_FILE, RunLock
 from fedpeft.runs.machine import environment
 

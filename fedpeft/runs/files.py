@@ -16,7 +16,7 @@ def write_whole(file: Path, data: bytes, partial: Path | None = None) -> None:
     Parameters
     ----------
     file : Path
-        In a folder that is there; the new name is on the disk when the folder is, see `sync`.
+        In a folder that is there; the new name is on the disk when the folder is, see `fedpeft.cache.sync`.
     data : bytes
         All that it holds.
     partial : Path, optional
@@ -43,15 +43,6 @@ def write_whole(file: Path, data: bytes, partial: Path | None = None) -> None:
 def open_own(file: Path, flags: int) -> int:
     """Open a file of the run's own, which is no link to another; return its descriptor."""
     return os.open(file, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-
-
-def sync(path: Path) -> None:
-    """See that a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def refuse_links(run: Path, files: Collection[str], folders: Collection[str]) -> None:
