@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from functools import cache
 
 # glibc's malloc.h
-TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3
+TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD, ARENA_MAX = -1, -2, -3, -8
 LARGEST = 32 * 2**20  # the most that glibc takes as MMAP_THRESHOLD on 64 bits
 
 
@@ -28,3 +29,9 @@ def keep_freed_memory() -> bool:
         return False
     told = (mallopt(MMAP_THRESHOLD, LARGEST), mallopt(TRIM_THRESHOLD, 2**31 - 1), mallopt(TOP_PAD, 2 * LARGEST))
     return all(told)
+
+
+def few_arenas() -> None:
+    """Let the threads of this process share two of malloc's arenas, as ``MALLOC_ARENA_MAX=2`` does from the start."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).mallopt(ARENA_MAX, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from typing import Annotated
 
@@ -53,9 +54,16 @@ def common(
     """Take what stands before a command."""
 
 
+# what has to stand before libraries are imported, lest they make threads: those would not be in the forks that workers
+# are (`fedpeft.simulations.grids.nursery`)
+THREADLESS = {"OPENBLAS_NUM_THREADS": "1", "ARROW_DEFAULT_MEMORY_POOL": "system"}
+
+
 def main() -> None:
     """Run the command line; an error of the user's becomes one line and exit code 2."""
     output = secure()
+    for name, value in THREADLESS.items():
+        os.environ.setdefault(name, value)
     try:
         sys.exit(output.exit_code(_run()))
     finally:

@@ -183,6 +183,15 @@ def quiet(verbose: bool) -> None:
         silence()
 
 
+def prepare_workers(config: RunConfig) -> None:
+    """Let the workers on this machine be forked from what this process imports; call it before anything else is."""
+    if config.simulation.workers == 0:
+        return
+    from fedpeft.simulations.grids.nursery import hatch
+
+    hatch()
+
+
 def show(facts: Any, table: Callable[[Any], RenderableType], json_lines: bool) -> None:
     """Print facts for machines, or the table that shows them."""
     if json_lines:

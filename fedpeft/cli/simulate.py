@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedpeft.cli.options import Asked, Json, Verbose, quiet, show, spread
+from fedpeft.cli.options import Asked, Json, Verbose, prepare_workers, quiet, show, spread
 from fedpeft.cli.output import saved
 from fedpeft.cli.signals import stoppable
 from fedpeft.errors import ConfigError
@@ -52,10 +52,12 @@ def simulate(
         _dry_run(config, json_lines)
         return
     from fedpeft.runs import check_vacant
-    from fedpeft.strategies import with_typed_options
 
     if out is not None:
         check_vacant(out)
+    prepare_workers(config)
+    from fedpeft.strategies import with_typed_options
+
     config = with_typed_options(config)
     if not json_lines:
         _introduce(config)

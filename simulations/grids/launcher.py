@@ -35,15 +35,25 @@ def main(spec: str, arguments: list[str]) -> None:
 
 def _nursery(spec: str) -> socket.socket | None:
     """Connect to the nursery of this node, which the first worker starts; None where there can be none."""
-    folder = json.loads(spec)["folder"]
-    found = os.lstat(folder)  # not there on another machine
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        return None  # nobody else may say what workers are
+    facts = json.loads(spec)
+    folder, hatched = facts["folder"], facts.get("hatched")
+    if not _is_own(folder):
+        return None
+    if hatched and os.path.isdir(hatched) and _is_own(hatched) and os.environ.get("RAY_JOB_ID") == facts["job"]:
+        connection = _connected(os.path.join(hatched, "forks"))
+        if connection is not None:
+            return connection
     raylet = os.environ.get("RAY_RAYLET_PID") or str(os.getppid())
     path = os.path.join(folder, f"{raylet}.{hashlib.sha256(spec.encode()).hexdigest()[:12]}")
     with open(f"{path}.lock", "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the others wait for the first
         return _connected(path) or _started(path, spec)
+
+
+def _is_own(folder: str) -> bool:
+    """Tell whether a folder is closed to others: nobody else may say what workers are."""
+    found = os.lstat(folder)  # not there on another machine
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077
 
 
 def _forked(connection: socket.socket, arguments: list[str]) -> bool:

@@ -5,6 +5,9 @@ that imports them, and seconds of processor time. A fork has them at once, and s
 nobody writes to. The nursery never speaks to Ray, makes no thread and computes nothing, so that a fork finds everything
 as after an import of its own.
 
+A command imports the same itself: one that has just begun forks the nursery (`hatch`), and nothing is imported twice.
+Else the first worker starts one.
+
 Ray starts `launcher` where it would start an interpreter; that sends here what the worker is to be: arguments,
 environment, folder, and its standard streams.
 """
@@ -19,18 +22,34 @@ import os
 import random
 import runpy
 import shlex
+import shutil
 import signal
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ray._raylet import setproctitle  # type: ignore[attr-defined]
-
+from fedpeft import allocation
 from fedpeft.simulations.grids import launcher
 
-LOOK = 1.0  # seconds until it is seen that Ray is gone
+TITLE = "fedpeft: what workers are forked from"
+LOOK = 1.0  # seconds until it is seen that Ray, or the command, is gone
+PREFIX = "fedpeft-nursery-"  # of the folder of one that a command has forked
+SOCKET = "forks"
+ALLOCATOR = "jemalloc_bg_thd"
+
+# not the app, where that is another's: nobody knows what its import does
+PRELOADED = (
+    *("ray._private.node", "ray._private.workers.default_worker", "fedpeft.simulations.grids.transport"),
+    *("fedpeft.clients.app", "fedpeft.strategies.rounds.scoring", "fedpeft.data.schemes:partitioners"),
+)
+# Ray reads this as it is imported: whose worker a process is, and the process that it is to end with. The Ray that a
+# command starts has one job; a launcher of another's does not ask for a fork of this process
+FIRST_JOB = {"RAY_JOB_ID": "01000000"}
+
+_hatched: Path | None = None  # folder of the one that this process has forked
 
 
 def executable(folder: Path, modules: Sequence[str], variables: Mapping[str, str]) -> str:
@@ -41,12 +60,72 @@ def executable(folder: Path, modules: Sequence[str], variables: Mapping[str, str
     folder : Path
         Closed to others: whoever could write there would say what workers are.
     modules : sequence of str
-        What workers need, imported once.
+        What workers need, imported once; as ``module:function`` where that imports more.
     variables : mapping of str to str
         Environment variables that must stand before.
     """
-    spec = {"folder": str(folder), "modules": list(modules), "variables": dict(variables)}
+    spec: dict[str, Any] = {"folder": str(folder), "modules": list(modules), "variables": dict(variables)}
+    if _hatched is not None and tuple(modules) == PRELOADED:
+        spec.update(hatched=str(_hatched), job=FIRST_JOB["RAY_JOB_ID"])
     return shlex.join([sys.executable, "-I", "-S", str(launcher.__file__), json.dumps(spec)])
+
+
+def hatch() -> bool:
+    """Import what workers need, and fork the nursery; False where this process is no longer as it began.
+
+    It has to have one thread and to have computed nothing, as a command that has read its options. What else it does
+    may be done afterwards: a fork takes along what there is.
+    """
+    global _hatched
+    if _hatched is not None or sys.platform != "linux" or not _alone() or "ray._raylet" in sys.modules:
+        return False
+    os.environ.update(FIRST_JOB, RAY_RAYLET_PID=str(os.getpid()))
+    try:
+        _import(PRELOADED)
+    finally:
+        for name in (*FIRST_JOB, "RAY_RAYLET_PID"):
+            del os.environ[name]
+    if not _alone():
+        return False
+    folder, driver = Path(tempfile.mkdtemp(prefix=PREFIX)), os.getpid()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(folder / SOCKET))
+        listener.listen(1024)
+        if os.fork():
+            _hatched = folder
+            return True
+        _brood(listener, driver, folder)
+    return False  # never
+
+
+def _alone() -> bool:
+    """Tell whether this process has one thread, but for that of Arrow's allocator, which prepares itself for forks."""
+    try:
+        others = [task for task in Path("/proc/self/task").iterdir() if int(task.name) != os.getpid()]
+        return all(task.joinpath("comm").read_text(encoding="utf-8").strip() == ALLOCATOR for task in others)
+    except OSError:
+        return False
+
+
+def _brood(listener: socket.socket, driver: int, folder: Path) -> None:
+    """Be the nursery of a command, and end with it."""
+    try:
+        os.setsid()
+        _name()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for number in range(3):
+            os.dup2(nothing, number)  # a command's output has its end when the command has
+        for name in os.listdir("/proc/self/fd"):
+            if int(name) > 2 and int(name) != listener.fileno():
+                with contextlib.suppress(OSError):
+                    os.close(int(name))
+        allocation.few_arenas()
+        _attend(listener, lambda: os.getppid() == driver)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os._exit(0)
 
 
 def main(path: Path, modules: Sequence[str]) -> None:
@@ -60,31 +139,46 @@ def main(path: Path, modules: Sequence[str]) -> None:
         What to import.
     """
     raylet = int(path.name.partition(".")[0])
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # so that a dead worker leaves nothing behind
     os.umask(0o077)
+    _name()
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen(1024)  # who asks meanwhile waits
         try:
             _import(modules)
-            listener.settimeout(LOOK)
-            while _lives(raylet):
-                with contextlib.suppress(TimeoutError):
-                    connection, _ = listener.accept()
-                    with connection:
-                        _serve(listener, connection)
+            _attend(listener, lambda: _lives(raylet))
         finally:
             for left in (path, path.with_name(f"{path.name}.lock")):
                 left.unlink(missing_ok=True)
 
 
+def _name() -> None:
+    from ray._raylet import setproctitle  # type: ignore[attr-defined]
+
+    setproctitle(TITLE)  # else a fork could not call itself what it is
+
+
+def _attend(listener: socket.socket, lives: Callable[[], bool]) -> None:
+    """Fork whoever is asked for, as long as somebody may ask."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # so that a dead worker leaves nothing behind
+    os.umask(0o077)
+    listener.settimeout(LOOK)
+    while lives():
+        with contextlib.suppress(TimeoutError):
+            connection, _ = listener.accept()
+            with connection:
+                _serve(listener, connection)
+
+
 def _import(modules: Sequence[str]) -> None:
-    setproctitle("fedpeft: what workers are forked from")  # else a fork could not call itself what it is
     gc.disable()
     for name in modules:
+        module, _, function = name.partition(":")
         # the worker imports it once more, and tells of the error
         with contextlib.suppress(Exception):
-            importlib.import_module(name)
+            found = importlib.import_module(module)
+            if function:
+                getattr(found, function)()
     gc.freeze()  # else the first collection in a worker writes to every page
     gc.enable()
 

@@ -37,7 +37,7 @@ from fedpeft.simulations.grids.cluster import (
     ray_connection,
     this_node,
 )
-from fedpeft.simulations.grids.nursery import executable
+from fedpeft.simulations.grids.nursery import PRELOADED, executable
 from fedpeft.simulations.grids.pace import Pace
 from fedpeft.simulations.grids.pool import MAX_DEATHS, RayPool
 from fedpeft.simulations.grids.scheduling import Dispatcher
@@ -52,12 +52,6 @@ log = logging.getLogger(__name__)
 
 AHEAD = 256  # messages that are pulled for the sake of long ones, where it is known which are
 LOOK_SECONDS = 2.0  # between two looks at which nodes there are
-
-# not the app, where that is another's: nobody knows what its import does
-PRELOADED = (
-    *("ray._private.node", "ray._private.workers.default_worker", "fedpeft.simulations.grids.transport"),
-    *("fedpeft.clients.app", "fedpeft.strategies.rounds.scoring", "flwr_datasets.partitioner"),
-)
 
 
 class RayGrid(SimulationGrid):
