@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import shlex
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -183,13 +184,22 @@ def quiet(verbose: bool) -> None:
         silence()
 
 
-def prepare_workers(config: RunConfig) -> None:
-    """Let the workers on this machine be forked from what this process imports; call it before anything else is."""
-    if config.simulation.workers == 0:
-        return
-    from fedpeft.simulations.grids.nursery import hatch
+def prepare_workers(simulation: Mapping[str, Any]) -> None:
+    """Begin to start Ray, and fork what workers on this machine are to be; call it before anything else is imported.
 
-    hatch()
+    Parameters
+    ----------
+    simulation : mapping
+        What is known of the configuration's section. A guess that is wrong costs time and nothing else.
+    """
+    if simulation.get("workers") in (0, "0") or simulation.get("address") or os.environ.get("RAY_ADDRESS"):
+        return
+    from fedpeft.simulations.grids import host
+
+    host.begin()
+    from fedpeft.simulations.grids import nursery
+
+    nursery.hatch()
 
 
 def show(facts: Any, table: Callable[[Any], RenderableType], json_lines: bool) -> None:

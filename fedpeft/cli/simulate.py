@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -55,7 +56,7 @@ def simulate(
 
     if out is not None:
         check_vacant(out)
-    prepare_workers(config)
+    prepare_workers(config.simulation.model_dump())
     from fedpeft.strategies import with_typed_options
 
     config = with_typed_options(config)
@@ -69,11 +70,14 @@ def _go_on(run: Path, asked: Asked, json_lines: bool, verbose: bool) -> None:
     from fedpeft.config import merge
 
     quiet(verbose)
+    layer = merge(asked.layers())
+    if (section := _kept(run)) is not None:
+        prepare_workers({**section, **layer.get("simulation", {})})
     from fedpeft.report.console import JsonListener
     from fedpeft.runs import PAGE
     from fedpeft.simulations.resuming import caution, is_complete, resuming
 
-    with resuming(run, merge(asked.layers())) as resumption:
+    with resuming(run, layer) as resumption:
         config = resumption.config
         if is_complete(run, config):
             rounds = config.federation.rounds
@@ -89,6 +93,17 @@ def _go_on(run: Path, asked: Asked, json_lines: bool, verbose: bool) -> None:
         if words := caution(run, config):
             print(f"warning: {words}", file=sys.stderr)
         _carry_out(config, run, resumption, json_lines, verbose)
+
+
+def _kept(run: Path) -> dict[str, Any] | None:
+    """Return the section ``[simulation]`` of a run that seems worth a start of Ray."""
+    from fedpeft.runs import CONFIG_FILE, PAGE
+
+    try:
+        written = tomllib.loads((run / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # which is told later
+    return None if (run / PAGE).exists() else written.get("simulation", {})
 
 
 def _carry_out(

@@ -24,6 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from fedpeft.errors import ConfigError, FedpeftError, SimulationError
 from fedpeft.runs.checks import Finding, State
 from fedpeft.runs.machine import Footprint, Machine, here
+from fedpeft.simulations.grids import host
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +83,12 @@ def ray_connection(
         if not verbose:
             stack.enter_context(_no_reports())
         named, address = named_address(address)
-        if address == OWN:
+        beside = host.begun() if address == OWN and store_bytes is None else None
+        if beside is not None:
+            stack.callback(host.end)
+        if beside is not None and beside.wait():
+            address = beside.address
+        elif address == OWN:
             directory = stack.enter_context(_own_directory())
             options |= {
                 "include_dashboard": False,
@@ -205,10 +211,13 @@ def _remove_left(folder: Path) -> None:
 
 
 def own_folder() -> Path | None:
-    """Return the folder of the Ray that `ray_connection` has started in this process, which is closed to others.
+    """Return the folder of the Ray that `ray_connection` has started in or beside this process, closed to others.
 
     None of a Ray that somebody else started.
     """
+    beside = host.begun()
+    if beside is not None and beside.address:
+        return beside.folder
     node = ray._private.worker._global_node
     if node is None or not node.is_head():
         return None

@@ -45,9 +45,9 @@ PRELOADED = (
     *("ray._private.node", "ray._private.workers.default_worker", "fedpeft.simulations.grids.transport"),
     *("fedpeft.clients.app", "fedpeft.strategies.rounds.scoring", "fedpeft.data.schemes:partitioners"),
 )
-# Ray reads this as it is imported: whose worker a process is, and the process that it is to end with. The Ray that a
-# command starts has one job; a launcher of another's does not ask for a fork of this process
-FIRST_JOB = {"RAY_JOB_ID": "01000000"}
+# Ray reads this as it is imported: whose worker a process is, and the process that it is to end with. Of the Ray beside
+# a command (`host`) the command is the second job; a launcher of another's does not ask for a fork of this process
+JOB = {"RAY_JOB_ID": "02000000"}
 
 _hatched: Path | None = None  # folder of the one that this process has forked
 
@@ -66,7 +66,7 @@ def executable(folder: Path, modules: Sequence[str], variables: Mapping[str, str
     """
     spec: dict[str, Any] = {"folder": str(folder), "modules": list(modules), "variables": dict(variables)}
     if _hatched is not None and tuple(modules) == PRELOADED:
-        spec.update(hatched=str(_hatched), job=FIRST_JOB["RAY_JOB_ID"])
+        spec.update(hatched=str(_hatched), job=JOB["RAY_JOB_ID"])
     return shlex.join([sys.executable, "-I", "-S", str(launcher.__file__), json.dumps(spec)])
 
 
@@ -79,11 +79,11 @@ def hatch() -> bool:
     global _hatched
     if _hatched is not None or sys.platform != "linux" or not _alone() or "ray._raylet" in sys.modules:
         return False
-    os.environ.update(FIRST_JOB, RAY_RAYLET_PID=str(os.getpid()))
+    os.environ.update(JOB, RAY_RAYLET_PID=str(os.getpid()))
     try:
         _import(PRELOADED)
     finally:
-        for name in (*FIRST_JOB, "RAY_RAYLET_PID"):
+        for name in (*JOB, "RAY_RAYLET_PID"):
             del os.environ[name]
     if not _alone():
         return False
@@ -112,8 +112,8 @@ def _brood(listener: socket.socket, driver: int, folder: Path) -> None:
     try:
         os.setsid()
         _name()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
+        for stop in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(stop, signal.SIG_DFL)
         nothing = os.open(os.devnull, os.O_RDWR)
         for number in range(3):
             os.dup2(nothing, number)  # a command's output has its end when the command has
