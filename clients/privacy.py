@@ -14,6 +14,7 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import cast, get_args
 
@@ -167,6 +168,7 @@ def check_site(config: RunConfig, node: Mapping[str, Scalar]) -> None:
             )
 
 
+@lru_cache(maxsize=1024)  # asked for each key at every message
 def _is_meant(key: str) -> bool:
     """Tell whether a key is about privacy, be it misspelt."""
     plain = key.strip().casefold().replace("_", "-")

@@ -18,7 +18,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, ConfigRecordValues, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, ConfigRecordValues, MetricRecord, RecordDict
 from flwr.common.constant import SType
 from numpy.typing import NDArray
 from torch import Tensor
@@ -305,7 +305,10 @@ def _bytes_of(array: Array) -> Any:
 
 def to_record(tensors: Mapping[str, Tensor]) -> ArrayRecord:
     """Pack tensors for the wire."""
-    return ArrayRecord({name: _array(tensor.detach().cpu().numpy()) for name, tensor in tensors.items()})
+    record = ArrayRecord()
+    for name, tensor in tensors.items():  # given a dict, the record would make each of them once more
+        record[name] = _array(tensor.detach().cpu().numpy())
+    return record
 
 
 def to_tensors(record: ArrayRecord) -> dict[str, Tensor]:
@@ -361,19 +364,12 @@ def _layout(header: bytes) -> tuple[np.dtype[Any], tuple[int, ...], bool]:
     return dtype, shape, not in_fortran_order
 
 
-def payload_bytes(message: Message, counts: Callable[[str], bool] = lambda name: True) -> int:
-    """Return the bytes of the array values in a message whose names count, without headers.
+def value_bytes(record: ArrayRecord, counts: Callable[[str], bool] = lambda name: True) -> int:
+    """Return the bytes of the values of a record's arrays whose names count, without headers.
 
     Of an array whose header makes no sense, all its bytes count.
     """
-    if not message.has_content():
-        return 0
-    return sum(
-        _value_bytes(array)
-        for record in message.content.array_records.values()
-        for name, array in record.items()
-        if counts(name)
-    )
+    return sum(_value_bytes(array) for name, array in record.items() if counts(name))
 
 
 def _value_bytes(array: Array) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from flwr.app import Message, MessageType, RecordDict
+from flwr.app import ArrayRecord, Message, MessageType, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
@@ -12,7 +12,9 @@ from fedpeft.adapters.state import BASE_EARLIER
 from fedpeft.errors import BudgetSpentError, DeploymentError, MessageError
 from fedpeft.strategies.rounds.outgoing import Outgoing
 from fedpeft.strategies.rounds.report import Fault, RoundReport, error_class, in_order
-from fedpeft.wire import Identity, ShortAnswer, TrainAnswer, payload_bytes
+from fedpeft.wire import Identity, ShortAnswer, TrainAnswer, value_bytes
+
+SIZES = 16  # of records that are kept in mind
 
 
 def known_clients(grid: Grid, client_ids: dict[int, str], timeout: float | None) -> dict[int, str]:
@@ -80,6 +82,8 @@ class Answers:
     ) -> None:
         self._grid, self._timeout, self._outgoing = grid, timeout, outgoing
         self._client_ids, self._stop_when_spent = client_ids, stop_when_spent
+        # bytes of records that many messages share; held, so that an id is not given to another
+        self._sizes: dict[int, tuple[ArrayRecord, int, int]] = {}
 
     def good(
         self, sent: Iterable[Message], replies: Iterable[Message], report: RoundReport
@@ -107,7 +111,7 @@ class Answers:
         """
         for message, first in in_order(sent, replies):
             client = self._client_ids[message.metadata.dst_node_id]
-            _count_down(message, report)
+            self._count_down(message, report)
             reply = first
             if _short(reply) is ShortAnswer.NEEDS_ARRAYS:
                 message = self._again(message, self._outgoing.everything(client), report)
@@ -129,7 +133,9 @@ class Answers:
                 report.faults.append(Fault(client, "asks for tensors that it was sent"))
             else:
                 self._outgoing.delivered(client)
-                report.bytes_up += payload_bytes(reply)
+                report.bytes_up += sum(
+                    value_bytes(each) for each in reply.content.values() if isinstance(each, ArrayRecord)
+                )
                 try:
                     answer = TrainAnswer.from_record(reply.content)
                 except MessageError as error:
@@ -139,7 +145,7 @@ class Answers:
 
     def _again(self, message: Message, content: RecordDict, report: RoundReport) -> Message:
         repeated = Message(content, message.metadata.dst_node_id, MessageType.TRAIN, group_id=message.metadata.group_id)
-        _count_down(repeated, report)
+        self._count_down(repeated, report)
         return repeated
 
     def _ask(self, message: Message) -> Message | None:
@@ -157,10 +163,17 @@ class Answers:
                 "privacy.on_exhausted = 'stop'. What was done before this round is saved."
             )
 
-
-def _count_down(message: Message, report: RoundReport) -> None:
-    report.bytes_down += payload_bytes(message)
-    report.bytes_catch_up += payload_bytes(message, lambda name: BASE_EARLIER in name)
+    def _count_down(self, message: Message, report: RoundReport) -> None:
+        for record in message.content.values():
+            if isinstance(record, ArrayRecord):
+                if id(record) not in self._sizes:
+                    if len(self._sizes) == SIZES:
+                        self._sizes.clear()
+                    down = value_bytes(record), value_bytes(record, lambda name: BASE_EARLIER in name)
+                    self._sizes[id(record)] = record, *down
+                _, all_of_it, catch_up = self._sizes[id(record)]
+                report.bytes_down += all_of_it
+                report.bytes_catch_up += catch_up
 
 
 def _short(reply: Message | None) -> ShortAnswer | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -53,7 +54,8 @@ def read_update(
             raise RefusedUpdateError(
                 f"{name} is {tuple(tensor.shape)} {tensor.dtype}, expected {tuple(wanted.shape)} {wanted.dtype}"
             )
-        if not torch.isfinite(tensor).all():
+        # a sum is finite only if all of it is, or else it has grown too large; and it is one pass, with nothing made
+        if not (math.isfinite(tensor.sum()) or torch.isfinite(tensor).all()):
             raise RefusedUpdateError(f"{name} holds NaN or infinity")
     state = AdapterState.from_tensors({**held, **tensors}, scaling)
     dense = {name: tensor for name, tensor in state.dense.items() if name not in held}

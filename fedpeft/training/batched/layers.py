@@ -225,5 +225,5 @@ def stacked(tensors: Sequence[Tensor], like: Tensor, role: Role) -> Tensor:
 def unstacked(own: Tensor, shape: Sequence[int]) -> Tensor:
     """Return one client's tensor of a stack at its own rank."""
     for axis, size in enumerate(shape):
-        own = own.narrow(axis, 0, size)
+        own = own if own.shape[axis] == size else own.narrow(axis, 0, size)
     return own
