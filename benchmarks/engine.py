@@ -4,7 +4,8 @@
 
 Both have as many workers of one CPU as there are cores. The first round, in which workers load the app, is left out.
 Memory is the driver's alone at its peak; a second ratio is of what it grew by above what it held before the first
-round, since Python and the libraries alone take some hundred megabytes on either side.
+round, since Python and the libraries alone take some hundred megabytes on either side; a third of the same without
+pages that it shares, such as those of Ray's store.
 """
 
 from __future__ import annotations
@@ -36,7 +37,12 @@ def measured(side: str, size: int, clients: int, rounds: int) -> dict[str, Any]:
 def summed(told: Mapping[str, Any]) -> dict[str, Any]:
     """Return the seconds of a round after the first, and the driver's bytes."""
     after_first = told["seconds"][1:] or told["seconds"]
-    return {"seconds": statistics.median(after_first), "peak": told["peak"], "grown": told["peak"] - told["before"]}
+    return {
+        "seconds": statistics.median(after_first),
+        "peak": told["peak"],
+        "grown": told["peak"] - told["before"],
+        "own": told["own_grown"],
+    }
 
 
 def name_of(size: int) -> str:
@@ -70,6 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             Figure(f"{what}: time of a round", ours["seconds"] / flower["seconds"], "x", TIME, "most", detail),
             Figure(f"{what}: driver's memory", ours["peak"] / flower["peak"], "x", MEMORY, "most", detail),
             Figure(f"{what}: memory above the start", ours["grown"] / max(1, flower["grown"]), detail=detail),
+            Figure(f"{what}: memory of its own above the start", ours["own"] / max(1, flower["own"])),
         ]
     publish("engine", figures, given, before, points=points)
 

@@ -203,6 +203,11 @@ def high_water(process: int) -> int:
     return _kilobytes(Path(f"/proc/{process}/status"), "VmHWM")
 
 
+def own_memory(process: int) -> int:
+    """Return the memory of a process now that is its own, shared pages and mapped files left out, in bytes."""
+    return _kilobytes(Path(f"/proc/{process}/status"), "RssAnon")
+
+
 def reset_high_water() -> None:
     """Let this process's `high_water` begin anew."""
     Path("/proc/self/clear_refs").write_text("5")

@@ -194,6 +194,8 @@ def prepare_workers(simulation: Mapping[str, Any]) -> None:
     """
     if simulation.get("workers") in (0, "0") or simulation.get("address") or os.environ.get("RAY_ADDRESS"):
         return
+    if {"ray", "torch"} & sys.modules.keys():
+        return  # a program that calls the command line within, which has begun long ago
     from fedpeft.simulations.grids import host
 
     host.begin()
