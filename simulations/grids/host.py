@@ -10,12 +10,12 @@ from __future__ import annotations
 import atexit
 import contextlib
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+PROCESS = "fedpeft.simulations.grids.hosting"  # what it runs
 CLOSING = 10.0  # seconds that Ray may take to end
 
 
@@ -26,7 +26,7 @@ class Host:
     ----------
     address : str
         Where Ray is; empty until `wait` has returned True.
-    folder : Path or None
+    folder : Path
         Ray's own, see `fedpeft.simulations.grids.cluster.own_folder`.
     """
 
@@ -34,7 +34,7 @@ class Host:
         self.address, self.folder = "", Path()
         # -P: the folder that one happens to stand in is no place to import from
         self._process: subprocess.Popen[bytes] | None = subprocess.Popen(
-            [sys.executable, "-P", "-m", __spec__.name],
+            [sys.executable, "-P", "-m", PROCESS],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -93,21 +93,3 @@ def end() -> None:
     host, _begun = _begun, None
     if host is not None:
         host.close()
-
-
-def main() -> None:
-    """Hold Ray until the command has ended."""
-    from fedpeft.simulations.grids.cluster import OWN, own_folder, ray_connection
-
-    answer = os.dup(1)
-    os.dup2(2, 1)  # whatever libraries print
-    with ray_connection(address=OWN):
-        import ray
-
-        facts = {"address": ray.get_runtime_context().gcs_address, "folder": str(own_folder())}
-        os.write(answer, f"{json.dumps(facts)}\n".encode())
-        sys.stdin.buffer.read()
-
-
-if __name__ == "__main__":
-    main()
