@@ -3,9 +3,8 @@
     python -m benchmarks.memory [--presets docstrings chat] [--precisions fp32 bf16] [--workers 1 2] [--quick]
                                 [--json FILE] [KEY=VALUE ...]
 
-Each is a whole `fedpeft simulate` of 1 round, 4 clients and 4 steps in a process of its own. A preset that was never
-fetched into the cache is left out, and said.  Several times a second the proportional set size
-(PSS: a page that several processes map counts once) of the command and of all its descendants, Ray's included, is
+Each is a whole `fedpeft simulate` of 1 round, 4 clients and 4 steps, 2 of `chat`, in a process of its own. A preset
+that was never fetched into the cache is left out, and said. Several times a second the proportional set size (PSS: a page that several processes map counts once) of the command and of all its descendants, Ray's included, is
 summed. The parts are those of the moment at which the sum was largest: ``own`` is anonymous memory, ``files`` what is
 mapped from files (weights, libraries), ``shared`` is memory in /dev/shm (Ray's object store). The process that workers
 are forked from counts among Ray's. Linux only.
@@ -35,6 +34,8 @@ PARTS = {"Pss": "all", "Pss_Anon": "own", "Pss_File": "files", "Pss_Shmem": "sha
 LINE = re.compile(r"(\w+): +(\d+) kB")
 # enough for every worker to have trained, and for the test rows to be scored
 SETTINGS = {"federation.rounds": 1, "federation.clients": 4, "train.local_steps": 4}
+# whose clients are its topics; a step is 20 times as long
+OWN_SETTINGS = {"chat": {"federation.rounds": 1, "federation.fraction": 0.19, "train.local_steps": 2}}
 
 Usage = dict[str, int]  # bytes, by what of
 
@@ -175,7 +176,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if given.quick:
             works, given.precisions, given.workers = [small(Path(folder))], ["fp32"], [0]
         else:
-            works = [Work({**SETTINGS, **more}, name) for name in given.presets if at_hand(name)]
+            works = [
+                Work({**OWN_SETTINGS.get(name, SETTINGS), **more}, name) for name in given.presets if at_hand(name)
+            ]
         peaks = [
             measure(work, precision, workers)
             for work in works
