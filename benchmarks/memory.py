@@ -4,10 +4,11 @@
                                 [--json FILE] [KEY=VALUE ...]
 
 Each is a whole `fedpeft simulate` of 1 round, 4 clients and 4 steps, 2 of `chat`, in a process of its own. A preset
-that was never fetched into the cache is left out, and said. Several times a second the proportional set size (PSS: a page that several processes map counts once) of the command and of all its descendants, Ray's included, is
-summed. The parts are those of the moment at which the sum was largest: ``own`` is anonymous memory, ``files`` what is
-mapped from files (weights, libraries), ``shared`` is memory in /dev/shm (Ray's object store). The process that workers
-are forked from counts among Ray's. Linux only.
+that was never fetched into the cache is left out, and said. Several times a second the proportional set size (PSS: a
+page that several processes map counts once) of the command and of all its descendants, Ray's included, is summed. The
+parts are those of the moment at which the sum was largest: ``own`` is anonymous memory, ``files`` what is mapped from
+files (weights, libraries), ``shared`` is memory in /dev/shm (Ray's object store). The process that workers are forked
+from counts among Ray's. Linux only.
 """
 
 from __future__ import annotations
