@@ -118,6 +118,7 @@ class RunDirectory:
         self.path, self._keeps = path, config.run.keep_checkpoints
         self._pending: list[str] = []
         self._problems: list[str] = []
+        self._lacks_checkpoints = False  # which was said
         self._lock, self._reserves = lock, False
         needed = adapter_bytes * (self._keeps + 3) + (16 << 20)
         try:
@@ -278,10 +279,12 @@ class RunDirectory:
             except (OSError, SafetensorError) as error:
                 if not last_try and self._keep_checkpoints(1):  # there may be room now
                     continue
-                self._problems.append(
-                    f"no checkpoint of round {server_round}: {getattr(error, 'strerror', None) or error}"
-                )
+                if not self._lacks_checkpoints:
+                    why = getattr(error, "strerror", None) or error
+                    self._problems.append(f"no checkpoint of round {server_round}: {why}; later rounds try again")
+                self._lacks_checkpoints = True
             else:
+                self._lacks_checkpoints = False
                 self._keep_checkpoints(self._keeps)
             break
         return checkpoint_rounds(self.path)
