@@ -29,7 +29,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from fedpeft import allocation
 from fedpeft.simulations.grids import launcher
@@ -87,15 +87,20 @@ def hatch() -> bool:
             del os.environ[name]
     if not _alone():
         return False
-    folder, driver = Path(tempfile.mkdtemp(prefix=PREFIX)), os.getpid()
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(folder / SOCKET))
-        listener.listen(1024)
-        if os.fork():
-            _hatched = folder
-            return True
-        _brood(listener, driver, folder)
-    return False  # never
+    driver, folder = os.getpid(), None
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=PREFIX))
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(folder / SOCKET))
+            listener.listen(1024)
+            if os.fork() == 0:
+                _brood(listener, driver, folder)
+    except OSError:  # a full disk, a path too long for a socket, no more processes: the first worker starts one
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+        return False
+    _hatched = folder
+    return True
 
 
 def _alone() -> bool:
@@ -107,7 +112,7 @@ def _alone() -> bool:
         return False
 
 
-def _brood(listener: socket.socket, driver: int, folder: Path) -> None:
+def _brood(listener: socket.socket, driver: int, folder: Path) -> NoReturn:
     """Be the nursery of a command, and end with it."""
     try:
         os.setsid()

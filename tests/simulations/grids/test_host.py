@@ -77,6 +77,16 @@ def test_where_ray_beside_a_command_has_died_it_starts_in_the_command(monkeypatc
     assert host.begun() is None
 
 
+def test_where_there_is_no_place_for_a_socket_nothing_is_forked(tmp_path: Path) -> None:
+    long = tmp_path / ("x" * 120)
+    long.mkdir()
+    script = "from fedpeft.simulations.grids import nursery; import sys; sys.exit(nursery.hatch())"
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "TMPDIR": str(long)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert not list(long.glob(f"{nursery.PREFIX}*"))
+
+
 def test_a_process_that_has_begun_to_work_is_not_forked() -> None:
     assert not nursery.hatch()  # pytest's, which has imported and computed
     assert not {"RAY_JOB_ID", "RAY_RAYLET_PID"} & os.environ.keys()
