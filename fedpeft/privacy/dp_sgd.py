@@ -36,7 +36,7 @@ from fedpeft.data.splits import EncodedSplit
 from fedpeft.errors import PrivacyError
 from fedpeft.privacy.mechanism import RecordMechanism
 from fedpeft.privacy.randomness import Randomness
-from fedpeft.tasks.losses import logits_of
+from fedpeft.tasks.losses import batch_losses
 from fedpeft.training.local import batches
 
 Rows = NDArray[np.int64]
@@ -232,9 +232,8 @@ class RowEngine:
         hooks.rows = len(inputs["labels"])
         hooks.enable_hooks()
         try:
-            logits = logits_of(adapted.model, inputs, precision)
+            losses, counted = batch_losses(adapted.task, adapted.model, inputs, precision, by_hooks=True)
             self._see_rows_alone()
-            losses, counted = adapted.task.losses(logits, inputs["labels"].to(logits.device))
             loss = (losses / counted.clamp(min=1)).sum()  # each row's own mean, whatever the others are
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Full backward hook is firing")  # nobody needs inputs' gradients

@@ -34,6 +34,7 @@ from fedpeft.config import RunConfig
 from fedpeft.errors import AdapterError
 from fedpeft.jsons import to_json
 from fedpeft.models import num_threads
+from fedpeft.tasks.heads import undivided
 from fedpeft.training.hidden_states import HiddenStates
 from fedpeft.training.local import training_mode
 
@@ -216,7 +217,7 @@ class Prefix:
         devices = [on] if on.type == "cuda" else []
         bf16 = self.precision == "bf16"
         try:
-            with torch.random.fork_rng(devices), torch.autocast(on.type, torch.bfloat16, enabled=bf16):
+            with undivided(), torch.random.fork_rng(devices), torch.autocast(on.type, torch.bfloat16, enabled=bf16):
                 self._draw_nothing(_rows(inputs)[0], on)
                 self.model.eval()
                 self._compare(inputs)
