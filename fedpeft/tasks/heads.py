@@ -33,7 +33,7 @@ from fedpeft.data.columns import IGNORED
 BLOCK_BYTES = 2**25  # of a block's logits in float32: 170 positions of a vocabulary of 49 152
 CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4}  # of the largest logit, by which the two ways may differ
 CLOSE_AT_16_BITS = 0.05
-PROBED = 8  # tokens of the row on which the two ways are compared
+PROBED = 3  # tokens of each row on which the two ways are compared
 FORWARD, KEPT = "forward", "_fedpeft_divided"  # attributes of modules
 
 Head = Callable[[Tensor], Tensor]
@@ -147,10 +147,10 @@ def divided(model: nn.Module, inputs: Mapping[str, Tensor]) -> DividedModel | No
     model : torch.nn.Module
         It is tried once, without drawing random numbers; later calls return what was found.
     inputs : mapping of str to Tensor
-        A batch, on the model's device; the beginning of its first row is what is tried.
+        A batch, on the model's device; the beginnings of its rows are what is tried.
     """
     if KEPT not in vars(model):
-        vars(model)[KEPT] = _divide(model, {name: value[:1, :PROBED] for name, value in inputs.items()})
+        vars(model)[KEPT] = _divide(model, {name: value[:, :PROBED] for name, value in inputs.items()})
     found: DividedModel | None = vars(model)[KEPT]
     return found
 
@@ -162,6 +162,8 @@ def _divide(model: nn.Module, inputs: Mapping[str, Tensor]) -> DividedModel | No
         trunks.append(inner.get_decoder())
     modes = {module: module.training for module in model.modules()}
     on = next(model.parameters()).device
+    # what feeds an adapted model with kept states would keep some of these rows too
+    fed = vars(model).pop(FORWARD, None) if isinstance(model, PeftModel) else None
     try:
         with torch.no_grad(), torch.random.fork_rng([on] if on.type == "cuda" else []):
             model.eval()
@@ -174,6 +176,8 @@ def _divide(model: nn.Module, inputs: Mapping[str, Tensor]) -> DividedModel | No
     finally:
         for module, training in modes.items():
             module.training = training
+        if fed is not None:
+            vars(model)[FORWARD] = fed
     return None
 
 
