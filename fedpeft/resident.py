@@ -35,6 +35,7 @@ from fedpeft.models import base_folder, load_base
 from fedpeft.presets import PREFIX, is_preset, materialize
 from fedpeft.tasks.encoding import encode, encode_rows, encoded
 from fedpeft.training.batched.layers import OwnLayers
+from fedpeft.training.checkpointing import checkpoint_blocks
 
 T = TypeVar("T")
 
@@ -214,6 +215,8 @@ class Resident:
         base = load_base(self.config, self.folder, self.labels)
         agree(base, self.config, self.test.image_shape if self._knows_rows else None)
         adapted = AdaptedModel(base, self.config)
+        if self.config.train.gradient_checkpointing:
+            checkpoint_blocks(adapted.model)
         give_back()
         return adapted
 

@@ -37,6 +37,7 @@ from fedpeft.errors import PrivacyError
 from fedpeft.privacy.mechanism import RecordMechanism
 from fedpeft.privacy.randomness import Randomness
 from fedpeft.tasks.losses import batch_losses
+from fedpeft.training.checkpointing import suit_hooks
 from fedpeft.training.local import batches
 
 Rows = NDArray[np.int64]
@@ -199,12 +200,14 @@ class RowEngine:
                 self._refusal(f"has a trained layer without gradients of single rows ({error})")
             ) from None
         self._hooks.disable_hooks()
+        suit_hooks(adapted.model, by_hooks=True)
         adapted.begin_training(trained)  # of a round that has begun already
         self.has_moved = False  # whether a step was seen to reach the weights
 
     def close(self) -> None:
         """Take the hooks off."""
         self._hooks.remove_hooks()
+        suit_hooks(self.adapted.model, by_hooks=False)
 
     def reset(self) -> None:
         """Forget what a training that broke off has left: Opacus counts forward passes against backward passes."""

@@ -35,6 +35,7 @@ from fedpeft.errors import AdapterError
 from fedpeft.jsons import to_json
 from fedpeft.models import num_threads
 from fedpeft.tasks.heads import undivided
+from fedpeft.training.checkpointing import checkpointed
 from fedpeft.training.hidden_states import HiddenStates
 from fedpeft.training.local import training_mode
 
@@ -108,7 +109,10 @@ class Prefix:
                 f"simulation.prefix_cache = 'on': the model {problem}, on this machine. Set "
                 "simulation.prefix_cache=off."
             )
-        with self._given(self.hidden(inputs)):
+        hidden = self.hidden(inputs)
+        if checkpointed(self.model) and torch.is_grad_enabled() and hidden.is_floating_point():
+            hidden.requires_grad_()  # else a block that runs again may be held to need no gradient
+        with self._given(hidden):
             return self._plain(inputs)
 
     def _plain(self, inputs: Mapping[str, Tensor]) -> Any:
