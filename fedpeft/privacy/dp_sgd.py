@@ -37,6 +37,7 @@ from fedpeft.errors import PrivacyError
 from fedpeft.privacy.mechanism import RecordMechanism
 from fedpeft.privacy.randomness import Randomness
 from fedpeft.tasks.losses import batch_losses
+from fedpeft.tasks.packing import packing_of
 from fedpeft.training.checkpointing import suit_hooks
 from fedpeft.training.local import batches
 
@@ -188,6 +189,11 @@ class RowEngine:
 
     def __init__(self, adapted: AdaptedModel) -> None:
         self.adapted = adapted
+        if packing_of(adapted.model) is not None:
+            raise PrivacyError(
+                "privacy.level = 'record' clips the gradient of each row, and data.packing = true puts several rows "
+                "into a sequence. Set data.packing to false, or take privacy.level=client."
+            )
         trained = [name for name in adapted.trained if adapted.parameter(name).requires_grad]
         adapted.begin_training(adapted.trained)  # hooks go where something may ever be trained
         try:

@@ -29,11 +29,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fedpeft.data.columns import IGNORED
+from fedpeft.errors import AdapterError
+from fedpeft.tasks import packing
+from fedpeft.tasks.packing import packed, packing_of
 
 BLOCK_BYTES = 2**25  # of a block's logits in float32: 170 positions of a vocabulary of 49 152
 CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4}  # of the largest logit, by which the two ways may differ
 CLOSE_AT_16_BITS = 0.05
 PROBED = 3  # tokens of each row on which the two ways are compared
+SHORT = (5, 3, 4)  # tokens of the rows on which packing is tried
 FORWARD, KEPT = "forward", "_fedpeft_divided"  # attributes of modules
 
 Head = Callable[[Tensor], Tensor]
@@ -84,7 +88,7 @@ class DividedModel:
             parameter.requires_grad for module in self._beside for parameter in module.parameters(recurse=False)
         )
 
-    def hidden(self, inputs: Mapping[str, Tensor]) -> Tensor:
+    def hidden(self, inputs: Mapping[str, Any]) -> Tensor:
         """Run the trunk; return its hidden states of the batch's own tokens, ``(b, t, d)``.
 
         Raises
@@ -108,6 +112,12 @@ class DividedModel:
                 states: Tensor = reached.output.last_hidden_state
                 return states[:, -inputs["input_ids"].shape[1] :]  # an adapter's own tokens stand in front
         raise RuntimeError("the model does not run its trunk")
+
+    def packed_hidden(self, inputs: Mapping[str, Tensor], length: int) -> Tensor:
+        """Return the same hidden states ``(b, t, d)``, rounding aside, of rows that lie behind each other."""
+        together = packed(inputs, length)
+        # where there is a cache of keys, transformers does not look for rows behind each other
+        return together.unpacked(self.hidden({**together.inputs, "use_cache": False}))
 
     def logits(self, states: Tensor) -> Tensor:
         """Run what comes after the trunk on hidden states ``(b, m, d)``; return logits ``(b, m, vocabulary)``."""
@@ -192,13 +202,64 @@ def _gives(parts: DividedModel, inputs: Mapping[str, Tensor], whole: Tensor) -> 
         )
         if logits.shape != whole.shape:
             return False
-        close = CLOSE.get(whole.dtype, CLOSE_AT_16_BITS)
-        if any(parameter.dtype.itemsize < 4 for parameter in parts.model.parameters()):
-            close = CLOSE_AT_16_BITS
         size = whole.abs().max()
-        return bool(size.isfinite() and (logits - whole).abs().max() <= close * size)
+        return bool(size.isfinite() and (logits - whole).abs().max() <= _close(parts.model, whole.dtype) * size)
     except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError):
         return False
+
+
+def pack_rows(model: nn.Module, length: int) -> None:
+    """Let a model train on rows that lie behind each other in sequences, after a look at whether it keeps them apart.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        With or without an adapter.
+    length : int
+        Tokens of a sequence, at most.
+
+    Raises
+    ------
+    AdapterError
+        Packed rows have other hidden states.
+    """
+    config: Any = inner_of(model).config
+    on = next(model.parameters()).device
+    draw = torch.Generator().manual_seed(0)
+    mask = (torch.arange(max(SHORT)) < torch.tensor(SHORT)[:, None]).long()  # (3, t)
+    ids = torch.randint(0, int(config.get_text_config().vocab_size), mask.shape, generator=draw)
+    inputs = {"input_ids": ids.to(on), "attention_mask": mask.to(on)}
+    parts = divided(model, inputs)
+    try:
+        fits = parts is not None and _keeps_rows_apart(parts, inputs)
+    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise AdapterError(
+            f"data.packing = true: {type(inner_of(model)).__name__}, with this adapter, gives rows that lie behind "
+            "each other in a sequence other hidden states than rows by themselves. Set data.packing to false."
+        )
+    vars(model)[packing.KEPT] = length
+
+
+def _keeps_rows_apart(parts: DividedModel, inputs: Mapping[str, Tensor]) -> bool:
+    modes = {module: module.training for module in parts.model.modules()}
+    try:
+        with torch.no_grad():
+            parts.model.eval()
+            alone, together = parts.hidden(inputs), parts.packed_hidden(inputs, sum(SHORT))
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    held = inputs["attention_mask"].bool()
+    return bool((alone - together)[held].abs().max() <= _close(parts.model, alone.dtype) * alone[held].abs().max())
+
+
+def _close(model: nn.Module, dtype: torch.dtype) -> float:
+    """Return by what share of the largest number two computations of the same may differ."""
+    if any(parameter.dtype.itemsize < 4 for parameter in model.parameters()):
+        return CLOSE_AT_16_BITS
+    return CLOSE.get(dtype, CLOSE_AT_16_BITS)
 
 
 # --- losses ----------------------------------------------------------------------------------------------------------
@@ -226,8 +287,9 @@ def token_losses(parts: DividedModel, inputs: Mapping[str, Tensor], following: T
         with arithmetic():
             return parts.logits(block)
 
+    length = packing_of(parts.model) if torch.is_grad_enabled() else None
     with arithmetic():
-        states = parts.hidden(inputs)  # (b, t, d)
+        states = parts.hidden(inputs) if length is None else parts.packed_hidden(inputs, length)  # (b, t, d)
     held = following != IGNORED  # (b, t)
     if parts.head_is_adapted:
         return _of_rows(head, states, following, held, vocabulary_of(parts.inner))

@@ -35,6 +35,7 @@ from fedpeft.errors import AdapterError
 from fedpeft.jsons import to_json
 from fedpeft.models import num_threads
 from fedpeft.tasks.heads import undivided
+from fedpeft.tasks.packing import packing_of
 from fedpeft.training.checkpointing import checkpointed
 from fedpeft.training.hidden_states import HiddenStates
 from fedpeft.training.local import training_mode
@@ -350,6 +351,8 @@ def _divide(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module], int]:
     """Return the blocks below the lowest adapted one, what may change in a run, and the number of blocks."""
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         raise UnfitError("is given virtual tokens, which all blocks see")
+    if packing_of(model) is not None:
+        raise UnfitError("is given packed rows (data.packing), whose states belong to a batch")
     inner = _inner(model)
     blocks = blocks_of(inner)
     if not blocks:

@@ -24,6 +24,7 @@ from fedpeft.adapters.state import role_of
 from fedpeft.config import TrainConfig
 from fedpeft.data.splits import EncodedSplit
 from fedpeft.tasks.losses import batch_losses
+from fedpeft.tasks.packing import packing_of
 from fedpeft.training.batched.layers import OwnLayers, drops, stacked, unstacked
 from fedpeft.training.local import (
     LocalResult,
@@ -225,6 +226,8 @@ def why_not(adapted: AdaptedModel, layers: OwnLayers, train: TrainConfig) -> str
         return layers.refusal
     if not OPTIMIZERS.find(train.optimizer).elementwise:
         return f"train.optimizer = '{train.optimizer}' does not step each number by itself"
+    if packing_of(adapted.model) is not None:
+        return "data.packing puts rows of one client behind each other, and rows of several would share a sequence"
     if drops(adapted.model):
         return "dropout is active, whose masks each client draws by itself"
     return ""
