@@ -43,6 +43,9 @@ class TrainConfig(Section):
         "fp32",
         description="of the frozen base; adapters stay in fp32. 'auto' is fixed as one of the two by the machine",
     )
+    gradient_checkpointing: bool = Field(
+        False, description="keep each block's input alone and run it again in the backward pass: less memory, slower"
+    )
 
     @property
     def options(self) -> Any:

@@ -16,7 +16,7 @@ from fedpeft.config import RunConfig
 from fedpeft.data.partition import Partition
 from fedpeft.data.splits import EncodedSplit
 from fedpeft.errors import ConfigError
-from fedpeft.tasks.losses import logits_of
+from fedpeft.tasks.losses import batch_losses, logits_of
 from fedpeft.tasks.metrics import Scores, find, measures_of
 from fedpeft.training.prefix import feeding
 
@@ -79,16 +79,19 @@ def _score_batches(
     found = []
     for rows in batches:
         batch = split.batch(rows)
-        logits = logits_of(model, batch, config.train.precision)
-        loss, tokens = (
-            values.cpu().numpy().astype(np.float64) for values in task.losses(logits, batch["labels"].to(logits.device))
-        )
         if task.predict is None:
-            found.append(RowScores(rows, loss, tokens))
+            found.append(RowScores(rows, *_as_numbers(batch_losses(task, model, batch, config.train.precision))))
         else:
+            logits = logits_of(model, batch, config.train.precision)
+            sums = _as_numbers(task.losses(logits, batch["labels"].to(logits.device)))
             predicted = task.predict(logits).cpu().numpy()
-            found.append(RowScores(rows, loss, tokens, predicted, batch["labels"].numpy()))
+            found.append(RowScores(rows, *sums, predicted, batch["labels"].numpy()))
     return found
+
+
+def _as_numbers(values: tuple[torch.Tensor, torch.Tensor]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    loss, tokens = (value.cpu().numpy().astype(np.float64) for value in values)
+    return loss, tokens
 
 
 def together(parts: Sequence[RowScores], count: int, config: RunConfig) -> Scores:

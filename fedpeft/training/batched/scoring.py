@@ -18,7 +18,7 @@ from fedpeft import tasks
 from fedpeft.adapters.state import Role
 from fedpeft.config import RunConfig
 from fedpeft.data.splits import EncodedSplit
-from fedpeft.tasks.losses import logits_of
+from fedpeft.tasks.losses import batch_losses, logits_of
 from fedpeft.tasks.metrics import Scores, measures_of
 from fedpeft.training.batched.layers import Forward, head_forward, lora_forward, running, stacked
 
@@ -113,12 +113,14 @@ def score_side_by_side(
             rows = order[start : start + size]
             batch = split.batch(rows)
             many = {name: _repeated(value, count) for name, value in batch.items()}
-            logits = logits_of(model, many, config.train.precision)
-            sums, counts = task.losses(logits, many["labels"].to(logits.device))
-            loss[:, rows], tokens[:, rows] = (each.view(count, -1).cpu().numpy() for each in (sums, counts))
-            if task.predict is not None:
+            if task.predict is None:
+                sums, counts = batch_losses(task, model, many, config.train.precision)
+            else:
+                logits = logits_of(model, many, config.train.precision)
+                sums, counts = task.losses(logits, many["labels"].to(logits.device))
                 predicted.append(task.predict(logits).view(count, -1).cpu().numpy())
                 right.append(batch["labels"].numpy())
+            loss[:, rows], tokens[:, rows] = (each.view(count, -1).cpu().numpy() for each in (sums, counts))
     measures = measures_of(task)
     if not predicted:
         return [Scores(*each, measures) for each in zip(loss, tokens, strict=True)]

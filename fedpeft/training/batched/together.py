@@ -23,7 +23,8 @@ from fedpeft.adapters.adapted import AdaptedModel
 from fedpeft.adapters.state import role_of
 from fedpeft.config import TrainConfig
 from fedpeft.data.splits import EncodedSplit
-from fedpeft.tasks.losses import logits_of
+from fedpeft.tasks.losses import batch_losses
+from fedpeft.tasks.packing import packing_of
 from fedpeft.training.batched.layers import OwnLayers, drops, stacked, unstacked
 from fedpeft.training.local import (
     LocalResult,
@@ -209,14 +210,13 @@ class JointPlainGradients:
         rows = np.concatenate([np.pad(batch, (0, widest - len(batch)), "edge") for batch in batches])
         inputs = self.split.batch(rows)
         with self.layers.with_stacks({**stacks.frozen, **stacks.trained}, stacks.scaling):
-            logits = logits_of(self.adapted.model, inputs, self.train.precision)
-        sums, counts = self.adapted.task.losses(logits, inputs["labels"].to(logits.device))
-        sums, counts = sums.view(len(batches), widest), counts.view(len(batches), widest)
-        if sizes.min() < widest:
-            real = torch.from_numpy(np.arange(widest) < sizes[:, None]).to(sums.device)  # (k, b)
-            sums, counts = torch.where(real, sums, 0.0), torch.where(real, counts, 0)
-        losses = sums.sum(1) / counts.sum(1)  # (k,)
-        losses.sum().backward()  # type: ignore[no-untyped-call]
+            sums, counts = batch_losses(self.adapted.task, self.adapted.model, inputs, self.train.precision)
+            sums, counts = sums.view(len(batches), widest), counts.view(len(batches), widest)
+            if sizes.min() < widest:
+                real = torch.from_numpy(np.arange(widest) < sizes[:, None]).to(sums.device)  # (k, b)
+                sums, counts = torch.where(real, sums, 0.0), torch.where(real, counts, 0)
+            losses = sums.sum(1) / counts.sum(1)  # (k,)
+            losses.sum().backward()  # type: ignore[no-untyped-call] # some layers may run again here, in the stacks
         return losses.detach(), [1] * len(batches)
 
 
@@ -226,6 +226,8 @@ def why_not(adapted: AdaptedModel, layers: OwnLayers, train: TrainConfig) -> str
         return layers.refusal
     if not OPTIMIZERS.find(train.optimizer).elementwise:
         return f"train.optimizer = '{train.optimizer}' does not step each number by itself"
+    if packing_of(adapted.model) is not None:
+        return "data.packing puts rows of one client behind each other, and rows of several would share a sequence"
     if drops(adapted.model):
         return "dropout is active, whose masks each client draws by itself"
     return ""
