@@ -58,9 +58,24 @@ def score(model: nn.Module, split: EncodedSplit, config: RunConfig) -> Scores:
 
 
 def batches_of(split: EncodedSplit, config: RunConfig) -> list[NDArray[np.int64]]:
-    """Return the rows of each batch: in the order of their length, so that batches need little padding."""
-    size, order = config.run.evaluate_batch_size, np.argsort(np.asarray(split.lengths), kind="stable")
-    return [order[start : start + size] for start in range(0, len(split), size)]
+    """Return the rows of each batch: in the order of their length, so that batches need little padding.
+
+    Both limits, of rows and of tokens, bound a batch.
+    """
+    return batches_within(split, config.run.evaluate_batch_size, config.run.evaluate_tokens)
+
+
+def batches_within(split: EncodedSplit, size: int, tokens: int) -> list[NDArray[np.int64]]:
+    """Return the rows of each batch of at most so many rows, and so many tokens with padding; one row at least."""
+    lengths = np.asarray(split.lengths)
+    order = np.argsort(lengths, kind="stable")
+    found, start = [], 0
+    for end in range(1, len(order) + 1):
+        following = end < len(order) and end - start < size and (end - start + 1) * lengths[order[end]] <= tokens
+        if not following:  # rows come by their length, so that the next one would be the longest
+            found.append(order[start:end])
+            start = end
+    return found
 
 
 def score_batches(

@@ -22,6 +22,8 @@ from fedpeft.training.batched.together import why_not
 from fedpeft.training.prefix import UnfitError, prefix_of
 from tests.tasks.test_heads import FAMILIES, LORA, TASK, batch_of, gradients, model_of
 
+NEAR = 1e-5  # some families take the softmax of attention in float32, also where all else is in float64
+
 
 @given(st.lists(st.integers(0, 9), max_size=12), st.integers(1, 20))
 def test_every_row_is_in_one_sequence_and_none_is_too_long(lengths: list[int], length: int) -> None:
@@ -44,7 +46,7 @@ def test_tokens_lie_where_they_are_said_to_and_positions_begin_anew() -> None:
 
 
 @pytest.mark.parametrize("length", [7, 11, 100])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "OPT"])
 def test_packed_rows_have_the_losses_and_gradients_of_rows_alone(family: str, length: int) -> None:
     base = model_of(family)
     linear = [name for name, module in base.named_modules() if type(module).__name__ in ("Linear", "Conv1D")]
@@ -57,15 +59,17 @@ def test_packed_rows_have_the_losses_and_gradients_of_rows_alone(family: str, le
     pack_rows(model, length)
     together, counted = batch_losses(TASK, model, batch)
     assert torch.equal(counts, counted)
-    assert torch.allclose(alone, together, rtol=0, atol=1e-10)
+    assert torch.allclose(alone, together, rtol=0, atol=NEAR)
     found = gradients(together, model)
-    assert all(torch.allclose(a, b, rtol=0, atol=1e-10) for a, b in zip(expected, found, strict=True))
+    assert all(torch.allclose(a, b, rtol=0, atol=NEAR) for a, b in zip(expected, found, strict=True))
 
 
 def test_a_model_that_does_not_keep_rows_apart_is_refused_by_name() -> None:
     model = get_peft_model(model_of("Llama"), PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))  # type: ignore[arg-type]
     with pytest.raises(AdapterError, match=r"data.packing = true: LlamaForCausalLM, with this adapter"):
         pack_rows(model.double(), 16)
+    with pytest.raises(AdapterError, match=r"data.packing = true: OPTForCausalLM"):  # whose mask knows no positions
+        pack_rows(model_of("OPT"), 16)
 
 
 def test_what_needs_rows_by_themselves_refuses_packing(tiny_llama: Path, pairs_jsonl: Path, tiny_bert: Path) -> None:
