@@ -75,12 +75,20 @@ class Wanted:
         Of CSV and JSON files.
     tolerant : bool
         Whether a row that cannot be read is one of empty cells, rather than an error of the whole file.
+    nested : frozenset of str
+        Keys whose cells may be lists or objects: text formats keep them as JSON.
     """
 
     columns: Mapping[str, str]
     optional: frozenset[str] = frozenset()
     encoding: str = "utf-8"
     tolerant: bool = False
+    nested: frozenset[str] = frozenset()
+
+    @property
+    def nested_columns(self) -> frozenset[str]:
+        """The columns whose cells may be lists or objects."""
+        return frozenset(column for key, column in self.columns.items() if key in self.nested)
 
     def fit(self, names: Sequence[str]) -> bool:
         """Say whether a source with these columns has all that must be there."""

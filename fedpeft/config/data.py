@@ -25,7 +25,17 @@ class DataConfig(Section):
     text: str | None = Field(None, description="column of the text to classify")
     text_pair: str | None = Field(None, description="column of a second text, for pairs")
     image: str | None = Field(None, description="column of images to classify")
-    prompt: str | None = Field(None, description="column of prompts, for causal language modelling")
+    layout: str | None = Field(
+        None,
+        description="how rows for language models are written, where the columns do not say: messages, sharegpt, "
+        "alpaca, completion or text",
+    )
+    messages: str | None = Field(
+        None, description="column of conversations: lists of {role, content} or {from, value}, or such lists as JSON"
+    )
+    prompt: str | None = Field(
+        None, description="column of prompts, for causal language modelling: texts, or lists of turns"
+    )
     completion: str | None = Field(None, description="column of completions: the loss counts these tokens only")
     label: str | None = Field(None, description="column of the label; 'label' if unset")
     labels: str | None = Field(

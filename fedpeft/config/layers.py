@@ -14,7 +14,8 @@ from fedpeft.adapters.kinds import KINDS
 from fedpeft.config.adapter import AdapterConfig
 from fedpeft.config.run import RunConfig
 from fedpeft.config.values import Scalar, describe
-from fedpeft.data.formats import implied_columns
+from fedpeft.data import layouts
+from fedpeft.data.formats import first_rows, implied_columns, training_place
 from fedpeft.errors import ConfigError, nearest
 from fedpeft.places import at, divided_name
 from fedpeft.presets import layer as preset_layer
@@ -131,7 +132,8 @@ def from_flat(flat: Mapping[str, Scalar]) -> RunConfig:
 def with_absolute_paths(config: RunConfig) -> RunConfig:
     """Make paths of existing files and folders absolute, so that a saved configuration works from any folder.
 
-    Where no column is named, those are that the format of the rows has, from which follows the task.
+    Where no column is named, those are that the format of the rows has, or their layout where such rows can be for
+    language models only; from either follows the task.
     """
 
     def absolute(value: str | None) -> str | None:
@@ -141,11 +143,12 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         path = at(name)
         return ":".join([str(path.resolve()), *parts]) if os.path.exists(path) else value
 
-    data, named = config.data, (config.data.text, config.data.image, config.data.prompt, config.data.completion)
+    data = config.data
+    named = (data.text, data.image, data.prompt, data.completion, data.messages, data.layout)
     if config.model.task is None and not any(named):
-        config = config.model_copy(
-            update={"data": data.model_copy(update=dict(implied_columns(data.source or data.test)))}
-        )
+        source = data.source or data.test
+        implied = dict(implied_columns(source)) or _implied_layout(source, data.encoding)
+        config = config.model_copy(update={"data": data.model_copy(update=implied)})
     return config.model_copy(
         update={
             "model": config.model.model_copy(update={"name": absolute(config.model.name)}),
@@ -155,6 +158,13 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
             ),
         }
     )
+
+
+def _implied_layout(source: str | None, encoding: str) -> dict[str, str]:
+    """Return the layout of a file or folder of rows that only language models can read."""
+    place = None if not source else training_place(source)
+    found = None if place is None else layouts.implied(first_rows(place, encoding, layouts.LOOKED_AT))
+    return {} if found is None else {"layout": found}
 
 
 def configure(settings: Mapping[str, Any], *, preset: str | None = None, file: Path | None = None) -> RunConfig:

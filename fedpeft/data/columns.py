@@ -19,14 +19,15 @@ class Column:
     ----------
     name : str
         Its key in the section `data`, by which users say what it is called in their rows, and its name after reading.
-    kind : {"text", "image", "label", "number"}
-        What a cell is: a text, an image, the name of a label, or a number to be predicted.
+    kind : {"text", "image", "label", "number", "conversation"}
+        What a cell is: a text, an image, the name of a label, a number to be predicted, or what one of
+        `fedpeft.data.layouts` makes of a row: turns or a raw text.
     optional : bool
         Read only where the configuration names it; else it is sought under its key.
     """
 
     name: str
-    kind: Literal["text", "image", "label", "number"]
+    kind: Literal["text", "image", "label", "number", "conversation"]
     optional: bool = False
 
     def named(self, data: DataConfig) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ from numpy.typing import NDArray
 
 from fedpeft.config import DataConfig
 from fedpeft.data.columns import Column
+from fedpeft.data.conversations import Reading, chosen, normalised
 from fedpeft.data.formats import FORMATS
-from fedpeft.data.formats.cells import is_text, not_read, stored, text_or_number
+from fedpeft.data.formats.cells import filled_text, is_text, not_read, stored, text_or_number
 from fedpeft.data.labels import column_codes, label_ids
+from fedpeft.data.layouts import Chosen, names_of
 from fedpeft.data.locations import Location as Location
 from fedpeft.data.locations import locate as locate
 from fedpeft.data.locations import places as places
@@ -37,14 +39,18 @@ class Table:
     Parameters
     ----------
     rows : datasets.Dataset
-        Columns ``text`` and ``text_pair``, or ``image``, or ``prompt`` and ``completion``; ``label``, an id; ``domain``
-        and ``client``, text, where they are configured and there; ``row``, the row's number in its source, from 1.
+        Columns ``text`` and ``text_pair``, or ``image``; for language models ``conversation``, turns as JSON, or
+        ``text``, see `fedpeft.data.conversations.normalised`; ``label``, an id; ``domain`` and ``client``, text, where
+        they are configured and there; ``row``, the row's number in its source, from 1.
     labels : tuple of str
         Names in the order of their ids; empty for causal language modelling.
+    reading : Reading
+        How rows for language models were read.
     """
 
     rows: datasets.Dataset
     labels: tuple[str, ...]
+    reading: Reading = field(default_factory=Reading)
 
 
 def hold_out(
@@ -96,12 +102,27 @@ def wanted_columns(
     optional: frozenset[str] = frozenset(),
     *,
     tolerant: bool = False,
+    layout: Chosen | None = None,
 ) -> Wanted:
-    """Return what these columns are called in the rows, and those of domain and client, by the configuration's keys."""
-    called = {f"data.{column.name}": column.named(data) for column in columns}
+    """Return what these columns are called in the rows, and those of domain and client, by the configuration's keys.
+
+    Columns of conversations are those of a layout, which `fedpeft.data.conversations.chosen` finds in the rows.
+    """
+    called = {f"data.{column.name}": column.named(data) for column in columns if column.kind != "conversation"}
+    nested: frozenset[str] = frozenset()
+    if layout is not None:
+        called |= {f"data.{key}": name for key, name in layout.columns.items()}
+        optional |= {f"data.{key}" for key in layout.layout.optional}
+        nested = frozenset(f"data.{key}" for key in layout.layout.nested)
     called |= {"data.domain": data.domain, "partition.by": client_column}
     named = {key: name for key, name in called.items() if name is not None}
-    return Wanted(named, optional, data.encoding, tolerant)
+    return Wanted(named, optional, data.encoding, tolerant, nested)
+
+
+def raw_rows(place: Place, data: DataConfig, columns: Sequence[Column], optional: frozenset[str]) -> datasets.Dataset:
+    """Read the columns of one place as they are; a row that cannot be read is one of empty cells."""
+    layout = chosen(place, data, columns)
+    return read(place, wanted_columns(data, columns, None, optional, tolerant=True, layout=layout))
 
 
 def read_rows(
@@ -143,21 +164,26 @@ def read_rows(
         A column is missing; a row has no text, label, domain or client, or a label that is not in `labels`; or there is
         but one label.
     """
-    wanted = wanted_columns(data, columns, client_column, optional)
+    layout = chosen(place, data, columns)
+    wanted = wanted_columns(data, columns, client_column, optional, layout=layout)
     raw = read(place, wanted) if raw is None else raw
     numbers = np.arange(1, len(raw) + 1)
     if only is not None:
         raw, numbers = raw.select(only), np.asarray(only, dtype=np.int64) + 1
     cells, features, names = _normalised(place, wanted, {each.name: each.kind for each in columns}, raw, labels)
+    reading = Reading()
+    if layout is not None:
+        column, cells[column], reading = normalised(place, layout, raw.with_format("arrow")[:])
+        features[column] = datasets.Value("large_string")
     cells["row"], features["row"] = numbers, datasets.Value("int64")
     info = datasets.DatasetInfo(features=datasets.Features(features))
-    return Table(datasets.Dataset(pa.table(cells), info=info), names)
+    return Table(datasets.Dataset(pa.table(cells), info=info), names, reading)
 
 
 def _normalised(
     place: Place, wanted: Wanted, kinds: Mapping[str, str], raw: datasets.Dataset, labels: tuple[str, ...] | None
 ) -> tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]:
-    """Return cells and types of the wanted columns that are there, and the names of the labels."""
+    """Return cells and types of the wanted columns that are there, and the names of the labels; without conversations."""
     table: pa.Table = raw.with_format("arrow")[:]
     cells: dict[str, Any] = {}
     features: dict[str, Any] = {}
@@ -172,7 +198,7 @@ def _normalised(
         elif role in kinds:
             normalised, features[role] = NORMALISED[kinds[role]]
             cells[role] = normalised(place, column, table[column])
-        else:  # a domain or a client
+        elif role in ("domain", "client"):
             cells[role] = _names(place, column, table[column], raw.features[column])
             features[role] = datasets.Value("large_string")
     return cells, features, names
@@ -182,16 +208,6 @@ def _names(place: Place, column: str, cells: pa.ChunkedArray, feature: Any) -> p
     codes, values = column_codes(place, column, cells, feature)
     refuse_missing(place, column, codes < 0, "no value")
     return pa.array(values, pa.large_string()).take(pa.array(codes))
-
-
-def _text(place: Place, column: str, cells: pa.ChunkedArray) -> pa.ChunkedArray:
-    cells = text_or_number(place, column, cells)
-    if pa.types.is_floating(cells.type):
-        cells = pc.if_else(pc.is_nan(cells), None, cells)  # pandas' word for a missing cell
-    text = cells.cast(pa.large_string())
-    blank = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(text), ""), True)
-    refuse_missing(place, column, blank.to_numpy(), "no text")
-    return text
 
 
 def _numbers(place: Place, column: str, cells: pa.ChunkedArray) -> NDArray[np.float64]:
@@ -231,7 +247,7 @@ def _images(place: Place, column: str, cells: pa.ChunkedArray) -> pa.ChunkedArra
 NORMALISED: dict[str, tuple[Callable[[Place, str, pa.ChunkedArray], Any], Any]] = {
     "number": (_numbers, datasets.Value("float64")),
     "image": (_images, datasets.Image()),
-    "text": (_text, datasets.Value("large_string")),
+    "text": (filled_text, datasets.Value("large_string")),
 }
 
 
@@ -259,20 +275,28 @@ def linked_files(place: Place, data: DataConfig, columns: Sequence[Column]) -> l
 def digest(place: Place, data: DataConfig, columns: Sequence[Column] = ()) -> str:
     """Return the SHA-256 of everything that the rows of a place are made of, without reading them as rows.
 
-    Where one of the columns to be read is of images, this includes the files that it names.
+    Where one of the columns to be read is of images, this includes the files that it names; where one is of
+    conversations, what the configuration says of their layout.
 
     Raises
     ------
     DataError
         A file cannot be read.
     """
-    if (fingerprint := FORMATS.find(place.kind).fingerprint) is not None:
-        return fingerprint(place)
+    said = {}
+    if any(column.kind == "conversation" for column in columns):
+        said = names_of(data) | ({} if data.layout is None else {"layout": data.layout})
+    format_ = FORMATS.find(place.kind)
+    if format_.fingerprint is not None:
+        whole = format_.fingerprint(place)
+        return hashlib.sha256(repr((whole, sorted(said.items()))).encode()).hexdigest() if said else whole
     assert place.path is not None
     files = [place.path]
-    if place.path.is_dir():
+    if format_.files is not None:
+        files = format_.files(place)
+    elif place.path.is_dir():
         files = sorted(path for path in files_in(place.path) if path.is_file())
-    total = hashlib.sha256()
+    total = hashlib.sha256(repr(sorted(said.items())).encode() if said else b"")
     for path in [*files, *linked_files(place, data, columns)]:
         named = str(path.relative_to(place.path)) if place.path.is_dir() and path.is_relative_to(place.path) else ""
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -53,7 +54,8 @@ def encode_texts(config: RunConfig, model_dir: Path, inputs: Inputs, place: Plac
         makes is not what the model can be given.
     """
     tokenizer, pad_token_id = load_tokenizer(config, model_dir)
-    max_length = _checked_length(config, inputs, tokenizer, completes="completion" in rows.column_names)
+    completes = "conversation" in rows.column_names
+    max_length = _checked_length(config, inputs, tokenizer, completes=completes)
     tokens: list[NDArray[np.int32]] = []
     types: list[NDArray[np.uint8]] = []
     prompts: list[int] = []
@@ -201,7 +203,7 @@ def tokenise(tokenizer: Any, batch: Mapping[str, list[Any]], max_length: int, tr
     tokenizer : transformers.PreTrainedTokenizerBase
         The base model's.
     batch : mapping of str to list
-        Columns ``text`` and perhaps ``text_pair``, or ``prompt`` and ``completion``.
+        Columns ``text`` and perhaps ``text_pair``, or ``conversation``.
     max_length : int
         Tokens kept of each row. Texts are cut at their end, of a pair the longer one first. A prompt is cut at its
         BEGINNING, a completion at its end.
@@ -215,8 +217,9 @@ def tokenise(tokenizer: Any, batch: Mapping[str, list[Any]], max_length: int, tr
         ``input_ids``, ``token_type_ids`` where the tokenizer makes them, ``prompt_lengths``, one number a row, and
         ``lost``, the tokens cut off a row's prompt and completion.
     """
-    if "prompt" in batch:
-        return _tokenise_completions(tokenizer, batch["prompt"], batch["completion"], max_length, truncate)
+    if "conversation" in batch:
+        turns = [json.loads(row)["messages"] for row in batch["conversation"]]
+        return _tokenise_completions(tokenizer, turns, max_length, truncate)
     tokenizer.truncation_side = "right"
     encoded = tokenizer(
         batch["text"],
@@ -229,20 +232,20 @@ def tokenise(tokenizer: Any, batch: Mapping[str, list[Any]], max_length: int, tr
 
 
 def _tokenise_completions(
-    tokenizer: Any, prompts: list[str], completions: list[str], max_length: int, truncate: Truncate
+    tokenizer: Any, conversations: list[list[dict[str, Any]]], max_length: int, truncate: Truncate
 ) -> Tokens:
-    """Tokenise prompts and completions.
+    """Tokenise conversations, of which the last turn is the completion and all before it the prompt.
 
-    With a chat template, the prompt is the user's turn and the completion the assistant's. Without one, a row is
+    Without a chat template, a row is
     prompt, line break, completion, after the tokenizer's own start token and before its end token. What counts as
     completion ends with the end token: line breaks that a template writes after it are dropped.
     """
-    pairs = list(zip(prompts, completions, strict=True))
     start: list[int] = []
     if tokenizer.chat_template is not None:
-        texts = [_render(tokenizer, prompt, completion) for prompt, completion in pairs]
+        texts = [_render(tokenizer, turns) for turns in conversations]
     else:
-        texts = [(f"{prompt}\n", completion) for prompt, completion in pairs]
+        said = [[turn["content"] for turn in turns] for turns in conversations]
+        texts = [("".join(f"{words}\n" for words in before), last) for *before, last in said]
         if tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
             start = [tokenizer.bos_token_id]
     heads, wholes, tails = (
@@ -269,14 +272,12 @@ def _tokenise_completions(
     return encoded
 
 
-def _render(tokenizer: Any, prompt: str, completion: str) -> tuple[str, str]:
-    """Write one exchange by the chat template, divided where the assistant's words begin."""
+def _render(tokenizer: Any, turns: list[dict[str, Any]]) -> tuple[str, str]:
+    """Write a conversation by the chat template, divided where the assistant's last words begin."""
     from jinja2 import TemplateError
 
-    turns = [{"role": "user", "content": prompt}]
     try:
-        head = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        turns.append({"role": "assistant", "content": completion})
+        head = tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
         whole = tokenizer.apply_chat_template(turns, tokenize=False)
     except TemplateError as error:
         raise ModelError(

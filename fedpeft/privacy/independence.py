@@ -45,6 +45,7 @@ from torch.overrides import TorchFunctionMode
 
 from fedpeft import tasks
 from fedpeft.adapters.adapted import AdaptedModel
+from fedpeft.data.conversations import made_up
 from fedpeft.data.splits import EncodedSplit
 from fedpeft.data.tokens import load_tokenizer
 from fedpeft.errors import PrivacyError
@@ -233,6 +234,9 @@ def public_rows(home: Resident) -> EncodedSplit:
             columns[column.name] = [PIL.Image.fromarray(image) for image in pixels]
         elif column.kind == "text" and column.named(config.data) is not None:
             columns[column.name] = _made_up_texts(home, rng)
+        elif column.kind == "conversation":
+            asked, told = _made_up_texts(home, rng), _made_up_texts(home, rng)
+            columns |= made_up(asked, told, layout=config.data.layout)
         elif column.kind == "label":
             columns[column.name] = [index % len(home.labels) for index in range(6)]
         elif column.kind == "number":

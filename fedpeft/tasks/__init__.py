@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fedpeft.data.layouts import candidates, names_of
 from fedpeft.errors import ConfigError
 from fedpeft.registry import Registry
 from fedpeft.tasks import causal_lm, image_classification, sequence_classification
@@ -27,7 +28,7 @@ def named(config: RunConfig) -> str:
     if config.model.task is not None:
         return config.model.task
     for task in TASKS.ours.values():
-        if task.spoken_by is not None and getattr(config.data, task.spoken_by) is not None:
+        if any(getattr(config.data, key) is not None for key in task.spoken_by):
             return task.name
     return DEFAULT.name
 
@@ -41,7 +42,13 @@ def of(config: RunConfig) -> Task:
         There is none of that name, or a setting is of no use to it.
     """
     task = find(named(config))
-    if config.data.truncate is not None and not task.reads("completion"):
+    if task.reads_conversations:
+        candidates(names_of(config.data), config.data.layout)  # which refuses what contradicts itself
+        return task
+    for key, value in (("layout", config.data.layout), ("messages", config.data.messages)):
+        if value is not None:
+            raise ConfigError(f"data.{key} = '{value}' is for language models, but the task is '{task.name}'; drop it")
+    if config.data.truncate is not None:
         raise ConfigError(
             f"data.truncate = '{config.data.truncate}' is for prompts and completions, but the task is "
             f"'{task.name}'; drop it"

@@ -1,4 +1,4 @@
-"""A completion for each prompt, token by token; the loss counts the completion alone."""
+"""Answers in conversations, completions of prompts, or raw texts, token by token; the loss counts these alone."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ TASK = Task(
     name="causal-lm",
     auto="AutoModelForCausalLM",
     peft="CAUSAL_LM",
-    columns=(Column("prompt", "text"), Column("completion", "text")),
+    columns=(Column("messages", "conversation"),),
     encode=texts,
     losses=next_token_losses,
     metrics=("perplexity",),
-    spoken_by="completion",
+    spoken_by=("messages", "prompt", "completion", "layout"),
     has_head=False,
     per_token=True,
     continues=True,

@@ -26,8 +26,9 @@ from fedpeft import tasks
 from fedpeft.cache import cache_dir, locked, publishing
 from fedpeft.config import RunConfig
 from fedpeft.data.columns import Column
-from fedpeft.data.readers import Place, notes, read
-from fedpeft.data.sources import CLIENT, DOMAIN, digest, hold_out, locate, places, read_rows, test_place, wanted_columns
+from fedpeft.data.readers import Place, notes
+from fedpeft.data.conversations import Reading
+from fedpeft.data.sources import CLIENT, DOMAIN, digest, hold_out, locate, places, raw_rows, read_rows, test_place, wanted_columns
 from fedpeft.data.splits import EncodedData, EncodedSplit, Normalisation
 from fedpeft.data.tokens import Cuts, cut_notes
 from fedpeft.errors import DataError, ModelError
@@ -112,7 +113,7 @@ def encoded(config: RunConfig, train: Path, test: Path | None) -> EncodedData:
     opened = [None if folder is None else _open(folder, task) for folder in (train, test)]
     if opened[0] is None or (test is not None and opened[1] is None):
         raise DataError(f"the cache entry '{train}' cannot be read. Remove the folder and run again.")
-    split, labels, _ = opened[0]
+    split, labels, *_ = opened[0]
     return _divided(config, split, None if opened[1] is None else opened[1][0], labels)
 
 
@@ -205,7 +206,7 @@ def _entry(
             table = read_rows(
                 place, config.data, task.columns, labels=labels, client_column=client_column, optional=optional
             )
-            _make(config, model_dir, place, table.rows, table.labels, folder)
+            _make(config, model_dir, place, table.rows, table.labels, folder, table.reading)
             found = _open(folder, task.name)
     if found is None:
         raise DataError(f"the cache entry '{folder}' was written but cannot be read. Remove the folder and run again.")
@@ -238,10 +239,11 @@ def _folder(
 
 
 def _noted(
-    config: RunConfig, place: Place, found: tuple[EncodedSplit, tuple[str, ...], Cuts]
+    config: RunConfig, place: Place, found: tuple[EncodedSplit, tuple[str, ...], Cuts, Reading]
 ) -> tuple[EncodedSplit, tuple[str, ...]]:
-    split, labels, cuts = found
-    return replace(split, notes=notes(place) + cut_notes(config, place, len(split), cuts)), labels
+    split, labels, cuts, reading = found
+    said = reading.notes(place, len(split))
+    return replace(split, notes=notes(place) + said + cut_notes(config, place, len(split), cuts)), labels
 
 
 def _key(**parts: Any) -> str:
@@ -270,7 +272,7 @@ def _model_fields(model_dir: Path) -> dict[str, Any]:
         raise ModelError(f"'{model_dir / 'config.json'}' cannot be read: {error}. Save the model again.") from None
 
 
-def _open(folder: Path, task: str) -> tuple[EncodedSplit, tuple[str, ...], Cuts] | None:
+def _open(folder: Path, task: str) -> tuple[EncodedSplit, tuple[str, ...], Cuts, Reading] | None:
     """Map an entry into memory; None where there is none, or a damaged one."""
     try:
         meta = json.loads((folder / _META).read_text(encoding="utf-8"))
@@ -286,13 +288,20 @@ def _open(folder: Path, task: str) -> tuple[EncodedSplit, tuple[str, ...], Cuts]
             scaling and Normalisation(scaling["scale"], tuple(scaling["mean"]), tuple(scaling["std"])),
             meta["fingerprint"],
         )
-        return split, tuple(meta["labels"]), {"prompt": 0, "whole prompt": 0, "completion": 0} | meta["cuts"]
+        reading = Reading.from_json(meta["reading"])
+        return split, tuple(meta["labels"]), {"prompt": 0, "whole prompt": 0, "completion": 0} | meta["cuts"], reading
     except (OSError, ValueError, KeyError, TypeError, SafetensorError):
         return None
 
 
 def _make(
-    config: RunConfig, model_dir: Path, place: Place, rows: datasets.Dataset, labels: Sequence[str], folder: Path
+    config: RunConfig,
+    model_dir: Path,
+    place: Place,
+    rows: datasets.Dataset,
+    labels: Sequence[str],
+    folder: Path,
+    reading: Reading | None = None,
 ) -> None:
     task = tasks.of(config)
     tensors, names = _columns(rows, task.columns)
@@ -304,6 +313,7 @@ def _make(
         "names": names,
         "pad_token_id": encoding.pad_token_id,
         "cuts": dict(encoding.cuts),
+        "reading": (reading or Reading()).to_json(),
         "pixels": write_pixels is not None,
         "normalisation": scaling and {"scale": scaling.scale, "mean": scaling.mean, "std": scaling.std},
     }
@@ -388,7 +398,7 @@ def encode_what_can_be(
     with locked(folder):
         found, noted = _open(folder, task.name), folder / _LEFT_OUT
         if found is None or not noted.is_file():
-            raw = read(place, wanted_columns(config.data, task.columns, None, DOMAIN, tolerant=True))
+            raw = raw_rows(place, config.data, task.columns, DOMAIN)
             left_out = _problems(
                 place, len(raw), lambda only: encode_table(config, model_dir, table(only), names or ())
             )

@@ -16,5 +16,5 @@ TASK = Task(
     losses=label_losses,
     predict=most_likely,
     metrics=("accuracy", "macro_f1"),
-    spoken_by="image",
+    spoken_by=("image",),
 )

@@ -47,8 +47,8 @@ class Task:
         What is reported besides the loss, see `fedpeft.tasks.metrics`; the first one judges a run.
     predict : callable, optional
         Makes of logits what metrics hold against the targets, one entry a row; none where metrics need the loss only.
-    spoken_by : str, optional
-        Key of the section `data` which says, where it is set, that this is the task. For tasks of this package.
+    spoken_by : tuple of str
+        Keys of the section `data` of which each says, where it is set, that this is the task. For tasks of this package.
     settings : mapping
         Fields of the base's configuration, besides those that follow from labels.
     has_head : bool
@@ -70,7 +70,7 @@ class Task:
     losses: Losses
     metrics: tuple[str, ...]
     predict: Callable[[Tensor], Tensor] | None = None
-    spoken_by: str | None = None
+    spoken_by: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     has_head: bool = True
     per_token: bool = False
@@ -92,6 +92,7 @@ class Task:
         """Whether rows hold images, rather than texts."""
         return any(column.kind == "image" for column in self.columns)
 
-    def reads(self, name: str) -> bool:
-        """Tell whether a column is one that it reads, by its key."""
-        return any(column.name == name for column in self.columns)
+    @property
+    def reads_conversations(self) -> bool:
+        """Whether rows are conversations, completions of prompts or raw texts, in one of several layouts."""
+        return any(column.kind == "conversation" for column in self.columns)

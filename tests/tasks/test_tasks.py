@@ -47,7 +47,7 @@ def test_an_unknown_task_is_refused_with_the_nearest_name() -> None:
 
 
 def test_what_is_cut_of_prompts_is_said_of_tasks_that_read_them_only() -> None:
-    assert tasks.of(configure(data__truncate="prompt", data__completion="answer")).reads("completion")
+    assert tasks.of(configure(data__truncate="prompt", data__completion="answer")).reads_conversations
     with pytest.raises(ConfigError, match=r"data\.truncate = 'prompt' is for prompts and completions, but the task is"):
         with_typed_options(configure(data__truncate="prompt"))
 

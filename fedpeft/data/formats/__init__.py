@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from fedpeft.data.formats.delimited import CSV
 from fedpeft.data.formats.hub import HUB
@@ -15,7 +16,8 @@ from fedpeft.data.formats.json_rows import JSON
 from fedpeft.data.formats.parquet import PARQUET
 from fedpeft.data.formats.record import Format as Format
 from fedpeft.data.formats.saved import SAVED
-from fedpeft.places import TEST_PARTS, at, divided_name
+from fedpeft.errors import DataError
+from fedpeft.places import TEST_PARTS, Place, at, divided_name
 from fedpeft.registry import Registry
 
 FORMATS: Registry[Format] = Registry(
@@ -85,3 +87,37 @@ def implied_columns(source: str | None) -> Mapping[str, str]:
     except OSError:
         return {}  # finding the rows says what is wrong
     return {} if format_ is None else format_.implies
+
+
+def first_rows(place: Place, encoding: str, count: int) -> list[dict[str, Any]]:
+    """Return a few of a place's first rows with all their columns; none where its format cannot say, or they are damaged.
+
+    What is wrong with a place is said by whoever reads it.
+    """
+    first = FORMATS.find(place.kind).first
+    try:
+        return [] if first is None else first(place, encoding, count)
+    except (DataError, OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError):
+        return []
+
+
+def training_place(source: str) -> Place | None:
+    """Return where the training rows of a file or folder lie; None where that is not plain, or it is no path."""
+    name, asked = divided_name(source)
+    path, known = at(name), by_suffix()
+    try:
+        if path.is_file():
+            format_ = file_format(path, known)[1]
+            return None if format_ is None else Place(name, format_.name, path)
+        if not path.is_dir():
+            return None
+        part = asked[-1] if asked else "train"
+        format_ = folder_format(path)
+        if format_ is not None and format_.splits is not None:
+            places = format_.splits(name, path)
+            return places.get(part) or places.get("")
+        for file in tables_in(path).get(part, []):
+            return training_place(str(file))
+    except (OSError, DataError):
+        pass  # finding the rows says what is wrong
+    return None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from fedpeft.errors import DataError
-from fedpeft.places import Place
+from fedpeft.places import Place, refuse_missing
 
 
 def stored(place: Place, column: str, cells: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -59,6 +61,27 @@ def text_or_number(place: Place, column: str, cells: pa.ChunkedArray) -> pa.Chun
     if is_text or is_number or pa.types.is_boolean(kind):
         return cells
     raise not_read(place, column, kind, "texts or numbers")
+
+
+def filled_text(place: Place, column: str, cells: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return cells as text, of which none may be missing or blank.
+
+    Raises
+    ------
+    DataError
+        One is, or they are neither texts nor numbers.
+    """
+    cells = text_or_number(place, column, cells)
+    if pa.types.is_floating(cells.type):
+        cells = pc.if_else(pc.is_nan(cells), None, cells)  # pandas' word for a missing cell
+    text = cells.cast(pa.large_string())
+    refuse_missing(place, column, blank(text), "no text")
+    return text
+
+
+def blank(text: pa.ChunkedArray) -> NDArray[np.bool_]:
+    """Say which texts are missing or blank, shape ``(n,)``."""
+    return pc.fill_null(pc.equal(pc.utf8_trim_whitespace(text), ""), True).to_numpy()  # type: ignore[no-any-return]
 
 
 def not_read(place: Place, column: str, kind: pa.DataType, what: str) -> DataError:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import itertools
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -116,4 +118,20 @@ def _is_header(row: Sequence[str], header: Sequence[str]) -> bool:
     return len(row) > 1 and row[-1].strip() == header[-1] and [cell.strip() for cell in row] == header
 
 
-CSV = Format("csv", "CSV", _read, suffixes=(".csv", ".tsv"), packed=True)
+def _first(place: Place, encoding: str, count: int) -> list[dict[str, Any]]:
+    limit = csv.field_size_limit(sys.maxsize)
+    try:
+        with opened(place, encoding, tolerant=True) as file:
+            headers: dict[str, list[str]] = {}
+            for mark in SEPARATORS:
+                with contextlib.suppress(csv.Error):
+                    headers[mark] = _parsed(file, mark)[1]
+            best = max(headers, key=lambda mark: len(headers[mark]), default=",")
+            reader, header = _parsed(file, best)
+            rows = itertools.islice((row for row in _rows(reader, tolerant=True) if row), count)
+            return [dict(zip(header, row, strict=True)) for row in rows if len(row) == len(header)]
+    finally:
+        csv.field_size_limit(limit)
+
+
+CSV = Format("csv", "CSV", _read, suffixes=(".csv", ".tsv"), packed=True, first=_first)

@@ -6,7 +6,7 @@ import contextlib
 import re
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedpeft.data.formats.record import Format
 from fedpeft.errors import DataError
@@ -107,11 +107,16 @@ def _named(name: str, configuration: str | None) -> dict[str, Place] | None:
     return {part: Place(name, HUB.name, None, part, configuration) for part in parts}
 
 
+def _first(place: Place, encoding: str, count: int) -> list[dict[str, Any]]:
+    return _rows(place).with_format("arrow")[:count].to_pylist()  # type: ignore[no-any-return]
+
+
 HUB = Format(
     "hub",
     "a dataset of the hub",
     _read,
     named=_named,
     may_link=lambda place, column: False,
+    first=_first,
     fingerprint=lambda place: str(_rows(place)._fingerprint),
 )

@@ -48,14 +48,18 @@ def _read(place: Place, wanted: Wanted) -> datasets.Dataset:
     seen: dict[str, None] = {}
     columns = list(dict.fromkeys(wanted.columns.values()))
 
+    nested = wanted.nested_columns
+
     def row(number: int, where: str, record: object) -> list[str | None]:
+        if isinstance(record, list) and len(nested) == 1:
+            record = {column: record for column in nested}
         if not isinstance(record, dict):
             raise DataError(f"{where} of {place} is not a JSON object. {ADVICE}")
         for column in columns:
             if isinstance(record, _Repeated) and column in record.keys_held_twice:
                 raise DataError(f"{where} of {place} has the key '{column}' twice. Rename or remove one.")
         seen.update(dict.fromkeys(record))
-        return [_text(place, number, column, record.get(column)) for column in columns]
+        return [_text(place, number, column, record.get(column), nested=column in nested) for column in columns]
 
     def cells() -> Iterator[list[str | None]]:
         for number, (where, record) in enumerate(_records(place, wanted), start=1):
@@ -139,8 +143,11 @@ def _values(place: Place, text: str) -> Iterator[object]:
 def _rows_within(place: Place, wanted: Wanted, value: object) -> Iterable[tuple[str, object]]:
     """Return the rows of a file's only value: itself, its items, those of its one list, or its columns' cells."""
     if isinstance(value, list):
+        if len(wanted.nested_columns) == 1 and _are_turns(value):
+            return [("row 1", value)]
         return ((f"row {number}", row) for number, row in enumerate(value, start=1))
     cells = [value.get(column) for column in wanted.columns.values()] if isinstance(value, dict) else []
+    cells = [cell for cell in cells if not _are_turns(cell)]
     if not isinstance(value, dict) or (wanted.fit(list(value)) and not any(isinstance(c, dict | list) for c in cells)):
         return [("line 1", value)]
     lists = [key for key, rows in value.items() if isinstance(rows, list) and rows and isinstance(rows[0], dict)]
@@ -231,8 +238,16 @@ def _integer(digits: str) -> int | _Digits:
 DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer)
 
 
-def _text(place: Place, number: int, column: str, value: object) -> str | None:
+def _are_turns(value: object) -> bool:
+    """Say whether a value is a list of turns, and not one of rows."""
+    names = ({"role", "content"}, {"from", "value"})
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and any(n <= set(value[0]) for n in names)
+
+
+def _text(place: Place, number: int, column: str, value: object, *, nested: bool = False) -> str | None:
     what = type(value).__name__
+    if nested and isinstance(value, list | dict):
+        return json.dumps(value, ensure_ascii=False)
     if isinstance(value, _Digits):
         what = f"number of {len(value.lstrip('-')):,} digits"
     elif value is None or isinstance(value, str):
@@ -248,4 +263,54 @@ def _text(place: Place, number: int, column: str, value: object) -> str | None:
     raise DataError(f"row {number} of {place} holds a {what} in column '{column}'. Give a text or a number.")
 
 
-JSON = Format("json", "JSON lines", _read, suffixes=(".json", ".jsonl", ".ndjson"), packed=True)
+def _first(place: Place, encoding: str, count: int) -> list[dict[str, Any]]:
+    """Return the first rows; those that are lists as objects of which the list is ``messages``."""
+    with opened(place, encoding, tolerant=True) as file:
+        line = next((line for line in file if line.strip()), "")
+        file.seek(0)
+        if _is_whole(line):
+            values = [value for _, value in itertools.islice(_lines(place, file, tolerant=True), count)]
+            if len(values) == 1:
+                values = _first_within(values[0], count)
+        else:
+            values = _first_values(place, file.read(), count)
+    rows = [{"messages": value} if isinstance(value, list) else value for value in values[:count]]
+    return [row for row in rows if isinstance(row, dict)]
+
+
+def _first_values(place: Place, text: str, count: int) -> list[object]:
+    """Return the first rows of a text that is one JSON value, or several; a long list is not read to its end."""
+    text = text.lstrip()
+    if not text.startswith("["):
+        values = list(itertools.islice(_values(place, text), count))
+        return _first_within(values[0], count) if len(values) == 1 else values
+    items: list[object] = []
+    at = 1
+    while len(items) < count and (start := re.compile(r"\s*,?\s*(?=[\[{])").match(text, at)):
+        try:
+            item, at = DECODER.raw_decode(text, start.end())
+        except (json.JSONDecodeError, RecursionError):
+            break
+        items.append(item)
+    return [items] if _are_turns(items) else items
+
+
+def _first_within(value: object, count: int) -> list[object]:
+    """Return the first rows of a file's only value: itself, its items, those of its one list, or its columns' cells."""
+    if isinstance(value, list):
+        return [value] if _are_turns(value) else value[:count]
+    if not isinstance(value, dict):
+        return []
+    lists = [
+        cells for cells in value.values() if isinstance(cells, list) and cells and isinstance(cells[0], dict)
+    ]
+    if len(lists) == 1 and not _are_turns(lists[0]):
+        return lists[0][:count]
+    columns = {key: list(cells.values()) if isinstance(cells, dict) else cells for key, cells in value.items()}
+    if columns and all(isinstance(cells, list) and not _are_turns(cells) for cells in columns.values()):
+        size = min(count, *(len(cells) for cells in columns.values()))
+        return [{key: cells[row] for key, cells in columns.items()} for row in range(size)]
+    return [value]
+
+
+JSON = Format("json", "JSON lines", _read, suffixes=(".json", ".jsonl", ".ndjson"), packed=True, first=_first)

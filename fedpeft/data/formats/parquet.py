@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedpeft.cache import cache_dir, explained
 from fedpeft.data.formats.record import Format
@@ -98,4 +98,16 @@ def _may_link(place: Place, column: str) -> bool:
     return column in schema.names and is_text(schema.field(column).type)
 
 
-PARQUET = Format("parquet", "Parquet", _read, suffixes=(".parquet",), may_link=_may_link)
+def _first(place: Place, encoding: str, count: int) -> list[dict[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    assert place.path is not None
+    try:
+        batch: pa.RecordBatch | None = next(pq.ParquetFile(place.path).iter_batches(count), None)
+        return [] if batch is None else batch.to_pylist()
+    except (pa.ArrowException, OSError, ValueError):
+        return []  # reading the rows says what is wrong
+
+
+PARQUET = Format("parquet", "Parquet", _read, suffixes=(".parquet",), may_link=_may_link, first=_first)

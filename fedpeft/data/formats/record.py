@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedpeft.places import Place, Wanted
 
@@ -43,6 +43,11 @@ class Format:
         Of a place and a column: whether its cells may be paths of images, without looking at all rows.
     notes : callable
         What whoever holds the rows of a place should know of them, in one line each.
+    first : callable, optional
+        Of a place, an encoding and a number: so many of its first rows or fewer, as objects with all their columns and
+        cells as they are, which need not be all well; by them the layout of rows is found.
+    files : callable, optional
+        Of a place that is a folder: the files that its rows lie in; all below it, if not given.
     fingerprint : callable, optional
         What changes whenever the rows of a place do, if they are in no file here.
     """
@@ -58,4 +63,6 @@ class Format:
     implies: Mapping[str, str] = field(default_factory=dict)
     may_link: Callable[[Place, str], bool] = lambda place, column: True
     notes: Callable[[Place], tuple[str, ...]] = lambda place: ()
+    first: Callable[[Place, str, int], list[dict[str, Any]]] | None = None
+    files: Callable[[Place], list[Path]] | None = None
     fingerprint: Callable[[Place], str] | None = None

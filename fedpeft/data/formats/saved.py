@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedpeft.data.formats.record import Format
 from fedpeft.errors import DataError
@@ -45,4 +45,11 @@ def _read(place: Place, wanted: Wanted) -> datasets.Dataset:
     return loaded.select_columns(wanted.present(place, names))
 
 
-SAVED = Format("saved", "a folder written by save_to_disk", _read, marks=(SPLITS, ONE), splits=_splits)
+def _first(place: Place, encoding: str, count: int) -> list[dict[str, Any]]:
+    import datasets
+
+    rows = datasets.load_from_disk(str(place.path)).with_format("arrow")
+    return rows[:count].to_pylist()  # type: ignore[no-any-return]
+
+
+SAVED = Format("saved", "a folder written by save_to_disk", _read, marks=(SPLITS, ONE), splits=_splits, first=_first)

@@ -1,0 +1,226 @@
+"""Rows for language models in one form, whatever their layout: turns as JSON, or a raw text."""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import pyarrow as pa
+
+from fedpeft.config import DataConfig
+from fedpeft.data.columns import Column
+from fedpeft.data.formats import first_rows
+from fedpeft.data.formats.cells import blank, filled_text, stored, text_or_number
+from fedpeft.data.formats.text_files import CHUNK_ROWS
+from fedpeft.data.layouts import LAYOUTS, LOOKED_AT, Chosen, Layout, UnfitRowError, candidates, described, detect, names_of
+from fedpeft.errors import DataError
+from fedpeft.places import Place, named, refuse_missing
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How rows were read.
+
+    Parameters
+    ----------
+    layout : str, optional
+        Name of the layout; None where rows have none.
+    columns : tuple of str
+        The columns that it took.
+    dropped : int
+        Rows of which turns behind the last answer were left out.
+    """
+
+    layout: str | None = None
+    columns: tuple[str, ...] = ()
+    dropped: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        return {"layout": self.layout, "columns": list(self.columns), "dropped": self.dropped}
+
+    @classmethod
+    def from_json(cls, held: Mapping[str, Any]) -> Reading:
+        """Read what `to_json` returned."""
+        return cls(held["layout"], tuple(held["columns"]), held["dropped"])
+
+    def notes(self, place: Place, count: int) -> tuple[str, ...]:
+        """Say it in one line each.
+
+        Parameters
+        ----------
+        place : Place
+            Where the rows lie.
+        count : int
+            How many there are.
+        """
+        if self.layout is None:
+            return ()
+        said = [f"rows of {place} are read as data.layout = '{self.layout}' ({', '.join(self.columns)})"]
+        if self.dropped:
+            said.append(
+                f"of {count:,} rows of {place} {self.dropped:,} end with a turn that is not the assistant's: what comes "
+                "after the last answer has nothing to learn from and is left out"
+            )
+        return tuple(said)
+
+
+def chosen(place: Place, data: DataConfig, columns: Sequence[Column]) -> Chosen | None:
+    """Return the layout of a place's rows; None for a task that reads no conversations.
+
+    Parameters
+    ----------
+    place : Place
+        Where the rows lie.
+    data : DataConfig
+        May name the layout, or its columns.
+    columns : sequence of Column
+        What the task reads.
+
+    Raises
+    ------
+    DataError
+        The first rows are of no layout.
+    ConfigError
+        The configuration names columns of different layouts, or an unknown layout.
+    """
+    if not any(column.kind == "conversation" for column in columns):
+        return None
+    names = names_of(data)
+    among = candidates(names, data.layout)
+    if len(among) == 1 and all(key in names or len(usual) == 1 for key, usual in among[0].columns.items()):
+        return Chosen(among[0], among[0].called(names, ()))
+    written = None if place.path is None else place.path.stat()
+    stamp = None if written is None else (written.st_mtime_ns, written.st_size)
+    return _detected(place, tuple(names.items()), data.layout, data.encoding, stamp)
+
+
+@lru_cache(maxsize=64)
+def _detected(
+    place: Place, names: tuple[tuple[str, str], ...], forced: str | None, encoding: str, stamp: object
+) -> Chosen:
+    """Detect a layout once for a file as it stands: rows that are read one by one ask for each."""
+    given = dict(names)
+    among = candidates(given, forced)
+    rows = first_rows(place, encoding, LOOKED_AT)
+    there = list(dict.fromkeys(column for row in rows for column in row))
+    layout = among[0] if len(among) == 1 else detect(rows, given, among)
+    if layout is None and rows and not given:
+        raise DataError(
+            f"the rows of {place} are of no layout that is read. They have: {named(there)}. Layouts are {described()}. "
+            "Name the columns by data.messages, or data.prompt and data.completion, or data.text."
+        )
+    layout = layout or among[0]  # reading says what is wrong
+    return Chosen(layout, layout.called(given, there))
+
+
+def normalised(place: Place, choice: Chosen, table: pa.Table) -> tuple[str, Any, Reading]:
+    """Return the name of the column that rows become, its cells, and how they were read.
+
+    Parameters
+    ----------
+    place : Place
+        Where the rows lie, for messages.
+    choice : Chosen
+        Their layout.
+    table : pyarrow.Table
+        Its columns, as read.
+
+    Returns
+    -------
+    str
+        ``conversation`` or ``text``.
+    pyarrow.ChunkedArray
+        Texts, shape ``(n,)``: JSON of ``{"messages": [{"role", "content", ...}], "completion": k}``, or raw.
+    Reading
+        How they were read.
+
+    Raises
+    ------
+    DataError
+        Naming the first row of which nothing can be made, and its column.
+    """
+    layout = choice.layout
+    there = {key: column for key, column in choice.columns.items() if column in table.column_names}
+    if layout.conversation is None:
+        ((_, column),) = there.items()
+        return "text", filled_text(place, column, table[column]), Reading(layout.name, (column,))
+    cells = {key: _cells(place, layout, key, column, table[column]) for key, column in there.items()}
+    texts: list[pa.Array] = []
+    dropped = 0
+    for start in range(0, len(table), CHUNK_ROWS):
+        chunk = {key: column.slice(start, CHUNK_ROWS).to_pylist() for key, column in cells.items()}
+        done = list(_conversations(place, choice, chunk, start))
+        texts.append(pa.array([text for text, _ in done], pa.large_string()))
+        dropped += sum(number > 0 for _, number in done)
+    return "conversation", pa.chunked_array(texts, pa.large_string()), Reading(layout.name, tuple(there.values()), dropped)
+
+
+def _cells(place: Place, layout: Layout, key: str, column: str, cells: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return a column's cells as lists, objects or texts, of which none that must be there is missing."""
+    cells, needed = stored(place, column, cells), key in layout.required
+    what = "no messages" if key in layout.nested and key == "messages" else "no text"
+    if pa.types.is_nested(cells.type) and key in layout.nested:
+        if needed:
+            refuse_missing(place, column, cells.is_null().to_numpy(), what)
+        return cells
+    if needed and key != "messages":
+        return filled_text(place, column, cells)
+    text = text_or_number(place, column, cells).cast(pa.large_string())
+    if needed:
+        refuse_missing(place, column, blank(text), what)
+    return text
+
+
+def _conversations(
+    place: Place, choice: Chosen, cells: Mapping[str, Sequence[object]], start: int
+) -> Iterator[tuple[str, int]]:
+    """Yield rows as JSON, and the number of turns that each lost."""
+    make = choice.layout.conversation
+    assert make is not None
+    for at, row in enumerate(zip(*cells.values(), strict=True)):
+        try:
+            made = make(dict(zip(cells, row, strict=True)))
+            text = json.dumps(
+                {"messages": made.messages, "completion": made.completion}, ensure_ascii=False, default=_plain
+            )
+        except UnfitRowError as error:
+            where = f"column '{choice.columns[error.key]}'"
+            raise DataError(f"row {start + at + 1} of {place} {error.what} in {where}. {error.advice}") from None
+        except TypeError:
+            where = f"column '{next(iter(choice.columns.values()))}'"
+            raise DataError(
+                f"row {start + at + 1} of {place} holds bytes beside a turn in {where}. Leave them out."
+            ) from None
+        yield text, made.dropped
+
+
+def _plain(value: object) -> str:
+    """Return what JSON has no word for, but which texts can say."""
+    if isinstance(value, datetime.date | datetime.time | datetime.timedelta | decimal.Decimal):
+        return str(value)
+    raise TypeError
+
+
+def made_up(asked: Sequence[str], told: Sequence[str], *, layout: str | None) -> dict[str, list[str]]:
+    """Return the column that rows of nobody's would be read as.
+
+    Parameters
+    ----------
+    asked, told : sequence of str
+        What the user and what the assistant says in each.
+    layout : str, optional
+        That of the run's rows, where it is named.
+    """
+    if layout is not None and LAYOUTS.find(layout).conversation is None:
+        return {"text": [f"{one} {other}" for one, other in zip(asked, told, strict=True)]}
+    turns = [
+        [{"role": "user", "content": one}, {"role": "assistant", "content": other}]
+        for one, other in zip(asked, told, strict=True)
+    ]
+    return {"conversation": [json.dumps({"messages": each, "completion": 1}, ensure_ascii=False) for each in turns]}

@@ -1,0 +1,13 @@
+"""Raw texts, of which every token is learned."""
+
+from __future__ import annotations
+
+from fedpeft.data.layouts.record import Layout
+
+TEXT = Layout(
+    "text",
+    "one `text`, without turns",
+    {"text": ("text",)},
+    keys=("text",),
+    implied=False,  # classifiers read the same column
+)
