@@ -6,7 +6,7 @@ A message brings the adapter and a few numbers; base model, tokenizer and rows a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Self
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from fedpeft.adapters.adapted import AdaptedModel
 from fedpeft.adapters.pruning import Tail
 from fedpeft.adapters.state import PrivacyClaim, Role, TrainMetrics, fingerprint, role_of
+from fedpeft.clients.control import Control
 from fedpeft.clients.privacy import (
     SITE_EPSILON,
     Permission,
@@ -110,6 +111,8 @@ class Ready:
         The client's.
     permission : Permission or None
         How to train under record-level privacy.
+    control : Control or None
+        What corrects the steps, where the order brings a control variate.
     """
 
     run: RunConfig
@@ -118,12 +121,12 @@ class Ready:
     start: Start
     rows: ClientRows
     permission: Permission | None
+    control: Control | None = None
 
     @cached_property
     def trained(self) -> list[str]:
         """Names of what is trained."""
-        adapted = self.home.adapted
-        return [name for name in _names(adapted, self.order.trained) if name in adapted.trained]
+        return _trained(self.order, self.home.adapted)
 
     @cached_property
     def turn(self) -> Turn:
@@ -136,6 +139,7 @@ class Ready:
             order.num_rounds,
             rows.num_examples,
             None if permission is None else permission.randomness.seed(),
+            {} if self.control is None else self.control.correction(),
         )
 
 
@@ -146,6 +150,8 @@ def prepare(message: Message, context: Context) -> Ready | ShortAnswer:
     start = Start.of(order, adapted, context.state)
     if start.held_hash(adapted) != order.held_hash:
         return ShortAnswer.NEEDS_ARRAYS
+    sent_back = [name for name in _trained(order, adapted) if name not in start.personal]
+    control = Control.of(order.control, {name: adapted.initial[name] for name in sent_back}, context.state)
     rows = client_rows(home, context.node_config)
     permission, level = None, level_of(run.privacy)
     if level.clients_add_noise:
@@ -156,7 +162,7 @@ def prepare(message: Message, context: Context) -> Ready | ShortAnswer:
             return ShortAnswer.BUDGET_SPENT
     else:
         note_open_training(order, context, rows, num_steps(run.train, rows.num_examples))
-    return Ready(run, home, order, start, rows, permission)
+    return Ready(run, home, order, start, rows, permission, control)
 
 
 def finish(
@@ -186,6 +192,10 @@ def finish(
     if tail is not None:
         update = tail.left_out(update)
     claim = None if permission is None else permission.claim
+    if ready.control is not None:
+        ready.control.keep(start.tensors, update, result.rate_sum, state)
+    else:
+        result = replace(result, rate_sum=0.0)  # nobody asks for it
     return _answer(update, ready.run, ready.rows, result, claim).to_record()
 
 
@@ -259,9 +269,9 @@ def _answer(
     Where row counts are not public, all clients weigh alike.
     """
     level = level_of(run.privacy)
-    metrics = TrainMetrics(result.steps, spent=claim)
+    metrics = TrainMetrics(result.steps, spent=claim, rate_sum=result.rate_sum or None)
     if level.tells_metrics(run.privacy):
-        metrics = TrainMetrics(result.steps, result.loss, result.seconds, claim)
+        metrics = replace(metrics, loss=result.loss, seconds=result.seconds)
     return TrainAnswer(to_record(update), rows.num_examples if level.weighs_rows(run.privacy) else 1, metrics)
 
 
@@ -283,6 +293,10 @@ def _home(context: Context) -> Resident:
             "--node-config 'trust-remote-code=true'"
         )
     return resident(config)
+
+
+def _trained(order: TrainOrder, adapted: AdaptedModel) -> list[str]:
+    return [name for name in _names(adapted, order.trained) if name in adapted.trained]
 
 
 def _names(adapted: AdaptedModel, roles: frozenset[Role]) -> list[str]:

@@ -253,6 +253,8 @@ def release(order: TrainOrder, context: Context, config: RunConfig, data: str) -
         kept |= {f"{name}/{key}": tensor for key, tensor in to_tensors(record).items()}
     settings = sorted(order.config_record().items())
     parts = [fingerprint_of(order.arrays), fingerprint(kept), repr(settings), config.to_toml(), data]
+    if order.control is not None:
+        parts.append(fingerprint(to_tensors(order.control)))
     return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()
 
 

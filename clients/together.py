@@ -114,7 +114,7 @@ def _member(place: int, message: Message, context: Context, verdict: Verdict | N
     if isinstance(ready, ShortAnswer):
         return ready
     home, start, order = ready.home, ready.start, ready.order
-    if PRUNED_RANK in order.settings or home.once(_why_not, run.train):
+    if PRUNED_RANK in order.settings or ready.control is not None or home.once(_why_not, run.train):
         return None
     own = {name: tensor for name, tensor in start.tensors.items() if role_of(name) is not Role.BASE}
     if not _fits(own, home.adapted.initial):

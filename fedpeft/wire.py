@@ -28,6 +28,7 @@ from fedpeft.errors import MessageError
 
 # records of a message
 ARRAYS_RECORD, CONFIG_RECORD, METRICS_RECORD = "arrays", "config", "metrics"
+CONTROL_RECORD = "control"  # of an order, where a method has control variates
 # keys of an order's config record
 ROUND, NUM_ROUNDS, SCALING, HELD_HASH, RANK, DRAW = "server-round", "num-rounds", "scaling", "held-hash", "rank", "draw"
 TRAINED, PERSONAL, KEPT = "trained", "personal", "kept"  # lists of roles
@@ -35,6 +36,7 @@ ORDER_KEYS = (ROUND, NUM_ROUNDS, SCALING, HELD_HASH, RANK, DRAW, TRAINED, PERSON
 CLIENT_ID = "client-id"  # of an identity's config record
 # keys of an answer's metric record
 NUM_EXAMPLES, STEPS, TRAIN_LOSS, SECONDS = "num-examples", "steps", "train_loss", "seconds"
+RATE_SUM = "rate-sum"
 NOISE_MULTIPLIER, SAMPLE_RATE, SPENT_STEPS = "noise-multiplier", "sample-rate", "spent-steps"  # all three or none
 
 FIRST_FORMAT = b"\x93NUMPY\x01\x00"  # of NumPy's, which all but strange types are written in
@@ -65,6 +67,9 @@ class TrainOrder:
         What the client trains, never sends, and keeps for later rounds.
     settings : mapping of str to int, float or another value of a flwr.app.ConfigRecord
         A method's own, such as those of `fedpeft.adapters.pruning`, and what ``train_config`` passes on.
+    control : flwr.app.ArrayRecord, optional
+        The server's control variate of each tensor that the client sends back, by the tensor's name; clients of a round
+        are sent one object. The client then keeps one of its own, see `fedpeft.clients.control`.
     """
 
     arrays: ArrayRecord
@@ -78,10 +83,14 @@ class TrainOrder:
     personal: frozenset[Role] = frozenset()
     kept: frozenset[Role] = frozenset()
     settings: Mapping[str, ConfigRecordValues] = field(default_factory=dict)
+    control: ArrayRecord | None = None
 
     def to_record(self) -> RecordDict:
         """Write the order as a message's content, over the very same arrays."""
-        return RecordDict({ARRAYS_RECORD: self.arrays, CONFIG_RECORD: self.config_record()})
+        content = RecordDict({ARRAYS_RECORD: self.arrays, CONFIG_RECORD: self.config_record()})
+        if self.control is not None:
+            content[CONTROL_RECORD] = self.control
+        return content
 
     def config_record(self) -> ConfigRecord:
         """Write what the order says besides its arrays."""
@@ -125,6 +134,7 @@ class TrainOrder:
             personal=_roles(entries, PERSONAL),
             kept=_roles(entries, KEPT),
             settings={key: value for key, value in entries.items() if key not in ORDER_KEYS},
+            control=arrays.get(CONTROL_RECORD),
         )
 
 
@@ -150,7 +160,7 @@ class TrainAnswer:
         """Write the answer as a message's content; what is None is left out."""
         metrics, spent = self.metrics, self.metrics.spent
         entries: dict[str, float | None] = {NUM_EXAMPLES: self.num_examples, STEPS: metrics.steps}
-        entries |= {TRAIN_LOSS: metrics.loss, SECONDS: metrics.seconds}
+        entries |= {TRAIN_LOSS: metrics.loss, SECONDS: metrics.seconds, RATE_SUM: metrics.rate_sum}
         if spent is not None:
             noise, rate = spent.noise_multiplier, spent.sample_rate
             entries |= {NOISE_MULTIPLIER: noise, SAMPLE_RATE: rate, SPENT_STEPS: spent.steps}
@@ -182,6 +192,7 @@ class TrainAnswer:
                 loss=_number(entries, TRAIN_LOSS, finite=False) if TRAIN_LOSS in entries else None,
                 seconds=_number(entries, SECONDS, finite=False) if SECONDS in entries else None,
                 spent=spent,
+                rate_sum=_positive(entries, RATE_SUM) if RATE_SUM in entries else None,
             ),
         )
 
@@ -250,6 +261,13 @@ def _number(entries: Records, key: str, *, finite: bool = True) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool) or (finite and not math.isfinite(value)):
         raise _refuse(entries, key, "a finite number" if finite else "a number")
     return float(value)
+
+
+def _positive(entries: Records, key: str) -> float:
+    value = _number(entries, key)
+    if value <= 0:
+        raise _refuse(entries, key, "a number above 0")
+    return value
 
 
 def _text(entries: Records, key: str) -> str:

@@ -160,6 +160,8 @@ def plan(config: RunConfig) -> DryRun:
     up = sum(_volume(adapted, method.exchange(number).sent_up(names, adapted.frozen), ranks) for number in rounds)
     held = _exchange(config, method)
     down = sum(_volume(adapted, sent_down(held, names, adapted.frozen, number), ranks) for number in rounds)
+    if facts.controls:  # the server's control variate is as large as what clients send up
+        down += up
     cohort = cohort_size(len(clients), config.federation.fraction, config.federation.min_clients)
     ready = build_strategy(config, home)
     ready.check_cohort(ready.options, cohort)

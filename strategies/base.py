@@ -62,6 +62,7 @@ class AdapterStrategy(Strategy):
         if self.terms.client_privacy is not None:
             require_sums(type(self), self.options, self.terms.ranks)
         self.seed, self.trains_a = self.terms.seed, self.terms.trains_a
+        self.clients = 0  # that there are, as the loop says before each round
         self.loop: Loop | None = None  # of the run that was started last
 
     # --- what a method defines -----------------------------------------------------------------------------------
@@ -131,6 +132,16 @@ class AdapterStrategy(Strategy):
 
     def client_settings(self, rank: int) -> dict[str, float]:
         """Return what a client of a rank is told besides, under keys of the method's own."""
+        return {}
+
+    def control(self, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the server's control variate of what clients send up, by name; empty where the method has none.
+
+        Parameters
+        ----------
+        trained : mapping of str to Tensor
+            What clients send up, as the round begins with it.
+        """
         return {}
 
     @classmethod

@@ -70,6 +70,10 @@ class Capabilities:
         Whether clients may have different ranks.
     changes_base : bool
         Whether the frozen base moves too; clients are then sent its change.
+    controls : bool
+        Whether clients keep control variates and are sent the server's, as large as what they send up.
+    plain_steps : bool
+        Whether clients must step along the gradient itself, see `fedpeft.training.optimizers.record.Optimizer`.
     init : str
         The ``adapter.init`` that the method is defined with; any if empty.
     updates : frozenset of str, optional
@@ -96,6 +100,8 @@ class Capabilities:
     changes_rank: bool = False
     mixed_ranks: bool = False
     changes_base: bool = False
+    controls: bool = False
+    plain_steps: bool = False
     init: str = ""
     updates: frozenset[Update] | None = frozenset({"product"})
     fixed_factors: bool = True

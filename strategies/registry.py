@@ -20,6 +20,7 @@ from fedpeft.strategies.lora_fair import LoraFair
 from fedpeft.strategies.lora_lego import LoraLego
 from fedpeft.strategies.raflora import RaFLora
 from fedpeft.strategies.rolora import RoLora
+from fedpeft.strategies.scaffold import Scaffold
 
 METHODS: Registry[type[AdapterStrategy]] = Registry(
     "strategy",
@@ -40,6 +41,7 @@ METHODS: Registry[type[AdapterStrategy]] = Registry(
         FedSb,
         FrLora,
         FedRotLora,
+        Scaffold,
         Local,
     ],
     base=AdapterStrategy,

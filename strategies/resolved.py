@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import ValidationError
 
 from fedpeft import tasks
-from fedpeft.config import AdapterConfig, RunConfig, StrategyConfig, describe
+from fedpeft.config import AdapterConfig, RunConfig, StrategyConfig, TrainConfig, describe
 from fedpeft.config.privacy import Rng
 from fedpeft.errors import ConfigError
 from fedpeft.privacy.checks import check_privacy, with_rng
@@ -13,6 +13,7 @@ from fedpeft.privacy.levels import level_of
 from fedpeft.strategies.averaging.private_mean import require_sums
 from fedpeft.strategies.base import AdapterStrategy
 from fedpeft.strategies.registry import available, find
+from fedpeft.training.optimizers import OPTIMIZERS
 
 
 def with_typed_options(config: RunConfig, *, rng: Rng = "seeded") -> RunConfig:
@@ -34,6 +35,7 @@ def with_typed_options(config: RunConfig, *, rng: Rng = "seeded") -> RunConfig:
     _check_kind(config, method)
     _check_ranks(config, method)
     method.check(parsed, config.adapter)
+    config = _with_own_optimizer(config, method)
     if level_of(config.privacy).server_adds_noise:
         require_sums(method, parsed, config.adapter.ranks or (), able=available().values())
     check_privacy(config)
@@ -72,6 +74,23 @@ def _with_own_adapter(config: RunConfig, method: type[AdapterStrategy]) -> RunCo
     except ValidationError as error:
         raise ConfigError(f"strategy '{method.name}': {describe(error, 'adapter')}") from None
     return config.model_copy(update={"adapter": adapter})
+
+
+def _with_own_optimizer(config: RunConfig, method: type[AdapterStrategy]) -> RunConfig:
+    """Choose an optimiser for a method that needs plain steps, where nobody has asked for another."""
+    train = config.train
+    if not method.capabilities.plain_steps or OPTIMIZERS.find(train.optimizer).plain(train.options):
+        return config
+    able = [name for name, each in OPTIMIZERS.all().items() if each.plain(each.options())]
+    if "optimizer" in train.model_fields_set:
+        of_it = ", ".join(f"{key} {value}" for key, value in train.options.model_dump().items())
+        raise ConfigError(
+            f"train.optimizer = '{train.optimizer}'{f' ({of_it})' if of_it else ''}: strategy '{method.name}' needs "
+            f"steps that are the learning rate times the gradient. Use {' or '.join(able)} without momentum, and "
+            "choose train.learning_rate for it"
+        )
+    given = {key: getattr(train, key) for key in train.model_fields_set & type(train).model_fields.keys()}
+    return config.model_copy(update={"train": TrainConfig.model_validate({**given, "optimizer": able[0]})})
 
 
 def _takes(method: type[AdapterStrategy], adapter: AdapterConfig) -> bool:

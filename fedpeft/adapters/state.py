@@ -199,12 +199,15 @@ class TrainMetrics:
         Wall time.
     spent : PrivacyClaim, optional
         Under record-level privacy with public counts.
+    rate_sum : float, optional
+        Sum of the learning rates of the steps, where a method has control variates.
     """
 
     steps: int | None = None
     loss: float | None = None
     seconds: float | None = None
     spent: PrivacyClaim | None = None
+    rate_sum: float | None = None
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -38,11 +38,14 @@ class LocalResult:
         Optimiser steps taken.
     seconds : float
         Wall time.
+    rate_sum : float
+        Sum of the steps' learning rates.
     """
 
     loss: float
     steps: int
     seconds: float
+    rate_sum: float = 0.0
 
 
 def num_steps(train: TrainConfig, num_examples: int) -> int:
@@ -226,6 +229,8 @@ class Turn:
         Rows that count for the number of steps; all of the client's if not given.
     dropout_seed : int, optional
         In place of one that follows from the run's seed.
+    correction : mapping of str to Tensor
+        What is added to each step's gradient of some tensors, last of all: after regularisers, and not clipped.
     """
 
     seed: int
@@ -234,6 +239,7 @@ class Turn:
     num_rounds: int
     num_examples: int | None = None
     dropout_seed: int | None = None
+    correction: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def batches(self) -> np.random.Generator:
@@ -288,29 +294,40 @@ def train_locally(
     started = time.perf_counter()
     names = adapted.trained if names is None else names
     parameters = adapted.begin_training(names)
-    optimizer = make_optimizer(train, dict(zip(names, parameters, strict=True)))
+    optimizer = make_optimizer(train, named := dict(zip(names, parameters, strict=True)))
     steps = num_steps(train, len(rows) if turn.num_examples is None else turn.num_examples)
     if private is not None:
         gradients = private(optimizer)
     else:
         gradients = PlainGradients(adapted, split, rows, train, steps, turn.batches)
     regularise = _regulariser(train, parameters, penalty)
-    losses, counted = list[float | Tensor](), 0
+    losses, counted, rate_sum = list[float | Tensor](), 0, 0.0
     training_mode(adapted.model)
     with torch_seed(turn.dropout):
         for step, batch in enumerate(gradients.batches()):
+            rate = learning_rate(train, turn.progress(step / steps))
+            rate_sum += rate
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(train, turn.progress(step / steps))
+                group["lr"] = rate
             optimizer.zero_grad(set_to_none=True)
             loss, count = gradients.compute(batch)
             regularise()
+            _correct(named, turn.correction)
             optimizer.step()
             losses.append(loss)
             counted += count
     scoring_mode(adapted.model)
     optimizer.zero_grad(set_to_none=True)
     total = torch.stack([torch.as_tensor(loss, dtype=torch.float64) for loss in losses]).sum()
-    return LocalResult(float(total) / counted if counted else math.nan, steps, time.perf_counter() - started)
+    mean = float(total) / counted if counted else math.nan
+    return LocalResult(mean, steps, time.perf_counter() - started, rate_sum)
+
+
+def _correct(parameters: Mapping[str, nn.Parameter], correction: Mapping[str, Tensor]) -> None:
+    for name, own in correction.items():
+        parameter = parameters[name]
+        own = own.to(parameter.detach())
+        parameter.grad = own.clone() if parameter.grad is None else parameter.grad.add_(own)
 
 
 def _regulariser(

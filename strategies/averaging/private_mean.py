@@ -117,6 +117,11 @@ def _obstacle(method: Summing) -> str:
             f"its server must see each client's factors to send {facts.sends}, and the noise is on the sum of the "
             "updates alone, of which sums of products such as sum_k p_k B_k A_k are no function"
         )
+    if facts.controls:
+        return (
+            "its clients' control variates are a second sum over clients in each round, and who has one tells who took "
+            "part; the noise is on the sum of the updates alone"
+        )
     if first.trained <= first.personal:
         return "its clients send nothing, so that there is no sum to add noise to"
     return ""

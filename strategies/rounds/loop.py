@@ -165,6 +165,7 @@ class Loop:
             watcher.round_begins(server_round)
         nodes, everyone = self._everyone()
         require_enough(len(everyone), self.terms.min_clients)
+        self.method.clients = len(everyone)
         cohort = self._draw(everyone, server_round)
         if self._ranks is not None:
             self._ranks.deal(everyone)

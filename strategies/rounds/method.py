@@ -25,6 +25,7 @@ class Method(Protocol):
     name: ClassVar[str]
     terms: RunTerms
     options: Any
+    clients: int
 
     @property
     def capabilities(self) -> Described: ...  # noqa: D102
@@ -44,6 +45,8 @@ class Method(Protocol):
     def accepted_ranks(self, rank: int) -> tuple[int, ...]: ...  # noqa: D102
 
     def client_settings(self, rank: int) -> Mapping[str, float]: ...  # noqa: D102
+
+    def control(self, trained: Mapping[str, Tensor]) -> dict[str, Tensor]: ...  # noqa: D102
 
     def memory(self) -> dict[str, Tensor]: ...  # noqa: D102
 

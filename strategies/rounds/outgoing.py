@@ -35,6 +35,7 @@ class Outgoing:
         self._sent: dict[str, frozenset[str]] = {}
         self._config = ConfigRecord()
         self._round = 0
+        self._control: ArrayRecord | None = None
 
     def begin(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord) -> None:
         """Begin a round.
@@ -50,6 +51,10 @@ class Outgoing:
         """
         self._round, self._config = server_round, config
         self._records, self._contents = {0: arrays}, {}
+        tensors = self.view(0).adapter_tensors()
+        sent_up = self._exchange.sent_up(list(tensors), frozenset(self._terms.frozen))
+        control = self._method.control({name: tensors[name] for name in sent_up})
+        self._control = to_record(control) if control else None
 
     def content(self, client: str, rank: int) -> RecordDict:
         """Return what a client is sent; clients of a rank that lack the same share one object."""
@@ -126,6 +131,7 @@ class Outgoing:
                 personal=exchange.personal,
                 kept=exchange.kept,
                 settings={**self._config, **self._method.client_settings(rank)},
+                control=self._control,
             )
             self._contents[rank, names] = order.to_record()
         return self._contents[rank, names]

@@ -43,6 +43,8 @@ class Optimizer:
     elementwise : bool
         Whether it steps each number by what is known of that number alone, so that stacked tensors of many clients
         make the steps that each would make.
+    plain : callable
+        Tells of options whether each step is the learning rate times the gradient (which weight decay is a part of).
     not_private : str
         Why it must not be used at record level: something besides the clipped and noised gradient would enter its
         steps. Empty where a step is post-processing of that gradient and of what is public.
@@ -56,4 +58,5 @@ class Optimizer:
     state_floats: int
     needs_pairs: bool = False
     elementwise: bool = False
+    plain: Callable[[Any], bool] = lambda options: False
     not_private: str = ""

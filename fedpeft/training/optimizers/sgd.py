@@ -38,4 +38,5 @@ SGD = Optimizer(
     first_step=lambda gradient, learning_rate: -learning_rate * gradient,
     state_floats=0,
     elementwise=True,
+    plain=lambda options: not options.momentum,
 )

@@ -299,7 +299,9 @@ def test_transposed_layers_are_adapted_or_refused(
 def test_a_method_takes_the_kinds_that_it_declares(name: str, text_config: Make) -> None:
     kinds = available()[name].capabilities.kinds
     everything = set(NAMES)
-    assert kinds == {"fedit": everything, "local": everything, "fed-sb": set(SQUARE)}.get(name, kinds & PRODUCT)
+    assert kinds == {**dict.fromkeys(("fedit", "scaffold", "local"), everything), "fed-sb": set(SQUARE)}.get(
+        name, kinds & PRODUCT
+    )
     rows = {"lora-sb": {"adapter__init_data": "public.csv"}}
     for kind in everything - kinds:
         with pytest.raises(ConfigError, match=rf"strategy '{name}'.*'{kind}'.*Allowed: .*{min(kinds)}"):

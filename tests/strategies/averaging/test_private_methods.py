@@ -29,7 +29,7 @@ def test_methods_that_need_more_than_sums_are_refused_and_say_why(name: str) -> 
     if name in ABLE:
         STRATEGIES[name](client_privacy=SILENT)
         return
-    why = "send nothing" if name == "local" else "each client's factors"
+    why = {"local": "send nothing", "scaffold": "a second sum"}.get(name, "each client's factors")
     with pytest.raises(ConfigError, match=f"strategy '{name}' is not for privacy.level = 'client'.*{why}") as error:
         require_sums(STRATEGIES[name], STRATEGIES[name].Options(), able=STRATEGIES.values())
     with pytest.raises(ConfigError, match=why):
