@@ -52,7 +52,8 @@ def test_a_dry_run_tells_the_prediction_and_nothing_of_rows_where_they_are_priva
     assert facts["total"] == facts["libraries"] + facts["weights"] + facts["adapter"] + max(
         facts["training"], facts["scoring"]
     )
-    private = plan(text_config(data__max_length=100, privacy__level="client", privacy__noise_multiplier=1.0))
+    level = {"privacy__level": "client", "privacy__noise_multiplier": 1.0, "strategy__name": "fedit"}
+    private = plan(text_config(data__max_length=100, **level))
     assert private.memory is not None
     assert private.memory.training > found.memory.training  # of rows as long as allowed, not as they are
     assert private.measured is None
@@ -60,7 +61,7 @@ def test_a_dry_run_tells_the_prediction_and_nothing_of_rows_where_they_are_priva
 
 def test_of_a_private_run_no_memory_is_on_record(text_config: Make, tmp_path: Path) -> None:
     settings = {"federation__rounds": 1, "simulation__workers": 0, "privacy__noise_multiplier": 1.0}
-    simulate(text_config(privacy__level="client", **settings), tmp_path / "run")
+    simulate(text_config(privacy__level="client", strategy__name="fedit", **settings), tmp_path / "run")
     assert "peak_memory" not in json.loads((tmp_path / "run" / "environment.json").read_text())
 
 
