@@ -39,6 +39,7 @@ RECORD: dict[str, list[str]] = {
     "memory": [],
     "prefix": ["--turns", "5"],
     "batched": [],
+    "language_models": [],
     "startup": ["--turns", "1"],
     "kills": ["--kills", "5"],
 }

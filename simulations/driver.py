@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from fedpeft.privacy.levels import level_of
 from fedpeft.privacy.rows import check_rows
 from fedpeft.resident import Resident, resident
 from fedpeft.runs import CLIENTS, SIMULATED, Listener, RunDirectory
+from fedpeft.runs.machine import footprint
 from fedpeft.simulations.batching import batched, bundling_of
 from fedpeft.simulations.charging import Charging
 from fedpeft.simulations.contexts import Contexts
@@ -77,7 +79,7 @@ def drive(
     rows = {client: client_rows(home, contexts.node_config(node)).num_examples for node, client in client_ids.items()}
     _check(config, home, client_ids, rows.values())
     sizing = _sized(config, grid, len(contexts))
-    with _directory(config, out, home, sizing, resumption) as directory:
+    with _directory(config, out, home, sizing, resumption) as directory, _peak_on_record(config, grid, directory):
         for message in (f"workers: {sizing}" if sizing.workers else "", *home.adapted.notes, said):
             if message:
                 note(message)
@@ -94,6 +96,19 @@ def drive(
                 grid.on_dispatch = Charging(config, home, grid, client_ids, books.ledger, books.run)
         insight = Insight(client_ids, lambda: contexts.records(OWN_PERSONAL), failures.explain, contexts, grid.map)
         return federate(config, grid, directory, listener=listener, insight=insight, books=books, resumed=resumed)
+
+
+@contextlib.contextmanager
+def _peak_on_record(config: RunConfig, grid: InlineGrid | RayGrid, directory: RunDirectory) -> Iterator[None]:
+    """Put on record the most memory that a worker has taken, or this process where there is none.
+
+    Not of a private run: how much a client needs follows from its rows.
+    """
+    yield
+    if not config.privacy.is_private:
+        need = None if isinstance(grid, InlineGrid) else grid.sizing.footprint
+        peak = need if need is not None and need.measured else footprint()
+        directory.add_facts({"peak_memory": peak.to_dict()})
 
 
 def _prepare(grid: InlineGrid | RayGrid, config: RunConfig, home: Resident, contexts: Contexts) -> None:

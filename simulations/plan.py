@@ -22,10 +22,12 @@ from fedpeft.privacy.rows import public_counts
 from fedpeft.privacy.statement import state
 from fedpeft.resident import Resident, resident
 from fedpeft.rounding import as_given
+from fedpeft.runs.machine import Footprint
 from fedpeft.simulations.batching import batched
 from fedpeft.simulations.grids.cluster import Sizing
+from fedpeft.simulations.predicted import Prediction, predict
 from fedpeft.simulations.prefixing import NOTHING_KEPT, Prefixing, decide
-from fedpeft.simulations.sizing import planned
+from fedpeft.simulations.sizing import measured, planned
 from fedpeft.strategies import find, with_typed_options
 from fedpeft.strategies.base import AdapterStrategy
 from fedpeft.strategies.federation import build_strategy, client_ranks, personal_names
@@ -76,6 +78,10 @@ class DryRun:
         The workers that a run would have on this machine now.
     prefixing : Prefixing
         Whether hidden states below the lowest adapted block would be kept.
+    memory : Prediction, optional
+        What a worker is predicted to take at its peak; None where the base's files do not tell.
+    measured : Footprint, optional
+        What one took in such a run before; None where there was none, or the run is private.
     """
 
     config: RunConfig
@@ -98,6 +104,8 @@ class DryRun:
     notes: tuple[str, ...] = ()
     sizing: Sizing | None = None
     prefixing: Prefixing = NOTHING_KEPT
+    memory: Prediction | None = None
+    measured: Footprint | None = None
 
     @property
     def cohort(self) -> int:
@@ -109,6 +117,9 @@ class DryRun:
     def total_bytes(self) -> int:
         """Bytes of the whole run, both ways, if no client has to be asked twice."""
         return (self.bytes_up + self.bytes_down) * self.cohort
+
+    def _seen(self) -> dict[str, int]:
+        return {} if self.measured is None else {"measured": self.measured.own + self.measured.shared}
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, for ``--json``."""
@@ -135,6 +146,7 @@ class DryRun:
             "changes_base": self.changes_base,
             "notes": list(self.notes),
             **({} if self.sizing is None else {"workers": {**self.sizing.to_dict(), "said": str(self.sizing)}}),
+            **({} if self.memory is None else {"memory": self.memory.to_dict() | self._seen()}),
             "prefix_cache": {**self.prefixing.to_dict(), "said": str(self.prefixing)},
             **({} if self.privacy is None else {"privacy": strict_json(self.privacy)}),
         }
@@ -192,7 +204,17 @@ def plan(config: RunConfig) -> DryRun:
         notes=(*adapted.notes, *home.data.notes, *_on_precision(config, home), *([said] if said else [])),
         sizing=planned(config, len(clients)),
         prefixing=decide(config, home),
+        memory=_memory(config, home),
+        measured=measured(config),
     )
+
+
+def _memory(config: RunConfig, home: Resident) -> Prediction | None:
+    """Predict a worker's peak; how long rows are is not told of a private run."""
+    lengths = [] if config.privacy.is_private else [home.data.train.lengths, home.test.lengths]
+    longest = max((int(each.max(initial=1)) for each in lengths), default=None)
+    adapted = home.adapted
+    return predict(config, longest, sum(adapted.initial[name].numel() for name in adapted.trained))
 
 
 def _on_precision(config: RunConfig, home: Resident) -> Iterator[str]:

@@ -10,7 +10,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,7 @@ from fedpeft.errors import FedpeftError
 from fedpeft.jsons import to_json
 from fedpeft.runs.machine import Footprint
 from fedpeft.simulations.grids.cluster import OWN, Fixed, Node, Sizer, Sizing, named_address, this_node
+from fedpeft.simulations.predicted import predict
 
 MARGIN = 1.2  # of what a worker needs, that must be free for it
 SPARE = 0.1  # of the free memory, left to Ray's store and to whatever else runs
@@ -33,10 +34,6 @@ KEPT = "footprints"
 # of the section `train`, what takes no memory
 NO_MATTER = frozenset({"local_steps", "local_epochs", "learning_rate", "lr_schedule", "max_grad_norm", "proximal_mu"})
 VERSIONS = ("fedpeft", "torch", "transformers", "peft", "opacus")
-# what transformers' configurations call the sizes of a model
-WIDTH = ("hidden_size", "n_embd", "d_model", "dim")
-DEPTH = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-HEADS = ("num_attention_heads", "n_head", "n_heads")
 
 
 def sizer_of(config: RunConfig) -> Sizer | None:
@@ -256,68 +253,20 @@ def _keep(file: Path, footprint: Footprint) -> None:
 
 
 def estimate(config: RunConfig) -> Footprint:
-    """Estimate what a worker needs, from the base's files alone.
-
-    Weights at the run's precision; what a layer keeps for its gradient, about 34 numbers a token and unit and 5 a pair
-    of tokens and head (Korthikanti et al., 2022, arXiv 2205.05198), in 4 bytes each; and scores over a vocabulary, of
-    which there are three copies in a step.
+    """Estimate what a worker needs, from the base's files alone; see `fedpeft.simulations.predicted`.
 
     Parameters
     ----------
     config : RunConfig
         Names base, precision and batch.
     """
-    from safetensors import SafetensorError
-
-    from fedpeft.models import base_folder
-    from fedpeft.privacy.levels import level_of
-
-    try:
-        folder = base_folder(config.model)
-        described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        parameters = sum(_elements(path) for path in folder.glob("*.safetensors"))
-    except (FedpeftError, OSError, ValueError, SafetensorError):
+    found = predict(config)
+    if found is None:
         return UNKNOWN
-    bf16 = config.train.precision == "bf16"
-    weights = parameters * (2 if bf16 else 4)
-    sizes = list(_sizes(described))
-    width, depth, heads = (max((_size(each, names) for each in sizes), default=0) for names in (WIDTH, DEPTH, HEADS))
-    private = config.privacy.physical_batch_size or 2 * config.train.batch_size
-    rows = private if level_of(config.privacy).clients_add_noise else config.train.batch_size
-    image, patch = (max((_size(each, (name,)) for each in sizes), default=0) for name in ("image_size", "patch_size"))
-    tokens = (image // patch) ** 2 + 1 if image and patch else config.data.max_length
-    activations = 4 * rows * tokens * depth * (34 * width + 5 * heads * tokens)
-    generates = any("CausalLM" in str(name) for name in described.get("architectures") or ())
-    scores = (
-        4 * 3 * rows * tokens * max((_size(each, ("vocab_size",)) for each in sizes), default=0) if generates else 0
-    )
-    working = weights + activations + scores
-    return Footprint(LIBRARIES + working, 0, working + 600 * 2**20, measured=False)
+    return Footprint(LIBRARIES + found.working, 0, found.working + 600 * 2**20, measured=False)
 
 
-def _elements(path: Path) -> int:
-    """Count the numbers in a file of safetensors without reading them."""
-    from safetensors import safe_open
-
-    with safe_open(path, "np") as held:
-        shapes = [held.get_slice(name).get_shape() for name in held.keys()]  # noqa: SIM118 - no mapping
-    total = 0
-    for shape in shapes:
-        count = 1
-        for length in shape:
-            count *= length
-        total += count
-    return total
-
-
-def _sizes(described: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Yield a configuration and those of its parts, such as ``vision_config``."""
-    yield described
-    for name, value in described.items():
-        if name.endswith("_config") and isinstance(value, Mapping):
-            yield from _sizes(value)
-
-
-def _size(described: Mapping[str, Any], names: Sequence[str]) -> int:
-    found = (described.get(name) for name in names)
-    return next((value for value in found if isinstance(value, int)), 0)
+def measured(config: RunConfig) -> Footprint | None:
+    """Return what a worker of such a run has taken before on this machine; None where that is not known, or private."""
+    file = Automatic(config)._file
+    return None if file is None else _kept(file)

@@ -19,6 +19,7 @@ from benchmarks import (
     cohorts,
     draw,
     engine,
+    language_models,
     lora_fair_lambda,
     memory,
     mixed_ranks,
@@ -113,7 +114,13 @@ def test_the_low_rank_regression_has_a_cell_for_each_lambda(monkeypatch: pytest.
 
 
 BESIDE_OTHERS = (peer, bare_loop, scaling, engine, cohorts, startup)
-PARTS = (step, memory, prefix, batched)  # kills forks, which wants a process of its own: tests/end_to_end/test_kills.py
+PARTS = (
+    step,
+    memory,
+    prefix,
+    batched,
+    language_models,
+)  # kills forks, which wants a process of its own: tests/end_to_end/test_kills.py
 NAMES = [module.__name__.rpartition(".")[2] for module in (*BESIDE_OTHERS, *PARTS)]
 
 

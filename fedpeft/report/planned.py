@@ -42,6 +42,7 @@ def dry_run_table(facts: Mapping[str, Any], config: RunConfig) -> RenderableType
                 *_of_rounds(facts, config),
                 *([] if facts.get("privacy") is None else planned_rows(facts["privacy"], config)),
                 *([("workers", facts["workers"]["said"])] if "workers" in facts else []),
+                *([("memory", _memory(facts["memory"]))] if "memory" in facts else []),
                 ("seed", config.run.seed),
             ]
         )
@@ -107,6 +108,12 @@ def _of_rounds(facts: Mapping[str, Any], config: RunConfig) -> list[tuple[str, o
         *([("", CATCH_UP)] if facts["changes_base"] else []),
         ("in all", f"{size(facts['total_bytes'])} for {rounds} rounds"),
     ]
+
+
+def _memory(facts: Mapping[str, int]) -> str:
+    parts = ", ".join(f"{name} {size(facts[name])}" for name in ("libraries", "weights", "training", "scoring"))
+    seen = f"; a worker took {size(facts['measured'])} before" if "measured" in facts else ""
+    return f"{size(facts['total'])} a worker at its peak, predicted ({parts}){seen}"
 
 
 def _head(facts: Mapping[str, Any]) -> str:

@@ -203,6 +203,12 @@ class RunDirectory:
                 f"cannot write the run directory '{self.path}': {error.strerror or error}"
             ) from None
 
+    def add_facts(self, more: Mapping[str, Any]) -> None:
+        """Add to environment.json what is known at the end alone; a run is not lost because that cannot be written."""
+        with contextlib.suppress(OSError, RunDirectoryError):
+            facts = read_object(self.path / ENVIRONMENT_FILE) | dict(more)
+            write_whole(self.path / ENVIRONMENT_FILE, (to_json(facts, indent=2) + "\n").encode())
+
     def _write_facts(self, config: RunConfig, facts: Mapping[str, Any]) -> None:
         """Write environment.json, and then config.toml: where that is there, it is a run, and the other is too."""
         write_whole(self.path / ENVIRONMENT_FILE, (to_json(facts, indent=2) + "\n").encode())

@@ -12,6 +12,7 @@ from fedpeft.errors import ConfigError
 from fedpeft.runs.machine import Footprint, Gpu, Machine
 from fedpeft.simulations import sizing
 from fedpeft.simulations.grids.cluster import Fixed, Node, Sizing
+from fedpeft.simulations.predicted import LOGITS
 from fedpeft.simulations.sizing import Automatic, at_work, estimate, planned, sizer_of
 
 GB = 10**9
@@ -157,16 +158,17 @@ def test_a_damaged_note_is_an_estimate(text_config: Make, tmp_path: Path) -> Non
 
 def test_estimates_grow_with_batch_length_and_precision(text_config: Make) -> None:
     def own(**settings: Any) -> int:
-        return estimate(text_config(**settings)).own - sizing.LIBRARIES
+        return estimate(text_config(run__evaluate_batch_size=1, **settings)).own - sizing.LIBRARIES
 
     plain = own(train__batch_size=8, data__max_length=64)
     assert own(train__batch_size=16, data__max_length=64) > 1.5 * plain
-    assert own(train__batch_size=8, data__max_length=128) > 2 * plain
+    assert own(train__batch_size=8, data__max_length=128) > 1.5 * plain
+    assert own(train__batch_size=8, data__max_length=64, train__gradient_checkpointing=True) < plain
     assert own(train__batch_size=8, data__max_length=64, train__precision="bf16") < plain
     assert estimate(text_config(model__name="/no/such/folder")) == sizing.UNKNOWN
 
 
-def test_an_estimate_counts_scores_over_a_vocabulary_and_patches_of_images(
+def test_an_estimate_counts_a_block_of_scores_over_a_vocabulary_and_patches_of_images(
     text_config: Make, tiny_llama: Path, tiny_vit: Path, tmp_path: Path
 ) -> None:
     wide = tmp_path / "wide"
@@ -175,7 +177,7 @@ def test_an_estimate_counts_scores_over_a_vocabulary_and_patches_of_images(
     (wide / "config.json").write_text(json.dumps(facts | {"vocab_size": 10**6}))
     (wide / "model.safetensors").write_bytes((tiny_llama / "model.safetensors").read_bytes())
     small, large = (estimate(text_config(model__name=str(each))).own for each in (tiny_llama, wide))
-    assert large - small == 12 * 8 * 128 * (10**6 - 63) or large > small + 12 * 8 * 100 * 10**6 // 2
+    assert LOGITS < large - small < 3 * LOGITS
     assert estimate(text_config(model__name=str(tiny_vit), data__max_length=2**20)).own < 2 * sizing.LIBRARIES
 
 
