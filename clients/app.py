@@ -36,6 +36,7 @@ from fedpeft.privacy.levels import level_of
 from fedpeft.resident import Resident, resident
 from fedpeft.training.local import LocalResult, Turn, num_steps, train_locally
 from fedpeft.training.prefix import feeding
+from fedpeft.training.steps import Additions
 from fedpeft.wire import Identity, ShortAnswer, TrainAnswer, TrainOrder, to_record, to_tensors
 
 TRUST_REMOTE_CODE = "trust-remote-code"  # key of the node's own config: a server cannot decide this for a site
@@ -246,7 +247,7 @@ def _train(ready: Ready, penalty: Callable[[], Tensor] | None) -> LocalResult:
             run.train,
             ready.turn,
             names=ready.trained,
-            penalty=penalty,
+            additions=Additions(penalty),
             private=private,
         )
 
