@@ -38,6 +38,8 @@ from fedpeft.tasks.encoding import encode, encode_rows, encoded
 from fedpeft.tasks.heads import pack_rows
 from fedpeft.training.batched.layers import OwnLayers
 from fedpeft.training.checkpointing import checkpoint_blocks
+from fedpeft.training.neftune import check_noise
+from fedpeft.training.steps import check_optimizer
 
 T = TypeVar("T")
 
@@ -217,6 +219,7 @@ class Resident:
         base = load_base(self.config, self.folder, self.labels)
         agree(base, self.config, self.test.image_shape if self._knows_rows else None)
         adapted = AdaptedModel(base, self.config)
+        check_optimizer(self.config.train, adapted.trained)
         if self.config.train.gradient_checkpointing:
             checkpoint_blocks(adapted.model)
         if self.config.data.packing:
@@ -226,6 +229,8 @@ class Resident:
                     "another task. Set data.packing to false; train.bucket saves padding for any text."
                 )
             pack_rows(adapted.model, self.config.data.max_length)
+        if self.config.train.neftune_alpha:
+            check_noise(adapted.model, reads_tokens=self.test.image_shape is None)
         give_back()
         return adapted
 

@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fedpeft.data.columns import IGNORED
 from fedpeft.errors import AdapterError
+from fedpeft.precision import arithmetic
 from fedpeft.tasks import packing
 from fedpeft.tasks.packing import packed, packing_of
 
@@ -280,15 +281,12 @@ def token_losses(parts: DividedModel, inputs: Mapping[str, Tensor], following: T
         ``train.precision``.
     """
 
-    def arithmetic() -> Any:
-        return torch.autocast(following.device.type, torch.bfloat16, enabled=precision == "bf16")
-
     def head(block: Tensor) -> Tensor:
-        with arithmetic():
+        with arithmetic(following.device, precision):
             return parts.logits(block)
 
     length = packing_of(parts.model) if torch.is_grad_enabled() else None
-    with arithmetic():
+    with arithmetic(following.device, precision):
         states = parts.hidden(inputs) if length is None else parts.packed_hidden(inputs, length)  # (b, t, d)
     held = following != IGNORED  # (b, t)
     if parts.head_is_adapted:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from fedpeft.data.columns import IGNORED
+from fedpeft.precision import arithmetic
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -85,11 +86,9 @@ def logits_of(model: nn.Module, batch: Mapping[str, Tensor], precision: str = "f
     precision : str
         ``train.precision``.
     """
-    import torch
-
     on = next(model.parameters()).device
     inputs = {name: value.to(on) for name, value in batch.items() if name != "labels"}
-    with torch.autocast(on.type, torch.bfloat16, enabled=precision == "bf16"):
+    with arithmetic(on, precision):
         logits: Tensor = model(**inputs).logits
     return logits
 

@@ -34,6 +34,7 @@ from fedpeft.config import RunConfig
 from fedpeft.errors import AdapterError
 from fedpeft.jsons import to_json
 from fedpeft.models import num_threads
+from fedpeft.precision import arithmetic
 from fedpeft.tasks.heads import undivided
 from fedpeft.tasks.packing import packing_of
 from fedpeft.training.checkpointing import checkpointed
@@ -42,7 +43,7 @@ from fedpeft.training.local import training_mode
 
 FOLDER = "prefix"  # in the cache
 VERSION = 2  # of what is stored and how it is computed
-CLOSE = {"fp32": 1e-4, "bf16": 0.05}  # largest difference that rounding makes, of the largest value
+CLOSE = {"fp32": 1e-4, "bf16": 0.05, "fp16": 0.01}  # largest difference that rounding makes, of the largest value
 CHECKED = 6  # rows
 VERSIONED = {"torch", "transformers", "peft", "fedpeft", "opacus"}  # libraries
 ROUNDING = ("ONEDNN_DEFAULT_FPMATH_MODE", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR")  # environment variables
@@ -220,9 +221,8 @@ class Prefix:
         inputs = {name: value.to(on) for name, value in batch.items() if name != "labels"}
         modes = {module: module.training for module in self.model.modules()}
         devices = [on] if on.type == "cuda" else []
-        bf16 = self.precision == "bf16"
         try:
-            with undivided(), torch.random.fork_rng(devices), torch.autocast(on.type, torch.bfloat16, enabled=bf16):
+            with undivided(), torch.random.fork_rng(devices), arithmetic(on, self.precision):
                 self._draw_nothing(_rows(inputs)[0], on)
                 self.model.eval()
                 self._compare(inputs)

@@ -14,7 +14,6 @@ from fedpeft.resident import Resident
 from fedpeft.training.local import (
     Turn,
     batches,
-    learning_rate,
     num_steps,
     scoring_mode,
     train_locally,
@@ -90,15 +89,6 @@ def test_steps_are_those_named_else_those_of_the_epochs() -> None:
     assert num_steps(TrainConfig(local_steps=7), 100) == 7
     assert num_steps(TrainConfig(local_epochs=2, batch_size=16), 33) == 6
     assert num_steps(TrainConfig(batch_size=16), 33) == 3
-
-
-def test_schedules_go_from_the_whole_rate_towards_zero() -> None:
-    for schedule in ("linear", "cosine"):
-        train = TrainConfig(learning_rate=2.0, lr_schedule=schedule)
-        assert learning_rate(train, 0.0) == 2.0
-        assert learning_rate(train, 0.5) == pytest.approx(1.0)
-        assert 0 < learning_rate(train, 0.99) < 0.05
-    assert learning_rate(TrainConfig(learning_rate=2.0), 0.99) == 2.0
 
 
 def trained(config: RunConfig, server_round: int = 1, client_id: str = "site-0") -> dict[str, torch.Tensor]:

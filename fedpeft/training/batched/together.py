@@ -30,12 +30,11 @@ from fedpeft.training.local import (
     LocalResult,
     PlainGradients,
     Turn,
-    learning_rate,
-    make_optimizer,
     num_steps,
     training_mode,
 )
 from fedpeft.training.optimizers import OPTIMIZERS
+from fedpeft.training.steps import make_optimizer, set_rate
 
 Rows = NDArray[np.int64]
 CLIP_FLOOR = 1e-6  # torch's own, see torch.nn.utils.clip_grad_norm_
@@ -69,7 +68,7 @@ class Part:
     def rates(self, train: TrainConfig) -> tuple[float, ...]:
         """Return the learning rate of all its steps: one number where it never changes. Those who share it may join."""
         steps = self.steps(train)
-        rates = tuple(learning_rate(train, self.turn.progress(step / steps)) for step in range(steps))
+        rates = tuple(self.turn.rate(train, step, steps) for step in range(steps))
         return rates[:1] if len(set(rates)) == 1 else rates
 
 
@@ -226,6 +225,12 @@ def why_not(adapted: AdaptedModel, layers: OwnLayers, train: TrainConfig) -> str
         return layers.refusal
     if not OPTIMIZERS.find(train.optimizer).elementwise:
         return f"train.optimizer = '{train.optimizer}' does not step each number by itself"
+    if train.accumulation > 1:
+        return "train.accumulation makes a step of parts that are small enough one by one"
+    if train.neftune_alpha:
+        return "train.neftune_alpha draws noise, which each client draws by itself"
+    if train.precision == "fp16":
+        return "train.precision = 'fp16' scales each client's losses by itself"
     if packing_of(adapted.model) is not None:
         return "data.packing puts rows of one client behind each other, and rows of several would share a sequence"
     if drops(adapted.model):
@@ -275,9 +280,7 @@ def train_together(
     try:
         for step in range(max(steps)):
             batches = [next(drawn[place]) for place in range(len(stacks))]
-            rate = learning_rate(train, parts[order[0]].turn.progress(step / steps[order[0]]))
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            set_rate(optimizer, parts[order[0]].turn.rate(train, step, steps[order[0]]))
             optimizer.zero_grad(set_to_none=True)
             loss, counts = gradients.compute(stacks, batches)
             regularise()
