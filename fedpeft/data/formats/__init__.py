@@ -90,7 +90,7 @@ def implied_columns(source: str | None) -> Mapping[str, str]:
 
 
 def first_rows(place: Place, encoding: str, count: int) -> list[dict[str, Any]]:
-    """Return a few of a place's first rows with all their columns; none where its format cannot say, or they are damaged.
+    """Return a place's first rows with all their columns; none where its format cannot say, or they are damaged.
 
     What is wrong with a place is said by whoever reads it.
     """

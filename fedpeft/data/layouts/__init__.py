@@ -20,9 +20,7 @@ from fedpeft.errors import ConfigError
 from fedpeft.registry import Registry
 
 # in the order in which they are tried: rows of the first ones often have the columns of the last ones too
-LAYOUTS: Registry[Layout] = Registry(
-    "data.layout", "fedpeft.layouts", (MESSAGES, SHAREGPT, ALPACA, COMPLETION, TEXT)
-)
+LAYOUTS: Registry[Layout] = Registry("data.layout", "fedpeft.layouts", (MESSAGES, SHAREGPT, ALPACA, COMPLETION, TEXT))
 LOOKED_AT = 64  # first rows, by which a layout is chosen: a few of others among them change nothing
 KEYS = ("messages", "prompt", "completion", "text")  # of the section `data`, which name columns of layouts
 CLASSIFIED = ({"text", "label"}, {"image", "label"})  # rows with all of these may be for classifiers

@@ -141,7 +141,9 @@ def _content(content: object, number: int, key: str) -> str:
             kind = part.get("type") if isinstance(part, dict) and isinstance(part.get("type"), str) else None
             shown = f"a part of type '{str(kind)[:SHOWN]}'" if kind else "a part that is no text"
             raise UnfitRowError(
-                key, f"holds {shown} in turn {number}", "Only texts can be trained on: leave out images, sounds and files."
+                key,
+                f"holds {shown} in turn {number}",
+                "Only texts can be trained on: leave it out, or the row.",
             )
         texts.append(text)
     return "".join(texts)
