@@ -170,7 +170,8 @@ def read_rows(
     numbers = np.arange(1, len(raw) + 1)
     if only is not None:
         raw, numbers = raw.select(only), np.asarray(only, dtype=np.int64) + 1
-    cells, features, names = _normalised(place, wanted, {each.name: each.kind for each in columns}, raw, labels)
+    kinds = {each.name: each.kind for each in columns if each.kind != "conversation"}
+    cells, features, names = _normalised(place, wanted, kinds, raw, labels)
     reading = Reading()
     if layout is not None:
         column, cells[column], reading = normalised(place, layout, raw.with_format("arrow")[:])

@@ -151,6 +151,7 @@ def _rows_within(place: Place, wanted: Wanted, value: object) -> Iterable[tuple[
     if not isinstance(value, dict) or (wanted.fit(list(value)) and not any(isinstance(c, dict | list) for c in cells)):
         return [("line 1", value)]
     lists = [key for key, rows in value.items() if isinstance(rows, list) and rows and isinstance(rows[0], dict)]
+    lists = [key for key in lists if not (wanted.nested and _are_turns(value[key]))]
     if len(lists) > 1:
         raise DataError(
             f"{place} is an object with several lists of rows ({', '.join(lists)}). Save each as a file of its own."

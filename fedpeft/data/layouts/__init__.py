@@ -91,7 +91,7 @@ def implied(rows: Sequence[Mapping[str, object]]) -> str | None:
     if any(needed <= set(row) for row in rows for needed in CLASSIFIED):
         return None
     found = detect(rows, {}, [each for each in LAYOUTS.all().values() if each.implied])
-    return found and found.name
+    return None if found is None else found.name
 
 
 def described() -> str:

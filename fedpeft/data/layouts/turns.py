@@ -134,7 +134,7 @@ def _content(content: object, number: int, key: str) -> str:
     if not isinstance(parts, list):
         kind = type(content).__name__
         raise UnfitRowError(key, f"holds a {kind} as the content of turn {number}", "Give a text.")
-    texts = []
+    texts: list[str] = []
     for part in parts:
         text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
         if not isinstance(text, str):
