@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fedpeft.data.formats.client_files import CLIENT_FILES
 from fedpeft.data.formats.delimited import CSV
 from fedpeft.data.formats.hub import HUB
 from fedpeft.data.formats.images import IMAGE_FOLDER
@@ -21,7 +22,7 @@ from fedpeft.places import TEST_PARTS, Place, at, divided_name
 from fedpeft.registry import Registry
 
 FORMATS: Registry[Format] = Registry(
-    "format of rows", "fedpeft.formats", (CSV, JSON, PARQUET, IMAGE_FOLDER, SAVED, HUB)
+    "format of rows", "fedpeft.formats", (CSV, JSON, PARQUET, IMAGE_FOLDER, SAVED, CLIENT_FILES, HUB)
 )
 PACKED = ".gz"
 
