@@ -17,6 +17,7 @@ from torch import Tensor
 from fedpeft import tasks
 from fedpeft.bases import first_line, padding_of_positions
 from fedpeft.config import RunConfig
+from fedpeft.data.conversations import made_up
 from fedpeft.data.pixels import load_processor, preprocess
 from fedpeft.data.readers import Place
 from fedpeft.data.splits import EncodedSplit
@@ -86,7 +87,11 @@ def _texts(base: BaseModel, config: RunConfig, task: Task) -> EncodedSplit:
     long, short = (tokenizer.decode(part) for part in (chosen, chosen[-SHORT:]))
     texts = [long, short, f"{short}{tokenizer.convert_ids_to_tokens(pad)}{short}"]
     named = [each.name for each in task.columns if each.kind == "text" and each.named(config.data) is not None]
-    columns: dict[str, list[Any]] = dict.fromkeys(named, [short] * 3) | {named[0]: texts}
+    columns: dict[str, list[Any]] = {}
+    if task.reads_conversations:
+        columns |= made_up(texts, [short] * 3, layout=config.data.layout)
+    else:
+        columns |= dict.fromkeys(named, [short] * 3) | {named[0]: texts}
     table = datasets.Dataset.from_dict({"row": list(range(3)), **columns})
     place = Place("the rows of a first check", "json", None)
     encoding = task.encode(config, base.folder, inputs_of(config, base.folder), place, table)

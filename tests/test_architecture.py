@@ -25,7 +25,11 @@ FOLDERS = {"fedpeft": "", "strategies": "strategies", "clients": "clients", "sim
 UNITS: tuple[tuple[str, ...], ...] = (
     ("errors", "seeds", "jsons", "rounding", "formats", "chatter"),
     ("places", "registry"),
-    ("adapters.kinds", "training.optimizers", "data.layouts"),  # names and what is known of each, before any configuration
+    (
+        "adapters.kinds",
+        "training.optimizers",
+        "data.layouts",
+    ),  # names and what is known of each, before any configuration
     ("cache", "precision"),
     ("presets", "data.formats"),
     ("config",),

@@ -17,7 +17,17 @@ from fedpeft.data.columns import Column
 from fedpeft.data.formats import first_rows
 from fedpeft.data.formats.cells import blank, filled_text, stored, text_or_number
 from fedpeft.data.formats.text_files import CHUNK_ROWS
-from fedpeft.data.layouts import LAYOUTS, LOOKED_AT, Chosen, Layout, UnfitRowError, candidates, described, detect, names_of
+from fedpeft.data.layouts import (
+    LAYOUTS,
+    LOOKED_AT,
+    Chosen,
+    Layout,
+    UnfitRowError,
+    candidates,
+    described,
+    detect,
+    names_of,
+)
 from fedpeft.errors import DataError
 from fedpeft.places import Place, named, refuse_missing
 
@@ -34,20 +44,23 @@ class Reading:
         The columns that it took.
     dropped : int
         Rows of which turns behind the last answer were left out.
+    detected : bool
+        Whether the configuration names none of the columns.
     """
 
     layout: str | None = None
     columns: tuple[str, ...] = ()
     dropped: int = 0
+    detected: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain data."""
-        return {"layout": self.layout, "columns": list(self.columns), "dropped": self.dropped}
+        return {**vars(self), "columns": list(self.columns)}
 
     @classmethod
     def from_json(cls, held: Mapping[str, Any]) -> Reading:
         """Read what `to_json` returned."""
-        return cls(held["layout"], tuple(held["columns"]), held["dropped"])
+        return cls(**{**held, "columns": tuple(held["columns"])})
 
     def notes(self, place: Place, count: int) -> tuple[str, ...]:
         """Say it in one line each.
@@ -61,11 +74,13 @@ class Reading:
         """
         if self.layout is None:
             return ()
-        said = [f"rows of {place} are read as data.layout = '{self.layout}' ({', '.join(self.columns)})"]
+        said = []
+        if self.detected:
+            said.append(f"rows of {place} are read as data.layout = '{self.layout}' ({', '.join(self.columns)})")
         if self.dropped:
             said.append(
-                f"of {count:,} rows of {place} {self.dropped:,} end with a turn that is not the assistant's: what comes "
-                "after the last answer has nothing to learn from and is left out"
+                f"of {count:,} rows of {place} {self.dropped:,} end with a turn that is not the assistant's: what "
+                "comes after the last answer teaches nothing, and is left out"
             )
         return tuple(said)
 
@@ -158,7 +173,11 @@ def normalised(place: Place, choice: Chosen, table: pa.Table) -> tuple[str, Any,
         done = list(_conversations(place, choice, chunk, start))
         texts.append(pa.array([text for text, _ in done], pa.large_string()))
         dropped += sum(number > 0 for _, number in done)
-    return "conversation", pa.chunked_array(texts, pa.large_string()), Reading(layout.name, tuple(there.values()), dropped)
+    return (
+        "conversation",
+        pa.chunked_array(texts, pa.large_string()),
+        Reading(layout.name, tuple(there.values()), dropped),
+    )
 
 
 def _cells(place: Place, layout: Layout, key: str, column: str, cells: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -170,10 +170,12 @@ def read_rows(
     numbers = np.arange(1, len(raw) + 1)
     if only is not None:
         raw, numbers = raw.select(only), np.asarray(only, dtype=np.int64) + 1
-    cells, features, names = _normalised(place, wanted, {each.name: each.kind for each in columns}, raw, labels)
+    kinds = {each.name: each.kind for each in columns if each.kind != "conversation"}
+    cells, features, names = _normalised(place, wanted, kinds, raw, labels)
     reading = Reading()
     if layout is not None:
         column, cells[column], reading = normalised(place, layout, raw.with_format("arrow")[:])
+        reading = replace(reading, detected=not names_of(data))
         features[column] = datasets.Value("large_string")
     cells["row"], features["row"] = numbers, datasets.Value("int64")
     info = datasets.DatasetInfo(features=datasets.Features(features))
@@ -183,7 +185,7 @@ def read_rows(
 def _normalised(
     place: Place, wanted: Wanted, kinds: Mapping[str, str], raw: datasets.Dataset, labels: tuple[str, ...] | None
 ) -> tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]:
-    """Return cells and types of the wanted columns that are there, and the names of the labels; without conversations."""
+    """Return cells and types of the wanted columns but those of conversations, and the names of the labels."""
     table: pa.Table = raw.with_format("arrow")[:]
     cells: dict[str, Any] = {}
     features: dict[str, Any] = {}

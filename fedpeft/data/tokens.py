@@ -54,8 +54,7 @@ def encode_texts(config: RunConfig, model_dir: Path, inputs: Inputs, place: Plac
         makes is not what the model can be given.
     """
     tokenizer, pad_token_id = load_tokenizer(config, model_dir)
-    completes = "conversation" in rows.column_names
-    max_length = _checked_length(config, inputs, tokenizer, completes=completes)
+    max_length = _checked_length(config, inputs, tokenizer, completes="conversation" in rows.column_names)
     tokens: list[NDArray[np.int32]] = []
     types: list[NDArray[np.uint8]] = []
     prompts: list[int] = []

@@ -26,9 +26,20 @@ from fedpeft import tasks
 from fedpeft.cache import cache_dir, locked, publishing
 from fedpeft.config import RunConfig
 from fedpeft.data.columns import Column
-from fedpeft.data.readers import Place, notes
 from fedpeft.data.conversations import Reading
-from fedpeft.data.sources import CLIENT, DOMAIN, digest, hold_out, locate, places, raw_rows, read_rows, test_place, wanted_columns
+from fedpeft.data.readers import Place, notes
+from fedpeft.data.sources import (
+    CLIENT,
+    DOMAIN,
+    digest,
+    hold_out,
+    locate,
+    places,
+    raw_rows,
+    read_rows,
+    test_place,
+    wanted_columns,
+)
 from fedpeft.data.splits import EncodedData, EncodedSplit, Normalisation
 from fedpeft.data.tokens import Cuts, cut_notes
 from fedpeft.errors import DataError, ModelError

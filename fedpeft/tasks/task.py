@@ -48,7 +48,7 @@ class Task:
     predict : callable, optional
         Makes of logits what metrics hold against the targets, one entry a row; none where metrics need the loss only.
     spoken_by : tuple of str
-        Keys of the section `data` of which each says, where it is set, that this is the task. For tasks of this package.
+        Keys of the section `data` that say, where one is set, that this is the task. For tasks of this package.
     settings : mapping
         Fields of the base's configuration, besides those that follow from labels.
     has_head : bool

@@ -136,7 +136,8 @@ def test_text_pairs_and_prompts_are_read_from_the_columns_named(tmp_path: Path) 
     ]
     causal = load(path, "causal-lm", prompt="q", completion="a")
     assert causal.labels == ()
-    assert [(row["prompt"], row["completion"]) for row in every_row(causal)] == [
+    said = [json.loads(row["conversation"])["messages"] for row in every_row(causal)]
+    assert [tuple(turn["content"] for turn in turns) for turns in said] == [
         ("1", "2"), ("3", "4"), ("5", "6"), ("7", "8"),
     ]  # fmt: skip
     assert "label" not in causal.train.column_names

@@ -33,7 +33,8 @@ tokenizer = PreTrainedTokenizerFast(tokenizer_object=whole_words, unk_token="[UN
 @settings(max_examples=150)
 def test_each_way_of_cutting_keeps_what_it_says(p: int, c: int, max_length: int, way: Truncate) -> None:
     prompt, completion = WORDS[:p], WORDS[30 : 30 + c]
-    row = {"prompt": [" ".join(prompt)], "completion": [" ".join(completion)]}
+    turns = [{"role": "user", "content": " ".join(prompt)}, {"role": "assistant", "content": " ".join(completion)}]
+    row = {"conversation": [json.dumps({"messages": turns, "completion": 1})]}
     encoded = tokenise(tokenizer, row, max_length, way)
     kept = tokenizer.convert_ids_to_tokens(encoded["input_ids"][0])
     border = encoded["prompt_lengths"][0][0]
@@ -86,19 +87,20 @@ def config_of(exchanges: dict[str, object], **more: object) -> RunConfig:
 def test_rows_that_are_cut_are_counted(exchanges: dict[str, object], way: str | None, told: str) -> None:
     config = config_of(exchanges, **({} if way is None else {"data__truncate": way}))
     for _ in range(2):  # from the cache as well
-        (note,) = encode(config, Path(str(exchanges["model.name"]))).notes
+        _, note = encode(config, Path(str(exchanges["model.name"]))).notes
         assert note.startswith(f"of 12 rows of '{exchanges['data.source']}' {told}, cut to data.max_length = 10 with ")
-    assert not encode(config_of(exchanges, data__max_length=60), Path(str(exchanges["model.name"]))).notes
+    assert len(encode(config_of(exchanges, data__max_length=60), Path(str(exchanges["model.name"]))).notes) == 1
 
 
 def test_a_run_and_its_plan_say_first_what_is_cut_and_a_private_run_keeps_it_to_itself(
     exchanges: dict[str, object], tmp_path: Path
 ) -> None:
     config = config_of(exchanges)
-    (note,) = plan(config).notes
+    read, note = plan(config).notes
+    assert read.endswith("are read as data.layout = 'completion' (prompt, completion)")
     events: list[dict[str, object]] = []
     simulate(config, tmp_path / "run", listener=events.append)
-    assert events[0] == {"event": "warning", "round": 0, "message": note}
+    assert [event["message"] for event in events[:2]] == [read, note]
     assert "lose the" not in (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8")
     events.clear()
     private = config_of(exchanges, privacy__level="record", privacy__noise_multiplier=1.0)

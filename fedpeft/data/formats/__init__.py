@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fedpeft.data.formats.client_files import CLIENT_FILES
 from fedpeft.data.formats.delimited import CSV
 from fedpeft.data.formats.hub import HUB
 from fedpeft.data.formats.images import IMAGE_FOLDER
@@ -21,7 +22,7 @@ from fedpeft.places import TEST_PARTS, Place, at, divided_name
 from fedpeft.registry import Registry
 
 FORMATS: Registry[Format] = Registry(
-    "format of rows", "fedpeft.formats", (CSV, JSON, PARQUET, IMAGE_FOLDER, SAVED, HUB)
+    "format of rows", "fedpeft.formats", (CSV, JSON, PARQUET, IMAGE_FOLDER, SAVED, CLIENT_FILES, HUB)
 )
 PACKED = ".gz"
 
@@ -90,7 +91,7 @@ def implied_columns(source: str | None) -> Mapping[str, str]:
 
 
 def first_rows(place: Place, encoding: str, count: int) -> list[dict[str, Any]]:
-    """Return a few of a place's first rows with all their columns; none where its format cannot say, or they are damaged.
+    """Return a place's first rows with all their columns; none where its format cannot say, or they are damaged.
 
     What is wrong with a place is said by whoever reads it.
     """

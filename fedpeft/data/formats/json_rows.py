@@ -52,7 +52,7 @@ def _read(place: Place, wanted: Wanted) -> datasets.Dataset:
 
     def row(number: int, where: str, record: object) -> list[str | None]:
         if isinstance(record, list) and len(nested) == 1:
-            record = {column: record for column in nested}
+            record = dict.fromkeys(nested, record)
         if not isinstance(record, dict):
             raise DataError(f"{where} of {place} is not a JSON object. {ADVICE}")
         for column in columns:
@@ -151,6 +151,7 @@ def _rows_within(place: Place, wanted: Wanted, value: object) -> Iterable[tuple[
     if not isinstance(value, dict) or (wanted.fit(list(value)) and not any(isinstance(c, dict | list) for c in cells)):
         return [("line 1", value)]
     lists = [key for key, rows in value.items() if isinstance(rows, list) and rows and isinstance(rows[0], dict)]
+    lists = [key for key in lists if not (wanted.nested and _are_turns(value[key]))]
     if len(lists) > 1:
         raise DataError(
             f"{place} is an object with several lists of rows ({', '.join(lists)}). Save each as a file of its own."
@@ -241,7 +242,12 @@ DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer)
 def _are_turns(value: object) -> bool:
     """Say whether a value is a list of turns, and not one of rows."""
     names = ({"role", "content"}, {"from", "value"})
-    return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and any(n <= set(value[0]) for n in names)
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and isinstance(value[0], dict)
+        and any(n <= set(value[0]) for n in names)
+    )
 
 
 def _text(place: Place, number: int, column: str, value: object, *, nested: bool = False) -> str | None:
@@ -301,9 +307,7 @@ def _first_within(value: object, count: int) -> list[object]:
         return [value] if _are_turns(value) else value[:count]
     if not isinstance(value, dict):
         return []
-    lists = [
-        cells for cells in value.values() if isinstance(cells, list) and cells and isinstance(cells[0], dict)
-    ]
+    lists = [cells for cells in value.values() if isinstance(cells, list) and cells and isinstance(cells[0], dict)]
     if len(lists) == 1 and not _are_turns(lists[0]):
         return lists[0][:count]
     columns = {key: list(cells.values()) if isinstance(cells, dict) else cells for key, cells in value.items()}

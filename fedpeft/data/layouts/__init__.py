@@ -20,9 +20,7 @@ from fedpeft.errors import ConfigError
 from fedpeft.registry import Registry
 
 # in the order in which they are tried: rows of the first ones often have the columns of the last ones too
-LAYOUTS: Registry[Layout] = Registry(
-    "data.layout", "fedpeft.layouts", (MESSAGES, SHAREGPT, ALPACA, COMPLETION, TEXT)
-)
+LAYOUTS: Registry[Layout] = Registry("data.layout", "fedpeft.layouts", (MESSAGES, SHAREGPT, ALPACA, COMPLETION, TEXT))
 LOOKED_AT = 64  # first rows, by which a layout is chosen: a few of others among them change nothing
 KEYS = ("messages", "prompt", "completion", "text")  # of the section `data`, which name columns of layouts
 CLASSIFIED = ({"text", "label"}, {"image", "label"})  # rows with all of these may be for classifiers
@@ -93,7 +91,7 @@ def implied(rows: Sequence[Mapping[str, object]]) -> str | None:
     if any(needed <= set(row) for row in rows for needed in CLASSIFIED):
         return None
     found = detect(rows, {}, [each for each in LAYOUTS.all().values() if each.implied])
-    return found and found.name
+    return None if found is None else found.name
 
 
 def described() -> str:

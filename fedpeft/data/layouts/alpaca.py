@@ -44,8 +44,8 @@ def _history(cell: object) -> list[tuple[str, str]]:
 
 ALPACA = Layout(
     "alpaca",
-    "`instruction`, `input` (or `context`) and `output` (or `response`), all texts; `system` and `history` if there are "
-    "any",
+    "`instruction`, `input` (or `context`) and `output` (or `response`), all texts; `system` and `history` "
+    "if there are any",
     {
         "prompt": ("instruction",),
         "input": ("input", "context"),

@@ -13,7 +13,9 @@ def _side(cells: Mapping[str, object], key: str, role: str) -> list[dict[str, ob
     if are_turns(cell):
         return turns_of(cell, key)
     if isinstance(cell, list | dict):
-        raise UnfitRowError(key, "holds neither a text nor a list of turns", "Give a text, or a list of {role, content}.")
+        raise UnfitRowError(
+            key, "holds neither a text nor a list of turns", "Give a text, or a list of {role, content}."
+        )
     return [{"role": role, "content": str(cell)}]
 
 

@@ -65,7 +65,7 @@ class Layout:
     looks : callable
         Of a row's cells by key, of which none that must be there is empty: whether they are as this layout has them.
     conversation : callable, optional
-        Makes turns of a row's cells by key, or raises `UnfitRowError`; None where a row is one text and no conversation.
+        Makes turns of a row's cells by key, or raises `UnfitRowError`; None where a row is one text without turns.
     implied : bool
         Whether such rows are for language models, and for nothing else.
     """

@@ -134,14 +134,16 @@ def _content(content: object, number: int, key: str) -> str:
     if not isinstance(parts, list):
         kind = type(content).__name__
         raise UnfitRowError(key, f"holds a {kind} as the content of turn {number}", "Give a text.")
-    texts = []
+    texts: list[str] = []
     for part in parts:
         text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
         if not isinstance(text, str):
             kind = part.get("type") if isinstance(part, dict) and isinstance(part.get("type"), str) else None
             shown = f"a part of type '{str(kind)[:SHOWN]}'" if kind else "a part that is no text"
             raise UnfitRowError(
-                key, f"holds {shown} in turn {number}", "Only texts can be trained on: leave out images, sounds and files."
+                key,
+                f"holds {shown} in turn {number}",
+                "Only texts can be trained on: leave it out, or the row.",
             )
         texts.append(text)
     return "".join(texts)
