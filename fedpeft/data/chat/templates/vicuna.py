@@ -1,4 +1,4 @@
-"""Vicuna's conversations (version 1.1; Chiang et al. 2023): USER and ASSISTANT on one line, answers with an end token."""
+"""Vicuna's conversations (version 1.1; Chiang et al. 2023): both speak on one line, answers have an end token."""
 
 from __future__ import annotations
 
