@@ -135,6 +135,8 @@ def _mislabelled(
         return _named(train, stored) | {"labels": labels, "pixels": train.tensors["pixels"][stored]}
     texts = [_text(train, int(at)) for at in stored]
     more = _named(train, stored) | {"labels": labels} | _joined([train.tensors["tokens"][text] for text in texts])
+    if "cut" in train.tensors:
+        more["cut"] = train.tensors["cut"][stored]
     if "types" in train.tensors:
         more["types"] = torch.cat([train.tensors["types"][text] for text in texts])
     return more

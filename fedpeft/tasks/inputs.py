@@ -23,7 +23,7 @@ def texts(config: RunConfig, model_dir: Path, inputs: Inputs, place: Place, rows
 
 def conversations(config: RunConfig, model_dir: Path, inputs: Inputs, place: Place, rows: datasets.Dataset) -> Encoding:
     """Tokenise turns by the chat template, or a raw text; see `encode_conversations`."""
-    from fedpeft.data.chat.encoding import encode_conversations
+    from fedpeft.data.exchanges import encode_conversations
 
     return encode_conversations(config, model_dir, inputs, place, rows)
 

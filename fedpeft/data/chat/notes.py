@@ -6,7 +6,7 @@ from typing import get_args
 
 from fedpeft.config import RunConfig, Truncate
 from fedpeft.data.chat.rows import LOSSES
-from fedpeft.data.readers import Place
+from fedpeft.places import Place
 
 Cuts = dict[str, int]  # rows, by what became of them
 

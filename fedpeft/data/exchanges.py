@@ -62,30 +62,37 @@ def encode_conversations(
         )
     data = config.data
     encoder = RowEncoder(tokenizer, max_length, data.truncate or "longest", data.train_on or "assistant")
+    made, kept, cuts = _made(encoder, place, rows, skips=data.empty == "skip")
+    tensors = _tensors(made)
+    check_vocabulary(model_dir, inputs, tokenizer, max(pad_token_id, int(tensors["tokens"].max())))
+    some = np.array(kept, dtype=np.int64) if cuts["empty"] else None
+    return Encoding(tensors, pad_token_id, cuts, kept=some)
+
+
+def _made(
+    encoder: RowEncoder, place: Place, rows: datasets.Dataset, *, skips: bool
+) -> tuple[list[Row], list[int], Cuts]:
+    """Encode rows, and return those that have a token that counts, which they are, and what became of all."""
     cuts = no_cuts()
     made: list[Row] = []
     kept: list[int] = []
     for batch in plain_batches(rows, BATCH_ROWS):
         names = [f"row {row} of {place}" for row in batch["row"]]
         for name, row in zip(names, encoder.rows(_turns(batch), names), strict=True):
-            kept.append(len(kept) + cuts["empty"])
-            if not row.counts:
-                if data.empty == "refuse":
-                    raise DataError(
-                        f"{name} becomes no tokens{' that the loss could count' if len(row.ids) else ''}. Remove it, "
-                        "or write it in other characters, or set data.empty = 'skip' to leave such rows out."
-                    )
-                kept.pop()
+            if row.counts:
+                kept.append(len(kept) + cuts["empty"])
+                made.append(row)
+                _count(cuts, row)
+            elif skips:
                 cuts["empty"] += 1
-                continue
-            made.append(row)
-            _count(cuts, row)
+            else:
+                raise DataError(
+                    f"{name} becomes no tokens{' that the loss could count' if len(row.ids) else ''}. Remove it, or "
+                    "write it in other characters, or set data.empty = 'skip' to leave such rows out."
+                )
     if not made:
         raise DataError(f"no row of {place} has a token that the loss could count. See data.train_on, data.max_length.")
-    tensors = _tensors(made)
-    check_vocabulary(model_dir, inputs, tokenizer, max(pad_token_id, int(tensors["tokens"].max())))
-    some = np.array(kept, dtype=np.int64) if cuts["empty"] else None
-    return Encoding(tensors, pad_token_id, cuts, kept=some)
+    return made, kept, cuts
 
 
 def _turns(batch: Mapping[str, list[object]]) -> dict[str, list[object]]:
