@@ -44,8 +44,10 @@ class DataConfig(Section):
         description="what the loss counts of turns: assistant (if unset), all answers; last, the last one; completion, "
         "what a row names so; all, every token",
     )
-    empty: Empty = Field(
-        "refuse", description="what becomes of a row without a token that counts: refuse the data, or skip the row"
+    empty: Empty | None = Field(
+        None,
+        description="what becomes of a row without a token that counts: refuse (if unset), an error that names it; "
+        "skip, it is left out",
     )
     max_length: int | None = Field(
         None,

@@ -41,6 +41,9 @@ def of(config: RunConfig) -> Task:
         There is none of that name, or a setting is of no use to it.
     """
     task = find(named(config))
+    for key in ("template", "train_on", "empty"):
+        if (value := getattr(config.data, key)) is not None and not task.continues:
+            raise ConfigError(f"data.{key} = '{value}' is for language models, but the task is '{task.name}'; drop it")
     if config.data.truncate is not None and not task.reads("completion"):
         raise ConfigError(
             f"data.truncate = '{config.data.truncate}' is for prompts and completions, but the task is "

@@ -246,7 +246,7 @@ def _chat(config: RunConfig) -> dict[str, Any]:
         "template": None if template is None else [template.text],
         "train_on": data.train_on or "assistant",
         "layout": [getattr(data, name, None) for name in ("layout", "messages")],
-        "empty": data.empty,
+        "empty": data.empty or "refuse",
     }
 
 
