@@ -18,6 +18,7 @@ from fedpeft.cli.options import INTERRUPTED
 from fedpeft.cli.output import secure
 from fedpeft.cli.presets import presets_app
 from fedpeft.cli.privacy import privacy_app
+from fedpeft.cli.rows import rows
 from fedpeft.cli.show import env, partition, runs, strategies
 from fedpeft.cli.simulate import evaluate, simulate
 from fedpeft.errors import ConfigError, FedpeftError
@@ -30,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for command in (simulate, evaluate, merge, compare, config, partition, strategies, env, doctor, runs):
+for command in (simulate, evaluate, merge, compare, config, partition, rows, strategies, env, doctor, runs):
     app.command()(command)
 app.add_typer(presets_app, name="presets")
 app.add_typer(deploy_app, name="deploy")

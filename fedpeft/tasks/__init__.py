@@ -42,6 +42,9 @@ def of(config: RunConfig) -> Task:
         There is none of that name, or a setting is of no use to it.
     """
     task = find(named(config))
+    for key in ("template", "train_on", "empty"):
+        if (value := getattr(config.data, key)) is not None and not task.continues:
+            raise ConfigError(f"data.{key} = '{value}' is for language models, but the task is '{task.name}'; drop it")
     if task.reads_conversations:
         candidates(names_of(config.data), config.data.layout)  # which refuses what contradicts itself
         return task
