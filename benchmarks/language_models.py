@@ -132,7 +132,7 @@ def _pair(
 ) -> tuple[Figure, Figure]:
     peaks, seconds, ratio = measured
     gigabytes = {name: peak / 1e9 for name, peak in peaks.items()}
-    memory = peaks[one] / max(1, peaks[other])
+    memory = max(1, peaks[one]) / max(1, peaks[other])
     return (
         Figure(f"{what}: memory of {one} against {other}", memory, detail=gigabytes),
         Figure(f"{what}: time of {one} against {other}", ratio, detail=seconds),
