@@ -138,8 +138,8 @@ def _content(content: object, number: int, key: str) -> str:
     for part in parts:
         text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
         if not isinstance(text, str):
-            kind = part.get("type") if isinstance(part, dict) and isinstance(part.get("type"), str) else None
-            shown = f"a part of type '{str(kind)[:SHOWN]}'" if kind else "a part that is no text"
+            part_type = part.get("type") if isinstance(part, dict) else None
+            shown = f"a part of type '{part_type[:SHOWN]}'" if isinstance(part_type, str) else "a part that is no text"
             raise UnfitRowError(
                 key,
                 f"holds {shown} in turn {number}",
