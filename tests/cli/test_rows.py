@@ -1,0 +1,40 @@
+"""``fedpeft rows``: what it prints for people and for machines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from typer.testing import CliRunner
+
+from fedpeft.cli.app import app
+
+
+def printed(*words: str) -> str:
+    result = CliRunner().invoke(app, ["rows", *words])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_rows_are_shown_with_what_counts(tiny_llama: Path, pairs_jsonl: Path) -> None:
+    words = (f"model.name={tiny_llama}", f"data.source={pairs_jsonl}", "data.prompt=prompt")
+    words = (*words, "data.completion=completion", "--show", "2")
+    rows = json.loads(printed(*words, "--json"))["rows"]
+    assert len(rows) == 2
+    for row in rows:
+        assert len(row["tokens"]) == len(row["counted"]) == len(row["ids"])
+        assert not row["counted"][0]
+        assert row["counted"][-1]
+        assert row["cut"] == 0
+    shown = printed(*words)
+    assert shown.count("row ") == 2
+    assert shown.count("«") == shown.count("»") == 2
+    assert "0 cut" in shown
+
+
+def test_of_rows_to_classify_no_token_counts_and_long_ones_say_what_they_lost(text_csv: Path, tiny_bert: Path) -> None:
+    words = (f"model.name={tiny_bert}", f"data.source={text_csv}", "data.max_length=4", "--show", "3", "--json")
+    rows = json.loads(printed(*words))["rows"]
+    assert not any(any(row["counted"]) for row in rows)
+    assert any(row["cut"] for row in rows)
+    assert all(len(row["tokens"]) <= 4 for row in rows)
