@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from fedpeft.config import RunConfig, TrainConfig
 from fedpeft.errors import AdapterError, ConfigError
+from fedpeft.training.batched.together import why_not
 from fedpeft.training.optimizers import OPTIMIZERS
 from fedpeft.training.steps import (
     RATIO,
@@ -183,6 +185,12 @@ def test_a_gradient_that_overflows_at_any_scale_moves_nothing_and_ends() -> None
 
     take_step(optimizer, compute, lambda: None, scaler)
     assert torch.equal(weight.detach(), torch.ones(3))
+
+
+def test_what_each_client_does_by_itself_is_not_done_for_many_together() -> None:
+    layers: Any = SimpleNamespace(refusal="")
+    for settings in ({"accumulation": 2}, {"neftune_alpha": 5.0}, {"precision": "fp16"}, {"optimizer": "muon"}):
+        assert next(iter(settings)) in why_not(None, layers, TrainConfig(**settings))  # type: ignore[arg-type]
 
 
 def test_fp16_is_refused_without_a_gpu_and_under_record_level_privacy(text_config: Make) -> None:
