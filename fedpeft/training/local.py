@@ -318,9 +318,12 @@ def train_locally(
             counted += count
     scoring_mode(adapted.model)
     optimizer.zero_grad(set_to_none=True)
+    return LocalResult(_mean(losses, counted), steps, time.perf_counter() - started, rate_sum)
+
+
+def _mean(losses: Sequence[float | Tensor], counted: int) -> float:
     total = torch.stack([torch.as_tensor(loss, dtype=torch.float64) for loss in losses]).sum()
-    mean = float(total) / counted if counted else math.nan
-    return LocalResult(mean, steps, time.perf_counter() - started, rate_sum)
+    return float(total) / counted if counted else math.nan
 
 
 def _correct(parameters: Mapping[str, nn.Parameter], correction: Mapping[str, Tensor]) -> None:
