@@ -305,10 +305,7 @@ def train_locally(
     training_mode(adapted.model)
     with torch_seed(turn.dropout):
         for step, batch in enumerate(gradients.batches()):
-            rate = learning_rate(train, turn.progress(step / steps))
-            rate_sum += rate
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            rate_sum += _set_rate(optimizer, learning_rate(train, turn.progress(step / steps)))
             optimizer.zero_grad(set_to_none=True)
             loss, count = gradients.compute(batch)
             regularise()
@@ -319,6 +316,12 @@ def train_locally(
     scoring_mode(adapted.model)
     optimizer.zero_grad(set_to_none=True)
     return LocalResult(_mean(losses, counted), steps, time.perf_counter() - started, rate_sum)
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> float:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return rate
 
 
 def _mean(losses: Sequence[float | Tensor], counted: int) -> float:
