@@ -58,8 +58,6 @@ def test_a_recipe_is_a_configuration_that_plans(recipe: Path, tiny_llama: Path, 
 def test_there_is_a_recipe_for_each_of_the_four_tasks() -> None:
     tasks = ("code", "finance", "general", "medical")
     assert [path.stem for path in RECIPES] == [f"flowertune-{task}" for task in tasks]
-        f"flowertune-{task}" for task in ("code", "finance", "general", "medical")
-    ]
 
 
 def shown(page: str) -> list[str]:
