@@ -37,6 +37,7 @@ from fedpeft.privacy.levels import level_of
 from fedpeft.resident import Resident, resident
 from fedpeft.training.local import LocalResult, Turn, num_steps, train_locally
 from fedpeft.training.prefix import feeding
+from fedpeft.training.steps import Additions
 from fedpeft.wire import Identity, ShortAnswer, TrainAnswer, TrainOrder, to_record, to_tensors
 
 TRUST_REMOTE_CODE = "trust-remote-code"  # key of the node's own config: a server cannot decide this for a site
@@ -139,7 +140,6 @@ class Ready:
             order.num_rounds,
             rows.num_examples,
             None if permission is None else permission.randomness.seed(),
-            {} if self.control is None else self.control.correction(),
         )
 
 
@@ -256,7 +256,7 @@ def _train(ready: Ready, penalty: Callable[[], Tensor] | None) -> LocalResult:
             run.train,
             ready.turn,
             names=ready.trained,
-            penalty=penalty,
+            additions=Additions(penalty, {} if ready.control is None else ready.control.correction()),
             private=private,
         )
 

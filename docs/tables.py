@@ -181,7 +181,7 @@ def optimizers_table() -> str:
             f"`{each.name}`",
             each.description,
             code(f"train.{key}" for key in each.options.model_fields) or "-",
-            str(each.state_floats),
+            f"{each.state_floats:g}",
             "no" if each.not_private else "yes",
         )
         for each in OPTIMIZERS.ours.values()

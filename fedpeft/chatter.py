@@ -17,7 +17,10 @@ QUIET_ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
-LOUD = ("flwr", "transformers", "datasets", "peft", "ray", "filelock", "huggingface_hub", "matplotlib")
+LOUD = (
+    *("flwr", "transformers", "datasets", "peft", "ray", "filelock", "huggingface_hub", "matplotlib"),
+    *("bitsandbytes", "torchao", "torch.utils._pytree"),  # what they say as they are imported
+)
 
 
 def silence() -> None:

@@ -22,6 +22,7 @@ from fedpeft.data.tokens import load_tokenizer
 from fedpeft.dropout import configure_dropout, set_dropout
 from fedpeft.errors import ConfigError, DataError, ModelError
 from fedpeft.mapped import mapped_folder
+from fedpeft.precision import dtype_on
 from fedpeft.presets import PREFIX, is_preset, materialize
 from fedpeft.seeds import derive_seed
 from fedpeft.tasks.classes import model_class
@@ -160,7 +161,7 @@ def load_base(config: RunConfig, folder: Path, labels: Sequence[str]) -> BaseMod
     import transformers
 
     bf16, on = config.train.precision == "bf16", device()
-    dtype = torch.bfloat16 if bf16 else torch.float32
+    dtype = dtype_on(on, config.train.precision)
     options: dict[str, Any] = {
         "dtype": dtype,
         "use_safetensors": True,

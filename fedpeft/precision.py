@@ -7,10 +7,38 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from fedpeft.errors import ConfigError
+
 if TYPE_CHECKING:
     import torch
 
+HALVES = ("bf16", "fp16")  # values of ``train.precision`` that hold the base in two bytes a weight
 SHORTEST = 1e-3  # seconds of a step's products below which their time says nothing: the rest of a step takes longer
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    """Return in what a base is held under a ``train.precision``."""
+    import torch
+
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def arithmetic(on: torch.device, precision: str) -> torch.autocast:
+    """Return the context in which a model runs on a device under a ``train.precision``."""
+    import torch
+
+    short = precision in HALVES
+    return torch.autocast(on.type, dtype_of(precision) if short else torch.bfloat16, enabled=short)
+
+
+def dtype_on(on: torch.device, precision: str) -> torch.dtype:
+    """Return in what a base is held on a device, or raise ConfigError for fp16 on a CPU, which is slow at it."""
+    if precision == "fp16" and on.type == "cpu":
+        raise ConfigError(
+            "train.precision = 'fp16' is for GPUs, and there is none here. Allowed on a CPU: fp32, or bf16 where it "
+            "has AMX or AVX512-BF16; auto chooses."
+        )
+    return dtype_of(precision)
 
 
 def of_hardware() -> str:

@@ -26,7 +26,7 @@ from fedpeft.training.evaluation import mean_metrics, score
 AT_ONCE = 32  # adapters that are held, and scored side by side
 ALLOWED = {
     "data": {"test", "text", "text_pair", "image", "label", "prompt", "completion", "domain"},
-    "run": {"evaluate_batch_size"},
+    "run": {"evaluate_batch_size", "evaluate_tokens"},
 }
 
 

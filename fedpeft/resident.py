@@ -31,10 +31,15 @@ from fedpeft.config.privacy import Level
 from fedpeft.data.partition import Partition, partition
 from fedpeft.data.sources import places
 from fedpeft.data.splits import EncodedData, EncodedSplit
+from fedpeft.errors import AdapterError
 from fedpeft.models import base_folder, load_base
 from fedpeft.presets import PREFIX, is_preset, materialize
 from fedpeft.tasks.encoding import encode, encode_rows, encoded
+from fedpeft.tasks.heads import pack_rows
 from fedpeft.training.batched.layers import OwnLayers
+from fedpeft.training.checkpointing import checkpoint_blocks
+from fedpeft.training.neftune import check_noise
+from fedpeft.training.steps import check_optimizer
 
 T = TypeVar("T")
 
@@ -214,6 +219,18 @@ class Resident:
         base = load_base(self.config, self.folder, self.labels)
         agree(base, self.config, self.test.image_shape if self._knows_rows else None)
         adapted = AdaptedModel(base, self.config)
+        check_optimizer(self.config.train, adapted.trained)
+        if self.config.train.gradient_checkpointing:
+            checkpoint_blocks(adapted.model)
+        if self.config.data.packing:
+            if not (adapted.task.per_token and adapted.task.continues):
+                raise AdapterError(
+                    f"data.packing = true is for causal language models, and model.task = '{adapted.task.name}' is "
+                    "another task. Set data.packing to false; train.bucket saves padding for any text."
+                )
+            pack_rows(adapted.model, self.config.data.max_length)
+        if self.config.train.neftune_alpha:
+            check_noise(adapted.model, reads_tokens=self.test.image_shape is None)
         give_back()
         return adapted
 

@@ -37,7 +37,7 @@ SIZES = (8, 32)  # that a timing chooses among
 GAIN = 1.2  # of a client's time, from which on it is worth other last digits
 TURNS, STEPS = 3, 2
 MIXED, LONGEST = ((0, 1, 4), (2, 3, 5)), (4, 5)  # of the rows that are made up: of all lengths, and the longest
-TOLERANCE = {"fp32": 1e-2, "bf16": 0.2}  # of a gradient's norm
+TOLERANCE = {"fp32": 1e-2, "bf16": 0.2, "fp16": 0.05}  # of a gradient's norm
 
 
 def batched(config: RunConfig, home: Resident) -> tuple[RunConfig, str]:

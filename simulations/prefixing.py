@@ -92,6 +92,8 @@ def decide(config: RunConfig, home: Resident) -> Prefixing:
     asked, gigabytes = config.simulation.prefix_cache, config.simulation.prefix_cache_limit
     if asked == "off":
         return Prefixing(on=False, why="simulation.prefix_cache = 'off'")
+    if config.train.neftune_alpha:
+        return _off(asked, "train.neftune_alpha draws noise below the states at each step")
     limit = default_limit(cache_dir() / FOLDER) if gigabytes is None else gigabytes * 1e9
     try:
         prefix = prefix_of(home.adapted.model, config.train.precision)
@@ -158,7 +160,7 @@ def _uses(config: RunConfig, home: Resident) -> float:
     if config.privacy.is_private:  # whose rows are not counted
         return federation.rounds * cohort / clients
     train, test = len(home.data.train), len(home.test)
-    one = min(num_steps(config.train, train // clients) * config.train.batch_size, max(train, 1))
+    one = min(num_steps(config.train, train // clients) * config.train.rows_a_step, max(train, 1))
     trained = federation.rounds * cohort * one
     scored = (1 + federation.rounds // every) * test
     return (trained + scored) / max(1, min(trained, train) + test)

@@ -20,6 +20,7 @@ from fedpeft.cache import cache_dir
 from fedpeft.config import RunConfig, cohort_size
 from fedpeft.errors import FedpeftError
 from fedpeft.jsons import to_json
+from fedpeft.precision import HALVES
 from fedpeft.runs.machine import Footprint
 from fedpeft.simulations.grids.cluster import OWN, Fixed, Node, Sizer, Sizing, named_address, this_node
 
@@ -278,8 +279,8 @@ def estimate(config: RunConfig) -> Footprint:
         parameters = sum(_elements(path) for path in folder.glob("*.safetensors"))
     except (FedpeftError, OSError, ValueError, SafetensorError):
         return UNKNOWN
-    bf16 = config.train.precision == "bf16"
-    weights = parameters * (2 if bf16 else 4)
+    short = config.train.precision in HALVES
+    weights = parameters * (2 if short else 4)
     sizes = list(_sizes(described))
     width, depth, heads = (max((_size(each, names) for each in sizes), default=0) for names in (WIDTH, DEPTH, HEADS))
     private = config.privacy.physical_batch_size or 2 * config.train.batch_size

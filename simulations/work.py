@@ -40,4 +40,4 @@ class Work:
     def _of(self, node: int) -> float:
         rows, train = client_rows(self._home, self._contexts.node_config(node)), self._config.train
         length = float(rows.split.lengths[rows.indices].mean()) if len(rows.indices) else 1.0
-        return num_steps(train, rows.num_examples) * min(train.batch_size, max(rows.num_examples, 1)) * length
+        return num_steps(train, rows.num_examples) * min(train.rows_a_step, max(rows.num_examples, 1)) * length

@@ -38,6 +38,11 @@ class DataConfig(Section):
         description="what is cut of prompt and completion that are too long together: longest (if unset), the longer "
         "of both; prompt, at its beginning and wholly if need be; completion, at its end",
     )
+    packing: bool = Field(
+        False,
+        description="training of language models: rows of a batch behind each other in sequences of max_length tokens "
+        "at most, in place of padding; no row sees another. Never at record level",
+    )
     encoding: str = Field("utf-8", description="of CSV and JSON files, such as cp1252, latin-1, utf-16")
 
     @property

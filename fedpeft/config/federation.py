@@ -77,7 +77,10 @@ class RunSection(Section):
     name: str | None = Field(None, description="folder under runs/ if --out is not given")
     evaluate_every: int = Field(1, ge=1, description="rounds between evaluations; the last is always evaluated")
     evaluate_clients: bool = Field(False, description="also score each client's share of the test rows")
-    evaluate_batch_size: int = Field(64, ge=1, description="rows a batch in evaluation")
+    evaluate_batch_size: int = Field(64, ge=1, description="rows a batch in evaluation, at most")
+    evaluate_tokens: int = Field(
+        16384, ge=1, description="tokens a batch in evaluation, padding included, at most, but for a single longer row"
+    )
     aggregation_error: bool = Field(True, description="measure how far the sent adapter is from the mean of updates")
     checkpoint_every: int = Field(1, ge=1, description="rounds between checkpoints, from which a run can be resumed")
     monitor: str | None = Field(

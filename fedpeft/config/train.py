@@ -28,7 +28,10 @@ class TrainConfig(Section):
     local_epochs: int | None = Field(
         None, ge=1, description="passes over the client's rows a round; 1 if neither is set"
     )
-    batch_size: int = Field(16, ge=1, description="rows a step")
+    batch_size: int = Field(16, ge=1, description="rows that are computed at once; a step's, times train.accumulation")
+    accumulation: int = Field(
+        1, ge=1, description="parts of batch_size rows that make one step: as one large batch, in less memory"
+    )
     bucket: int = Field(
         1,
         ge=1,
@@ -37,12 +40,33 @@ class TrainConfig(Section):
     learning_rate: float = Field(1e-3, gt=0, description="step size")
     optimizer: Annotated[str, OneOf(OPTIMIZERS)] = Field("adamw", description="begins afresh each round")
     lr_schedule: Annotated[str, OneOf(SCHEDULES)] = Field("constant", description="decay over all rounds' steps")
+    warmup: float = Field(
+        0.0,
+        ge=0,
+        description="the learning rate rises over so many steps, counted over all rounds; below 1, over that share",
+    )
+    min_learning_rate: float = Field(0.0, ge=0, description="what the schedule ends at")
+    lora_plus_ratio: float = Field(
+        1.0, gt=0, description="LoRA+: factors B step by so many times the learning rate; 1 is off"
+    )
+    neftune_alpha: float = Field(
+        0.0, ge=0, description="NEFTune: noise on tokens' embeddings while training, such as 5; 0 is off"
+    )
     max_grad_norm: float = Field(0.0, ge=0, description="clip the whole gradient to this norm; 0 is off")
     proximal_mu: float = Field(0.0, ge=0, description="FedProx: mu/2 |w - w_global|^2")
-    precision: Annotated[Literal["fp32", "bf16", "auto"], AfterValidator(_fixed)] = Field(
+    precision: Annotated[Literal["fp32", "bf16", "fp16", "auto"], AfterValidator(_fixed)] = Field(
         "fp32",
-        description="of the frozen base; adapters stay in fp32. 'auto' is fixed as one of the two by the machine",
+        description="of the frozen base; adapters stay in fp32. fp16, with scaled losses, is for GPUs; 'auto' is fixed "
+        "as fp32 or bf16 by the machine",
     )
+    gradient_checkpointing: bool = Field(
+        False, description="keep each block's input alone and run it again in the backward pass: less memory, slower"
+    )
+
+    @property
+    def rows_a_step(self) -> int:
+        """Rows of a step's batch."""
+        return self.batch_size * self.accumulation
 
     @property
     def options(self) -> Any:
@@ -55,6 +79,28 @@ class TrainConfig(Section):
     def _one_length(self) -> Self:
         if self.local_steps is not None and self.local_epochs is not None:
             raise ValueError("train.local_steps and train.local_epochs exclude each other; give one")
+        return self
+
+    @model_validator(mode="after")
+    def _rates_fit(self) -> Self:
+        if self.warmup >= 1 and self.warmup != int(self.warmup):
+            raise ValueError(f"train.warmup = {self.warmup:g}: give a share below 1, or a whole number of steps")
+        schedule, least = SCHEDULES.find(self.lr_schedule), self.min_learning_rate
+        if least > self.learning_rate:
+            raise ValueError(
+                f"train.min_learning_rate = {least:g} is above train.learning_rate = {self.learning_rate:g}"
+            )
+        if least and not schedule.decays:
+            able = [name for name, each in SCHEDULES.all().items() if each.decays]
+            raise ValueError(
+                f"train.min_learning_rate = {least:g} is what a schedule ends at, and train.lr_schedule = "
+                f"'{schedule.name}' never falls; allowed with it: {', '.join(able)}"
+            )
+        if schedule.by_round and not least:
+            raise ValueError(
+                f"train.lr_schedule = '{schedule.name}' is at its minimum in the last round, which would train nothing "
+                "at 0; set train.min_learning_rate, such as 1e-6"
+            )
         return self
 
     @model_validator(mode="after")

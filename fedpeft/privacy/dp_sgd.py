@@ -36,7 +36,9 @@ from fedpeft.data.splits import EncodedSplit
 from fedpeft.errors import PrivacyError
 from fedpeft.privacy.mechanism import RecordMechanism
 from fedpeft.privacy.randomness import Randomness
-from fedpeft.tasks.losses import logits_of
+from fedpeft.tasks.losses import batch_losses
+from fedpeft.tasks.packing import packing_of
+from fedpeft.training.checkpointing import suit_hooks
 from fedpeft.training.local import batches
 
 Rows = NDArray[np.int64]
@@ -187,6 +189,11 @@ class RowEngine:
 
     def __init__(self, adapted: AdaptedModel) -> None:
         self.adapted = adapted
+        if packing_of(adapted.model) is not None:
+            raise PrivacyError(
+                "privacy.level = 'record' clips the gradient of each row, and data.packing = true puts several rows "
+                "into a sequence. Set data.packing to false, or take privacy.level=client."
+            )
         trained = [name for name in adapted.trained if adapted.parameter(name).requires_grad]
         adapted.begin_training(adapted.trained)  # hooks go where something may ever be trained
         try:
@@ -199,12 +206,14 @@ class RowEngine:
                 self._refusal(f"has a trained layer without gradients of single rows ({error})")
             ) from None
         self._hooks.disable_hooks()
+        suit_hooks(adapted.model, by_hooks=True)
         adapted.begin_training(trained)  # of a round that has begun already
         self.has_moved = False  # whether a step was seen to reach the weights
 
     def close(self) -> None:
         """Take the hooks off."""
         self._hooks.remove_hooks()
+        suit_hooks(self.adapted.model, by_hooks=False)
 
     def reset(self) -> None:
         """Forget what a training that broke off has left: Opacus counts forward passes against backward passes."""
@@ -232,9 +241,8 @@ class RowEngine:
         hooks.rows = len(inputs["labels"])
         hooks.enable_hooks()
         try:
-            logits = logits_of(adapted.model, inputs, precision)
+            losses, counted = batch_losses(adapted.task, adapted.model, inputs, precision, by_hooks=True)
             self._see_rows_alone()
-            losses, counted = adapted.task.losses(logits, inputs["labels"].to(logits.device))
             loss = (losses / counted.clamp(min=1)).sum()  # each row's own mean, whatever the others are
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Full backward hook is firing")  # nobody needs inputs' gradients

@@ -21,7 +21,7 @@ from fedpeft.data.splits import EncodedSplit
 from fedpeft.privacy.dp_sgd import FLOOR, Rows, drawn_batches
 from fedpeft.privacy.mechanism import RecordMechanism
 from fedpeft.privacy.randomness import Randomness
-from fedpeft.tasks.losses import logits_of
+from fedpeft.tasks.losses import batch_losses
 from fedpeft.training.batched.layers import OwnLayers, unstacked
 from fedpeft.training.batched.together import Stacks
 
@@ -88,12 +88,11 @@ class JointPrivateGradients:
         frozen = {name: whole[owners] for name, whole in stacks.frozen.items()}
         inputs = self.split.batch(rows)
         with self.layers.with_stacks({**frozen, **copies}, stacks.scaling[owners]):
-            logits = logits_of(self.adapted.model, inputs, self.precision)
-        losses, counted = self.adapted.task.losses(logits, inputs["labels"].to(logits.device))
-        losses = losses / counted.clamp(min=1)  # each row's own mean, whatever the others are
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Full backward hook is firing")  # hooks that sleep are no concern here
-            losses.sum().backward()  # type: ignore[no-untyped-call]
+            losses, counted = batch_losses(self.adapted.task, self.adapted.model, inputs, self.precision)
+            losses = losses / counted.clamp(min=1)  # each row's own mean, whatever the others are
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Full backward hook is firing")  # hooks that sleep are no concern
+                losses.sum().backward()  # type: ignore[no-untyped-call] # some layers may run again, in the stacks
         samples = {name: copy.grad.float() for name, copy in copies.items() if copy.grad is not None}
         squares = torch.stack([sample.flatten(1).pow(2).sum(1) for sample in samples.values()])  # (tensors, b)
         norms = squares.sum(0).sqrt()  # (b,)

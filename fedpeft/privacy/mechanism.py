@@ -115,16 +115,16 @@ def _record_mechanism(
     privacy: PrivacyConfig, train: TrainConfig, federation: FederationConfig, num_examples: int
 ) -> RecordMechanism:
     if privacy.public_counts:
-        rate = min(1.0, train.batch_size / num_examples)
+        rate = min(1.0, train.rows_a_step / num_examples)
         steps, denominator = num_steps(train, num_examples), rate * num_examples
     else:
         assert privacy.sample_rate is not None, "the configuration insists on it"
         assert train.local_steps is not None, "the configuration insists on it"
-        rate, steps, denominator = privacy.sample_rate, train.local_steps, float(train.batch_size)
+        rate, steps, denominator = privacy.sample_rate, train.local_steps, float(train.rows_a_step)
     noise = privacy.noise_multiplier
     if noise is None:
         assert privacy.epsilon is not None, "the configuration insists on one of them"
         total = steps * (federation.rounds + privacy.spare_rounds)
         noise = calibrate(privacy.epsilon, privacy.delta, rate, total, privacy.accountant)
-    shuffled = train.batch_size if privacy.sampling == "shuffle" else None
+    shuffled = train.rows_a_step if privacy.sampling == "shuffle" else None
     return RecordMechanism(noise, rate, steps, denominator, privacy.max_grad_norm, shuffled)

@@ -128,7 +128,7 @@ def _so_far(config: RunConfig, held: Mapping[str, Sequence[Entry]]) -> Facts:
     elif config.privacy.public_counts:
         # the rate is batch size over rows; of a client whose batch is all it has, there are at most as many
         counts = {
-            client: round(config.train.batch_size / entries[-1].sample_rate)
+            client: round(config.train.rows_a_step / entries[-1].sample_rate)
             for client, entries in held.items()
             if entries and entries[-1].sample_rate < 1
         }

@@ -97,7 +97,7 @@ def _of_rounds(facts: Mapping[str, Any], config: RunConfig) -> list[tuple[str, o
     return [
         (
             "a round trains",
-            f"{length} with batches of {train.batch_size}, {train.optimizer}, learning rate {train.learning_rate:g}",
+            f"{length} with batches of {train.rows_a_step}, {train.optimizer}, learning rate {train.learning_rate:g}",
         ),
         ("prefix cache", facts["prefix_cache"]["said"]),
         ("partition", f"{config.partition.scheme}{_partition_options(config)}"),

@@ -16,7 +16,7 @@ from fedpeft.config import RunConfig
 from fedpeft.data.partition import Partition
 from fedpeft.data.splits import EncodedSplit
 from fedpeft.errors import ConfigError
-from fedpeft.tasks.losses import logits_of
+from fedpeft.tasks.losses import batch_losses, logits_of
 from fedpeft.tasks.metrics import Scores, find, measures_of
 from fedpeft.training.prefix import feeding
 
@@ -58,9 +58,24 @@ def score(model: nn.Module, split: EncodedSplit, config: RunConfig) -> Scores:
 
 
 def batches_of(split: EncodedSplit, config: RunConfig) -> list[NDArray[np.int64]]:
-    """Return the rows of each batch: in the order of their length, so that batches need little padding."""
-    size, order = config.run.evaluate_batch_size, np.argsort(np.asarray(split.lengths), kind="stable")
-    return [order[start : start + size] for start in range(0, len(split), size)]
+    """Return the rows of each batch: in the order of their length, so that batches need little padding.
+
+    Both limits, of rows and of tokens, bound a batch.
+    """
+    return batches_within(split, config.run.evaluate_batch_size, config.run.evaluate_tokens)
+
+
+def batches_within(split: EncodedSplit, size: int, tokens: int) -> list[NDArray[np.int64]]:
+    """Return the rows of each batch of at most so many rows, and so many tokens with padding; one row at least."""
+    lengths = np.asarray(split.lengths)
+    order = np.argsort(lengths, kind="stable")
+    found, start = [], 0
+    for end in range(1, len(order) + 1):
+        following = end < len(order) and end - start < size and (end - start + 1) * lengths[order[end]] <= tokens
+        if not following:  # rows come by their length, so that the next one would be the longest
+            found.append(order[start:end])
+            start = end
+    return found
 
 
 def score_batches(
@@ -79,16 +94,19 @@ def _score_batches(
     found = []
     for rows in batches:
         batch = split.batch(rows)
-        logits = logits_of(model, batch, config.train.precision)
-        loss, tokens = (
-            values.cpu().numpy().astype(np.float64) for values in task.losses(logits, batch["labels"].to(logits.device))
-        )
         if task.predict is None:
-            found.append(RowScores(rows, loss, tokens))
+            found.append(RowScores(rows, *_as_numbers(batch_losses(task, model, batch, config.train.precision))))
         else:
+            logits = logits_of(model, batch, config.train.precision)
+            sums = _as_numbers(task.losses(logits, batch["labels"].to(logits.device)))
             predicted = task.predict(logits).cpu().numpy()
-            found.append(RowScores(rows, loss, tokens, predicted, batch["labels"].numpy()))
+            found.append(RowScores(rows, *sums, predicted, batch["labels"].numpy()))
     return found
+
+
+def _as_numbers(values: tuple[torch.Tensor, torch.Tensor]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    loss, tokens = (value.cpu().numpy().astype(np.float64) for value in values)
+    return loss, tokens
 
 
 def together(parts: Sequence[RowScores], count: int, config: RunConfig) -> Scores:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -15,14 +16,21 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedpeft.adapters.adapted import AdaptedModel
-from fedpeft.adapters.state import role_of
 from fedpeft.config import TrainConfig
 from fedpeft.data.splits import EncodedSplit
-from fedpeft.errors import AdapterError
 from fedpeft.models import torch_seed
 from fedpeft.seeds import derive_seed, generator
-from fedpeft.tasks.losses import mean_loss
-from fedpeft.training.optimizers import OPTIMIZERS, SCHEDULES
+from fedpeft.tasks.losses import batch_losses
+from fedpeft.training.neftune import EmbeddingNoise
+from fedpeft.training.steps import (
+    Additions,
+    learning_rate,
+    loss_scaler,
+    make_optimizer,
+    regulariser,
+    set_rate,
+    take_step,
+)
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,7 @@ def num_steps(train: TrainConfig, num_examples: int) -> int:
     """Return the optimiser steps of one round."""
     if train.local_steps is not None:
         return train.local_steps
-    return (train.local_epochs or 1) * math.ceil(num_examples / train.batch_size)
+    return (train.local_epochs or 1) * math.ceil(num_examples / train.rows_a_step)
 
 
 def batches(
@@ -109,33 +117,6 @@ def _by_length(
     return [cut[index] for index in rng.permutation(len(cut))]
 
 
-def learning_rate(train: TrainConfig, progress: float) -> float:
-    """Return the step size when `progress`, in [0, 1), of all rounds' steps is done."""
-    return train.learning_rate * SCHEDULES.find(train.lr_schedule).factor(progress)
-
-
-def make_optimizer(train: TrainConfig, parameters: Mapping[str, torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """Return the configured optimiser of the live parameters, by their names in the adapter.
-
-    Raises
-    ------
-    AdapterError
-        It steps factors A and B together, and a layer has not both among the parameters.
-    """
-    record = OPTIMIZERS.find(train.optimizer)
-    if record.needs_pairs and not _in_pairs(parameters):
-        raise AdapterError(
-            f"train.optimizer = '{record.name}' steps both factors of a layer together, and here one of them is not "
-            "trained. Use an adapter and a strategy that train both, such as the defaults, or another optimizer."
-        )
-    return record.build(parameters, train.learning_rate, train.options)
-
-
-def _in_pairs(names: Iterable[str]) -> bool:
-    of_role = {role: {name.replace(f"lora_{role}", "") for name in names if role_of(name) == role} for role in "AB"}
-    return bool(of_role["A"]) and of_role["A"] == of_role["B"]
-
-
 def training_mode(model: nn.Module) -> None:
     """Put a model into the mode in which adapters are trained."""
     _set_mode(model, training=True)
@@ -173,7 +154,7 @@ class Gradients(Protocol):
 
 @dataclass(frozen=True)
 class PlainGradients:
-    """The gradient of the batch's mean loss.
+    """The gradient of the batch's mean loss: of all that its rows count, in however many parts it is computed.
 
     Parameters
     ----------
@@ -189,6 +170,8 @@ class PlainGradients:
         How often.
     rng : numpy.random.Generator
         Draws each pass's order.
+    scaler : torch.amp.GradScaler, optional
+        Of the loss, in fp16.
     """
 
     adapted: AdaptedModel
@@ -197,20 +180,41 @@ class PlainGradients:
     train: TrainConfig
     steps: int
     rng: np.random.Generator
+    scaler: torch.amp.GradScaler | None = None
 
     def batches(self) -> Iterator[NDArray[np.int64]]:
         """Yield shuffled passes over the rows."""
         train = self.train
         return batches(
-            self.rows, train.batch_size, self.steps, self.rng, lengths=self.split.lengths, bucket=train.bucket
+            self.rows, train.rows_a_step, self.steps, self.rng, lengths=self.split.lengths, bucket=train.bucket
         )
 
     def compute(self, batch: NDArray[np.int64]) -> tuple[float | Tensor, int]:
         """Return the batch's mean loss, once."""
-        adapted = self.adapted
-        loss = mean_loss(adapted.task, adapted.model, self.split.batch(batch), self.train.precision)
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss.detach(), 1
+        size = self.train.batch_size
+        parts = [batch[start : start + size] for start in range(0, len(batch), size)]
+        first, count = self._backward(parts[0], None)
+        if len(parts) == 1:
+            return first / count, 1
+        # all parts are divided by the first one's count, which keeps sums in range, and in the end by all of them's
+        total, counted = first, count
+        for part in parts[1:]:
+            loss, more = self._backward(part, count)
+            total, counted = total + loss, counted + more
+        for parameter in self.adapted.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_((count / counted).to(parameter.grad))
+        return total / counted, 1
+
+    def _backward(self, rows: NDArray[np.int64], divisor: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Add the gradient of the sum of losses, divided by their own count if not given; return sum and count."""
+        adapted, inputs = self.adapted, self.split.batch(rows)
+        with EmbeddingNoise(adapted.model, self.train.neftune_alpha).of(inputs):
+            sums, counts = batch_losses(adapted.task, adapted.model, inputs, self.train.precision)
+        total, count = sums.sum(), counts.sum()
+        loss = total / (count if divisor is None else divisor)
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
+        return total.detach(), count
 
 
 @dataclass(frozen=True)
@@ -229,8 +233,6 @@ class Turn:
         Rows that count for the number of steps; all of the client's if not given.
     dropout_seed : int, optional
         In place of one that follows from the run's seed.
-    correction : mapping of str to Tensor
-        What is added to each step's gradient of some tensors, last of all: after regularisers, and not clipped.
     """
 
     seed: int
@@ -239,7 +241,6 @@ class Turn:
     num_rounds: int
     num_examples: int | None = None
     dropout_seed: int | None = None
-    correction: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def batches(self) -> np.random.Generator:
@@ -253,9 +254,9 @@ class Turn:
             return self.dropout_seed
         return derive_seed(self.seed, "dropout", self.server_round, self.client_id)
 
-    def progress(self, share: float) -> float:
-        """Return how much of all rounds' steps is done when a share of this round's is."""
-        return (self.server_round - 1 + share) / self.num_rounds
+    def rate(self, train: TrainConfig, step: int, steps: int) -> float:
+        """Return the learning rate of a step, counted from 0, of this round's steps."""
+        return learning_rate(train, self.server_round, self.num_rounds, step=step, steps=steps)
 
 
 def train_locally(
@@ -266,7 +267,7 @@ def train_locally(
     turn: Turn,
     *,
     names: Sequence[str] | None = None,
-    penalty: Callable[[], torch.Tensor] | None = None,
+    additions: Additions | None = None,
     private: Callable[[torch.optim.Optimizer], Gradients] | None = None,
 ) -> LocalResult:
     """Train the loaded adapter on one client's rows, in place.
@@ -285,71 +286,32 @@ def train_locally(
         Whose round this is, and which.
     names : sequence of str, optional
         What is trained; all of ``adapted.trained`` if not given.
-    penalty : callable, optional
-        What to add to each step's loss; not part of the loss that is reported.
+    additions : Additions, optional
+        What comes on top of each step's gradient.
     private : callable, optional
         Makes private gradients for an optimizer, see `fedpeft.privacy.dp_sgd`; plain ones if not given. Gradients of
         regularisers, which depend on no row, come on top of the noise.
     """
     started = time.perf_counter()
     names = adapted.trained if names is None else names
-    parameters = adapted.begin_training(names)
-    optimizer = make_optimizer(train, named := dict(zip(names, parameters, strict=True)))
+    parameters = dict(zip(names, adapted.begin_training(names), strict=True))
+    optimizer, scaler = make_optimizer(train, parameters), loss_scaler(train, adapted.device)
     steps = num_steps(train, len(rows) if turn.num_examples is None else turn.num_examples)
+    gradients: Gradients = PlainGradients(adapted, split, rows, train, steps, turn.batches, scaler)
     if private is not None:
         gradients = private(optimizer)
-    else:
-        gradients = PlainGradients(adapted, split, rows, train, steps, turn.batches)
-    regularise = _regulariser(train, parameters, penalty)
-    losses, counted, rate_sum = list[float | Tensor](), 0, 0.0
+    regularise = regulariser(train, parameters, additions or Additions())
+    losses, counted, rates = list[float | Tensor](), 0, list[float]()
     training_mode(adapted.model)
     with torch_seed(turn.dropout):
         for step, batch in enumerate(gradients.batches()):
-            rate_sum += _set_rate(optimizer, learning_rate(train, turn.progress(step / steps)))
-            optimizer.zero_grad(set_to_none=True)
-            loss, count = gradients.compute(batch)
-            regularise()
-            _correct(named, turn.correction)
-            optimizer.step()
+            rates.append(turn.rate(train, step, steps))
+            set_rate(optimizer, rates[-1])
+            loss, count = take_step(optimizer, partial(gradients.compute, batch), regularise, scaler)
             losses.append(loss)
             counted += count
     scoring_mode(adapted.model)
     optimizer.zero_grad(set_to_none=True)
-    return LocalResult(_mean(losses, counted), steps, time.perf_counter() - started, rate_sum)
-
-
-def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> float:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    return rate
-
-
-def _mean(losses: Sequence[float | Tensor], counted: int) -> float:
     total = torch.stack([torch.as_tensor(loss, dtype=torch.float64) for loss in losses]).sum()
-    return float(total) / counted if counted else math.nan
-
-
-def _correct(parameters: Mapping[str, nn.Parameter], correction: Mapping[str, Tensor]) -> None:
-    for name, own in correction.items():
-        parameter = parameters[name]
-        own = own.to(parameter.detach())
-        parameter.grad = own.clone() if parameter.grad is None else parameter.grad.add_(own)
-
-
-def _regulariser(
-    train: TrainConfig, parameters: Sequence[torch.nn.Parameter], penalty: Callable[[], torch.Tensor] | None
-) -> Callable[[], None]:
-    """Return what adds the penalty's gradient and FedProx's to a step's, and clips it; it knows where all began."""
-    start = [parameter.detach().clone() for parameter in parameters] if train.proximal_mu else []
-
-    def regularise() -> None:
-        if penalty is not None:
-            penalty().backward()  # type: ignore[no-untyped-call]
-        for parameter, anchor in zip(parameters, start, strict=False):
-            # FedProx: the gradient of mu/2 |w - w_global|^2
-            if parameter.grad is not None:  # else the loss does not depend on it, and it has not moved
-                parameter.grad.add_(parameter.detach() - anchor, alpha=train.proximal_mu)
-        if train.max_grad_norm:
-            torch.nn.utils.clip_grad_norm_(parameters, train.max_grad_norm)
-
-    return regularise
+    mean = float(total) / counted if counted else math.nan
+    return LocalResult(mean, steps, time.perf_counter() - started, sum(rates))

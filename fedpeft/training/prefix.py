@@ -34,12 +34,16 @@ from fedpeft.config import RunConfig
 from fedpeft.errors import AdapterError
 from fedpeft.jsons import to_json
 from fedpeft.models import num_threads
+from fedpeft.precision import arithmetic
+from fedpeft.tasks.heads import undivided
+from fedpeft.tasks.packing import packing_of
+from fedpeft.training.checkpointing import checkpointed
 from fedpeft.training.hidden_states import HiddenStates
 from fedpeft.training.local import training_mode
 
 FOLDER = "prefix"  # in the cache
 VERSION = 2  # of what is stored and how it is computed
-CLOSE = {"fp32": 1e-4, "bf16": 0.05}  # largest difference that rounding makes, of the largest value
+CLOSE = {"fp32": 1e-4, "bf16": 0.05, "fp16": 0.01}  # largest difference that rounding makes, of the largest value
 CHECKED = 6  # rows
 VERSIONED = {"torch", "transformers", "peft", "fedpeft", "opacus"}  # libraries
 ROUNDING = ("ONEDNN_DEFAULT_FPMATH_MODE", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR")  # environment variables
@@ -107,7 +111,10 @@ class Prefix:
                 f"simulation.prefix_cache = 'on': the model {problem}, on this machine. Set "
                 "simulation.prefix_cache=off."
             )
-        with self._given(self.hidden(inputs)):
+        hidden = self.hidden(inputs)
+        if checkpointed(self.model) and torch.is_grad_enabled() and hidden.is_floating_point():
+            hidden.requires_grad_()  # else a block that runs again may be held to need no gradient
+        with self._given(hidden):
             return self._plain(inputs)
 
     def _plain(self, inputs: Mapping[str, Tensor]) -> Any:
@@ -214,9 +221,8 @@ class Prefix:
         inputs = {name: value.to(on) for name, value in batch.items() if name != "labels"}
         modes = {module: module.training for module in self.model.modules()}
         devices = [on] if on.type == "cuda" else []
-        bf16 = self.precision == "bf16"
         try:
-            with torch.random.fork_rng(devices), torch.autocast(on.type, torch.bfloat16, enabled=bf16):
+            with undivided(), torch.random.fork_rng(devices), arithmetic(on, self.precision):
                 self._draw_nothing(_rows(inputs)[0], on)
                 self.model.eval()
                 self._compare(inputs)
@@ -345,6 +351,8 @@ def _divide(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module], int]:
     """Return the blocks below the lowest adapted one, what may change in a run, and the number of blocks."""
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         raise UnfitError("is given virtual tokens, which all blocks see")
+    if packing_of(model) is not None:
+        raise UnfitError("is given packed rows (data.packing), whose states belong to a batch")
     inner = _inner(model)
     blocks = blocks_of(inner)
     if not blocks:

@@ -125,7 +125,7 @@ class Scoring:
 
     @property
     def _num_batches(self) -> int:
-        return math.ceil(len(self.home.test) / self.config.run.evaluate_batch_size)
+        return len(batches_of(self.home.test, self.config))
 
     def _parts(self) -> Iterator[Part]:
         """Divide the batches, the longest rows first, since they take longest."""

@@ -53,7 +53,11 @@ def test_the_loss_of_training_is_the_models_own_and_so_are_its_gradients(
     assert float(ours.detach()) == pytest.approx(float(models_own.detach()), rel=1e-6)
     pairs = list(zip(gradients(ours), gradients(models_own), strict=True))
     assert any(bool(one.any()) for one, _ in pairs)
-    assert all(torch.equal(one, other) for one, other in pairs)  # to the last bit: adapters are what they were
+    if adapted.task.per_token:  # whose logits are computed elsewhere, at fewer positions
+        near = {"fp32": 1e-6, "bf16": 0.02}[precision]
+        assert all(torch.allclose(one, other, rtol=0, atol=near * float(other.abs().max())) for one, other in pairs)
+    else:
+        assert all(torch.equal(one, other) for one, other in pairs)  # to the last bit: adapters are what they were
 
 
 @pytest.mark.parametrize("task", TASKS.ours)

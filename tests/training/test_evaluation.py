@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from fedpeft.config import RunConfig, nest, resolve
 from fedpeft.errors import ConfigError
 from fedpeft.resident import Resident
 from fedpeft.tasks.metrics import Scores, measures_of
-from fedpeft.training.evaluation import client_metrics, mean_and_worst, score
+from fedpeft.training.evaluation import batches_within, client_metrics, mean_and_worst, score
 
 Make = Callable[..., RunConfig]
 
@@ -81,6 +82,14 @@ def test_batches_do_not_change_scores(text_config: Make) -> None:
     home = Resident(text_config())
     one, many = (score(home.adapted.model, home.test, text_config(run__evaluate_batch_size=size)) for size in (1, 50))
     np.testing.assert_allclose(one.loss, many.loss, rtol=1e-5)
+
+
+def test_batches_hold_no_more_tokens_than_allowed_but_one_row_at_least() -> None:
+    split: Any = SimpleNamespace(lengths=np.array([3, 9, 2, 2, 4, 5]))
+    assert [rows.tolist() for rows in batches_within(split, 3, 8)] == [[2, 3], [0, 4], [5], [1]]
+    assert [rows.tolist() for rows in batches_within(split, 2, 1000)] == [[2, 3], [0, 4], [5, 1]]
+    split.lengths = np.zeros(0, np.int64)
+    assert batches_within(split, 3, 8) == []
 
 
 def test_a_language_model_is_scored_on_its_completions_alone(tiny_llama: Path, pairs_jsonl: Path) -> None:

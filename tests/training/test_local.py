@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,16 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedpeft.config import RunConfig, TrainConfig
+from fedpeft.precision import dtype_of
 from fedpeft.resident import Resident
 from fedpeft.training.local import (
+    PlainGradients,
     Turn,
     batches,
-    learning_rate,
     num_steps,
     scoring_mode,
     train_locally,
     training_mode,
 )
+from fedpeft.training.neftune import EmbeddingNoise, embeddings_of
 
 Make = Callable[..., RunConfig]
 
@@ -92,15 +96,6 @@ def test_steps_are_those_named_else_those_of_the_epochs() -> None:
     assert num_steps(TrainConfig(batch_size=16), 33) == 3
 
 
-def test_schedules_go_from_the_whole_rate_towards_zero() -> None:
-    for schedule in ("linear", "cosine"):
-        train = TrainConfig(learning_rate=2.0, lr_schedule=schedule)
-        assert learning_rate(train, 0.0) == 2.0
-        assert learning_rate(train, 0.5) == pytest.approx(1.0)
-        assert 0 < learning_rate(train, 0.99) < 0.05
-    assert learning_rate(TrainConfig(learning_rate=2.0), 0.99) == 2.0
-
-
 def trained(config: RunConfig, server_round: int = 1, client_id: str = "site-0") -> dict[str, torch.Tensor]:
     """Train a fresh adapter for one round and return its change."""
     home = Resident(config)
@@ -163,3 +158,107 @@ def test_adapters_stay_in_32_bits_over_a_16_bit_base(text_config: Make) -> None:
     assert {tensor.dtype for tensor in home.adapted.initial.values()} == {torch.float32}
     assert torch.bfloat16 in {parameter.dtype for parameter in home.adapted.model.parameters()}
     assert length(trained(config)) > 0
+
+
+def first_gradient(home: Resident, train: TrainConfig, rows: np.ndarray) -> dict[str, torch.Tensor]:
+    """Return the gradient of one batch of rows."""
+    adapted = home.adapted
+    parameters = adapted.begin_training(adapted.trained)
+    gradients = PlainGradients(adapted, home.data.train, rows, train, 1, np.random.default_rng(0))
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        gradients.compute(rows)
+    found = {name: p.grad.clone() for name, p in zip(adapted.trained, parameters, strict=True) if p.grad is not None}
+    for parameter in parameters:
+        parameter.grad = None
+    return found
+
+
+@pytest.fixture(scope="module")
+def chat_config(text_config: Make, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """Of a tiny language model, whose rows are of many lengths."""
+    path = tmp_path_factory.mktemp("chats") / "chats.jsonl"
+    words = [f"w{index}" for index in range(40)]
+    pairs = [(words[i % 30 : i % 30 + 2 + i % 3], words[i % 20 : i % 20 + 1 + i % 7]) for i in range(40)]
+    lines = [
+        {"prompt": " ".join(one), "completion": " ".join(two), "client": f"c{i % 2}"}
+        for i, (one, two) in enumerate(pairs)
+    ]
+    path.write_text("\n".join(json.dumps(line) for line in lines))
+    source = {"model__name": str(tiny_llama), "data__source": str(path), "data__completion": "completion"}
+    return lambda **settings: text_config(**source, **settings)
+
+
+@pytest.fixture(scope="module")
+def chat_home(chat_config: Make) -> Resident:
+    """A tiny language model whose rows count unequally many tokens."""
+    return Resident(chat_config())
+
+
+def test_accumulated_parts_are_the_large_batch_weighted_by_tokens(chat_home: Resident) -> None:
+    rows = np.arange(13)  # the last of four parts is smaller
+    large = first_gradient(chat_home, TrainConfig(batch_size=16), rows)
+    parts = first_gradient(chat_home, TrainConfig(batch_size=4, accumulation=4), rows)
+    assert any(tensor.any() for tensor in large.values())
+    for name in large:
+        torch.testing.assert_close(parts[name], large[name], rtol=1e-4, atol=1e-7)
+    lengths = chat_home.data.train.lengths[rows]
+    assert len(set(lengths)) > 1
+    by_rows = [first_gradient(chat_home, TrainConfig(batch_size=4), rows[i : i + 4]) for i in range(0, 13, 4)]
+    mean = {name: torch.stack([each[name] for each in by_rows]).mean(0) for name in large}
+    assert any((mean[name] - large[name]).norm() > 1e-2 * large[name].norm() for name in large if large[name].any())
+
+
+def test_accumulation_draws_the_rows_of_the_large_batch(text_config: Make) -> None:
+    large = trained(text_config(train__batch_size=8, train__local_steps=3))
+    parts = trained(text_config(train__batch_size=2, train__accumulation=4, train__local_steps=3))
+    for name in large:
+        torch.testing.assert_close(parts[name], large[name], rtol=1e-2, atol=2e-4)
+    assert num_steps(TrainConfig(batch_size=4, accumulation=4), 33) == 3
+
+
+def test_a_step_privately_is_the_same_whether_parts_are_accumulated_or_not(text_config: Make) -> None:
+    from fedpeft.privacy.mechanism import record_mechanism
+
+    private = {"privacy__level": "record", "privacy__epsilon": 3}
+    large = text_config(train__batch_size=8, **private)
+    parts = text_config(train__batch_size=2, train__accumulation=4, **private)
+    assert record_mechanism(large, 40, None) == record_mechanism(parts, 40, None)
+    assert (Resident(large).physical_rows, Resident(parts).physical_rows) == (16, 4)
+    # and parts of that many rows change no sum: see tests/privacy/test_dp_sgd.py
+
+
+def test_noise_on_embeddings_is_as_large_as_a_rows_own_tokens_allow(chat_home: Resident) -> None:
+    model, batch = chat_home.adapted.model, chat_home.data.train.batch(np.arange(6))
+    ids, lengths = batch["input_ids"], batch["attention_mask"].sum(1)
+    assert len(set(lengths.tolist())) > 1
+    embeddings = embeddings_of(model)
+    plain = embeddings(ids)
+    torch.manual_seed(0)
+    with EmbeddingNoise(model, 5.0).of(batch):
+        noise = (embeddings(ids) - plain).abs()
+    bound = 5.0 / (lengths * plain.shape[-1]).sqrt()
+    largest = noise.flatten(1).amax(1)
+    assert (largest <= bound + 1e-6).all()
+    assert (largest > 0.9 * bound).all()  # of many uniform draws
+    assert torch.equal(embeddings(ids), plain)
+
+
+def test_noise_on_embeddings_is_of_training_alone_and_follows_from_the_turn(chat_config: Make) -> None:
+    noisy = chat_config(train__neftune_alpha=20, train__local_steps=2)
+    torch.manual_seed(1)
+    first = trained(noisy)
+    torch.manual_seed(2)
+    again, other = trained(noisy), trained(chat_config(train__local_steps=2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_fp16_trains_nearly_as_fp32(chat_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, which runs it though slowly: what a GPU does beyond it is its own arithmetic."""
+    monkeypatch.setattr("fedpeft.models.dtype_on", lambda on, precision: dtype_of(precision))
+    settings = {"train__local_steps": 3, "train__optimizer": "sgd", "train__learning_rate": 0.1}
+    short, whole = (trained(chat_config(train__precision=each, **settings)) for each in ("fp16", "fp32"))
+    apart = {name: short[name].float() - whole[name] for name in whole}
+    assert all(each.dtype == torch.float32 for each in short.values())
+    assert 0 < length(apart) < 0.02 * length(whole)

@@ -58,6 +58,16 @@ class RecordLevel(Level):
             )
         if why := OPTIMIZERS.find(train.optimizer).not_private:
             raise ConfigError(f"train.optimizer = '{train.optimizer}' is not for privacy.level = 'record': {why}")
+        if train.neftune_alpha:
+            raise ConfigError(
+                f"train.neftune_alpha = {train.neftune_alpha:g} is not for privacy.level = 'record': that rows stay "
+                "independent was shown without noise on their embeddings. Leave it at 0, or privacy.level=client."
+            )
+        if train.precision == "fp16":
+            raise ConfigError(
+                "train.precision = 'fp16' is not for privacy.level = 'record': one row that overflows would scale all "
+                "the others' losses anew. Allowed: fp32, bf16."
+            )
         if train.max_grad_norm:
             raise ConfigError(
                 f"train.max_grad_norm = {train.max_grad_norm:g} clips whole gradients; under privacy.level = 'record' "
@@ -165,7 +175,7 @@ class RecordLevel(Level):
         privacy, known = config.privacy, [*examples.values(), *([] if largest is None else [largest])]
         if not known and privacy.sample_rate:
             # what is public says how many rows a client is thought to have
-            known.append(round(config.train.batch_size / privacy.sample_rate))
+            known.append(round(config.train.rows_a_step / privacy.sample_rate))
         most = max(known, default=0)
         if privacy.public_counts:
             return most, f"the {most} rows of the largest client"

@@ -18,9 +18,10 @@ from fedpeft import tasks
 from fedpeft.adapters.state import Role
 from fedpeft.config import RunConfig
 from fedpeft.data.splits import EncodedSplit
-from fedpeft.tasks.losses import logits_of
+from fedpeft.tasks.losses import batch_losses, logits_of
 from fedpeft.tasks.metrics import Scores, measures_of
 from fedpeft.training.batched.layers import Forward, head_forward, lora_forward, running, stacked
+from fedpeft.training.evaluation import batches_within
 
 
 def side_by_side(model: PeftModel, adapters: Sequence[str]) -> list[tuple[nn.Module, Forward]] | None:
@@ -99,30 +100,31 @@ def score_side_by_side(
     split : EncodedSplit
         The rows.
     config : RunConfig
-        Gives the task, the precision and the batch size, which all adapters' copies of rows make up together.
+        Gives the task, the precision and the size of batches, which all adapters' copies of rows make up together.
     """
     model.eval()
     task, total = tasks.of(config), len(split)
-    size = max(1, config.run.evaluate_batch_size // count)
-    order = np.argsort(np.asarray(split.lengths), kind="stable")
+    size, most = config.run.evaluate_batch_size // count, config.run.evaluate_tokens // count
+    batches = batches_within(split, size, most)
     loss, tokens = np.zeros((count, total)), np.ones((count, total))
     predicted: list[NDArray[np.generic]] = []
     right: list[NDArray[np.generic]] = []
     with running(layers):
-        for start in range(0, total, size):
-            rows = order[start : start + size]
+        for rows in batches:
             batch = split.batch(rows)
             many = {name: _repeated(value, count) for name, value in batch.items()}
-            logits = logits_of(model, many, config.train.precision)
-            sums, counts = task.losses(logits, many["labels"].to(logits.device))
-            loss[:, rows], tokens[:, rows] = (each.view(count, -1).cpu().numpy() for each in (sums, counts))
-            if task.predict is not None:
+            if task.predict is None:
+                sums, counts = batch_losses(task, model, many, config.train.precision)
+            else:
+                logits = logits_of(model, many, config.train.precision)
+                sums, counts = task.losses(logits, many["labels"].to(logits.device))
                 predicted.append(task.predict(logits).view(count, -1).cpu().numpy())
                 right.append(batch["labels"].numpy())
+            loss[:, rows], tokens[:, rows] = (each.view(count, -1).cpu().numpy() for each in (sums, counts))
     measures = measures_of(task)
     if not predicted:
         return [Scores(*each, measures) for each in zip(loss, tokens, strict=True)]
-    back = np.argsort(order)
+    back = np.argsort(np.concatenate(batches))
     said, labels = np.concatenate(predicted, axis=1)[:, back], np.concatenate(right)[back]
     return [Scores(loss[index], tokens[index], measures, said[index], labels) for index in range(count)]
 

@@ -23,18 +23,18 @@ from fedpeft.adapters.adapted import AdaptedModel
 from fedpeft.adapters.state import role_of
 from fedpeft.config import TrainConfig
 from fedpeft.data.splits import EncodedSplit
-from fedpeft.tasks.losses import logits_of
+from fedpeft.tasks.losses import batch_losses
+from fedpeft.tasks.packing import packing_of
 from fedpeft.training.batched.layers import OwnLayers, drops, stacked, unstacked
 from fedpeft.training.local import (
     LocalResult,
     PlainGradients,
     Turn,
-    learning_rate,
-    make_optimizer,
     num_steps,
     training_mode,
 )
 from fedpeft.training.optimizers import OPTIMIZERS
+from fedpeft.training.steps import make_optimizer, set_rate
 
 Rows = NDArray[np.int64]
 CLIP_FLOOR = 1e-6  # torch's own, see torch.nn.utils.clip_grad_norm_
@@ -68,7 +68,7 @@ class Part:
     def rates(self, train: TrainConfig) -> tuple[float, ...]:
         """Return the learning rate of all its steps: one number where it never changes. Those who share it may join."""
         steps = self.steps(train)
-        rates = tuple(learning_rate(train, self.turn.progress(step / steps)) for step in range(steps))
+        rates = tuple(self.turn.rate(train, step, steps) for step in range(steps))
         return rates[:1] if len(set(rates)) == 1 else rates
 
 
@@ -209,14 +209,13 @@ class JointPlainGradients:
         rows = np.concatenate([np.pad(batch, (0, widest - len(batch)), "edge") for batch in batches])
         inputs = self.split.batch(rows)
         with self.layers.with_stacks({**stacks.frozen, **stacks.trained}, stacks.scaling):
-            logits = logits_of(self.adapted.model, inputs, self.train.precision)
-        sums, counts = self.adapted.task.losses(logits, inputs["labels"].to(logits.device))
-        sums, counts = sums.view(len(batches), widest), counts.view(len(batches), widest)
-        if sizes.min() < widest:
-            real = torch.from_numpy(np.arange(widest) < sizes[:, None]).to(sums.device)  # (k, b)
-            sums, counts = torch.where(real, sums, 0.0), torch.where(real, counts, 0)
-        losses = sums.sum(1) / counts.sum(1)  # (k,)
-        losses.sum().backward()  # type: ignore[no-untyped-call]
+            sums, counts = batch_losses(self.adapted.task, self.adapted.model, inputs, self.train.precision)
+            sums, counts = sums.view(len(batches), widest), counts.view(len(batches), widest)
+            if sizes.min() < widest:
+                real = torch.from_numpy(np.arange(widest) < sizes[:, None]).to(sums.device)  # (k, b)
+                sums, counts = torch.where(real, sums, 0.0), torch.where(real, counts, 0)
+            losses = sums.sum(1) / counts.sum(1)  # (k,)
+            losses.sum().backward()  # type: ignore[no-untyped-call] # some layers may run again here, in the stacks
         return losses.detach(), [1] * len(batches)
 
 
@@ -226,6 +225,14 @@ def why_not(adapted: AdaptedModel, layers: OwnLayers, train: TrainConfig) -> str
         return layers.refusal
     if not OPTIMIZERS.find(train.optimizer).elementwise:
         return f"train.optimizer = '{train.optimizer}' does not step each number by itself"
+    if train.accumulation > 1:
+        return "train.accumulation makes a step of parts that are small enough one by one"
+    if train.neftune_alpha:
+        return "train.neftune_alpha draws noise, which each client draws by itself"
+    if train.precision == "fp16":
+        return "train.precision = 'fp16' scales each client's losses by itself"
+    if packing_of(adapted.model) is not None:
+        return "data.packing puts rows of one client behind each other, and rows of several would share a sequence"
     if drops(adapted.model):
         return "dropout is active, whose masks each client draws by itself"
     return ""
@@ -273,9 +280,7 @@ def train_together(
     try:
         for step in range(max(steps)):
             batches = [next(drawn[place]) for place in range(len(stacks))]
-            rate = learning_rate(train, parts[order[0]].turn.progress(step / steps[order[0]]))
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            set_rate(optimizer, parts[order[0]].turn.rate(train, step, steps[order[0]]))
             optimizer.zero_grad(set_to_none=True)
             loss, counts = gradients.compute(stacks, batches)
             regularise()

@@ -36,8 +36,8 @@ class Optimizer:
         parameter group is set anew before every step.
     first_step : callable
         Of a gradient and a learning rate: the change that the first step makes to a weight, with default options.
-    state_floats : int
-        Floats that it keeps for each trained one, with default options.
+    state_floats : float
+        Floats that it keeps for each trained one, with default options; of large tensors, where that depends on size.
     needs_pairs : bool
         Whether its rule is of factors A and B together, so that it must find both of each.
     elementwise : bool
@@ -48,6 +48,10 @@ class Optimizer:
     not_private : str
         Why it must not be used at record level: something besides the clipped and noised gradient would enter its
         steps. Empty where a step is post-processing of that gradient and of what is public.
+    needs : str
+        A package that it imports and that does not come with fedpeft.
+    extra : str
+        The extra of fedpeft that brings this package.
     """
 
     name: str
@@ -55,8 +59,10 @@ class Optimizer:
     options: type[OptimizerOptions]
     build: Callable[[Mapping[str, torch.nn.Parameter], float, Any], torch.optim.Optimizer]
     first_step: Callable[[Tensor, float], Tensor]
-    state_floats: int
+    state_floats: float
     needs_pairs: bool = False
     elementwise: bool = False
     plain: Callable[[Any], bool] = lambda options: False
     not_private: str = ""
+    needs: str = ""
+    extra: str = ""
