@@ -22,6 +22,7 @@ from fedpeft.resident import resident
 from fedpeft.rounding import upwards
 from fedpeft.runs import Event, RunDirectory, check_vacant
 from fedpeft.strategies import find, with_typed_options
+from fedpeft.strategies.ending import check_ending
 from fedpeft.strategies.federation import exported_bytes, federate
 
 log = logging.getLogger("flwr")
@@ -39,6 +40,7 @@ def main(grid: Grid, context: Context) -> None:
     config = with_typed_options(config, rng="secure")
     check_vacant(out)
     home = resident(config)
+    check_ending(config, home)
     expected = len(home.partition.client_ids) if config.federation.clients is None else config.federation.clients
     adapter_bytes = exported_bytes(find(config.strategy.name), home.adapted)
     directory = RunDirectory(out, config, adapter_bytes, {"presets": provenance(config.presets)})

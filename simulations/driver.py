@@ -32,6 +32,7 @@ from fedpeft.simulations.resuming import Resumption
 from fedpeft.simulations.sizing import at_work, in_this_process
 from fedpeft.simulations.work import Work
 from fedpeft.strategies import find
+from fedpeft.strategies.ending import check_ending
 from fedpeft.strategies.federation import Insight, build_strategy, exported_bytes, federate
 from fedpeft.strategies.rounds.records import Outcome
 from fedpeft.strategies.rounds.report import require_enough
@@ -142,6 +143,7 @@ def _check(config: RunConfig, home: Resident, client_ids: Mapping[int, str], row
     cohort = cohort_size(len(client_ids), federation.fraction, federation.min_clients)
     method = build_strategy(config, home)
     method.check_cohort(method.options, cohort)
+    check_ending(config, home)
     level = level_of(config.privacy)
     level.check_counts(config, rows)
     with feeding(home.adapted.model, config):

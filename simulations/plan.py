@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from fedpeft import tasks
-from fedpeft.adapters.adapted import AdaptedModel
-from fedpeft.adapters.state import AdapterState, Role, role_of
+from fedpeft.adapters.state import Role, role_of
 from fedpeft.config import RunConfig, cohort_size
 from fedpeft.config.privacy import PrivacyConfig
 from fedpeft.jsons import strict_json
@@ -29,11 +28,10 @@ from fedpeft.simulations.predicted import Prediction, predict
 from fedpeft.simulations.prefixing import NOTHING_KEPT, Prefixing, decide
 from fedpeft.simulations.sizing import measured, planned
 from fedpeft.strategies import find, with_typed_options
-from fedpeft.strategies.base import AdapterStrategy
-from fedpeft.strategies.federation import build_strategy, client_ranks, personal_names
-from fedpeft.strategies.rounds.exchange import Exchange, sent_down
-from fedpeft.strategies.rounds.ranks import Ranks
+from fedpeft.strategies.ending import affordable, check_ending
+from fedpeft.strategies.federation import build_strategy, personal_names
 from fedpeft.strategies.rounds.report import require_enough
+from fedpeft.strategies.volume import volume
 
 
 @dataclass(frozen=True)
@@ -82,6 +80,8 @@ class DryRun:
         What a worker is predicted to take at its peak; None where the base's files do not tell.
     measured : Footprint, optional
         What one took in such a run before; None where there was none, or the run is private.
+    affordable : int, optional
+        How many of the rounds ``run.max_megabytes`` pays for.
     """
 
     config: RunConfig
@@ -106,6 +106,7 @@ class DryRun:
     prefixing: Prefixing = NOTHING_KEPT
     memory: Prediction | None = None
     measured: Footprint | None = None
+    affordable: int | None = None
 
     @property
     def cohort(self) -> int:
@@ -133,6 +134,7 @@ class DryRun:
             "bytes_down_per_client": self.bytes_down // self.config.federation.rounds,
             "total_bytes": self.total_bytes,
             "cohort": self.cohort,
+            **({} if self.affordable is None else {"affordable_rounds": self.affordable}),
             "client_rows": dict(self.client_rows),
             "test_rows": self.test_rows,
             "paper": self.paper,
@@ -165,21 +167,14 @@ def plan(config: RunConfig) -> DryRun:
     adapted, clients = home.adapted, home.partition.client_ids
     method = find(config.strategy.name)
     require_enough(len(clients), config.federation.min_clients)
-    rounds = range(1, config.federation.rounds + 1)
-    names = [name for name in adapted.initial if name not in adapted.personal]
     facts = method.capabilities
-    ranks = _dealt(config, clients)
-    up = sum(_volume(adapted, method.exchange(number).sent_up(names, adapted.frozen), ranks) for number in rounds)
-    held = _exchange(config, method)
-    down = sum(_volume(adapted, sent_down(held, names, adapted.frozen, number), ranks) for number in rounds)
-    if facts.controls:  # the server's control variate is as large as what clients send up
-        down += up
+    every = [volume(config, home, number) for number in range(1, config.federation.rounds + 1)]
+    up, down = sum(each[0] for each in every), sum(each[1] for each in every)
     cohort = cohort_size(len(clients), config.federation.fraction, config.federation.min_clients)
     ready = build_strategy(config, home)
     ready.check_cohort(ready.options, cohort)
     level_of(config.privacy).check_model(home)  # what a run would refuse
-    if not any(role_of(name) is Role.A for name in adapted.frozen):  # else factors of a mean are exact
-        down += (len(rounds) - 1) * _step(method, adapted, ranks[:cohort])
+    check_ending(config, home)
     said = batched(config, home)[1]
     head = [name for name in adapted.initial if role_of(name) is Role.HEAD]
     whole = sum(parameter.numel() for parameter in adapted.model.parameters())
@@ -206,6 +201,7 @@ def plan(config: RunConfig) -> DryRun:
         prefixing=decide(config, home),
         memory=_memory(config, home),
         measured=measured(config),
+        affordable=affordable(config, home),
     )
 
 
@@ -232,13 +228,6 @@ def _on_precision(config: RunConfig, home: Resident) -> Iterator[str]:
             f"train.precision = '{given}': the base's products of a batch took {1000 * timing.fp32:.3g} ms in fp32 and "
             f"{1000 * timing.bf16:.3g} ms in bf16 here; train.precision='{timing.better}' would be faster"
         )
-
-
-def _exchange(config: RunConfig, method: type[AdapterStrategy]) -> Callable[[int], Exchange]:
-    """Return what each round exchanges, as `fedpeft.strategies.rounds.outgoing.Outgoing` has it."""
-    if level_of(config.privacy).hides_cohort:
-        return lambda server_round: method.exchange(server_round).forgotten()
-    return method.exchange
 
 
 def plan_privacy(config: RunConfig, home: Resident) -> dict[str, Any] | None:
@@ -324,26 +313,3 @@ def _affordable(charge: Charge, epsilon: float, privacy: PrivacyConfig, rounds: 
         cost = spent([replace(charge, steps=charge.steps * tried)], privacy.delta, privacy.accountant).epsilon
         enough, too_many = (tried, too_many) if cost <= epsilon else (enough, tried)
     return enough
-
-
-def _dealt(config: RunConfig, clients: Sequence[str]) -> list[int]:
-    """Return the rank of each client."""
-    ranks = Ranks(client_ranks(config) or (config.adapter.rank,), config.adapter.scaling_of)
-    ranks.deal(clients)
-    return list(ranks.of.values())
-
-
-def _volume(adapted: AdaptedModel, names: Iterable[str], ranks: Sequence[int]) -> int:
-    """Return the bytes of these tensors for a client of mean rank."""
-    share = sum(ranks) / len(ranks) / max(ranks)
-    total = 0.0
-    for name in names:
-        size = adapted.initial[name].numel() * adapted.initial[name].element_size()
-        total += size * share if role_of(name) in (Role.A, Role.B) else size
-    return round(total)
-
-
-def _step(method: type[AdapterStrategy], adapted: AdaptedModel, ranks: Sequence[int]) -> int:
-    """Return the bytes of a round's change of the base."""
-    factors = AdapterState.from_tensors(adapted.initial, adapted.scaling).factors
-    return sum(4 * method.step_size(f.A.shape[1], f.B.shape[0], ranks) for f in factors.values())

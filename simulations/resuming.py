@@ -17,6 +17,7 @@ from fedpeft.privacy.statement import PRIVACY
 from fedpeft.rounding import as_given
 from fedpeft.runs import (
     ADAPTER,
+    ADAPTER_BEST,
     CONFIG_FILE,
     ENVIRONMENT_FILE,
     EVENTS,
@@ -52,7 +53,7 @@ OWN_FILES = (
     *(CONFIG_FILE, ENVIRONMENT_FILE, EVENTS_FILE, LOCK_FILE, RESERVED, CANARIES, PAGE),
     *(LEDGER, PRIVACY, anchor_of_run(Path(LEDGER)).name),
 )
-OWN_FOLDERS = (CHECKPOINTS, ADAPTER, STATES, "faults", "plots")
+OWN_FOLDERS = (CHECKPOINTS, ADAPTER, ADAPTER_BEST, STATES, "faults", "plots")
 COUNT = ("fedpeft", "torch", "transformers", "peft", "opacus", "numpy")  # whose versions bytes may depend on
 STATED = (PRIVACY, f"{ADAPTER}/{PRIVACY}", PAGE)  # what a run says at its end that it spent
 ALLOWED = f"{ROUNDS} (as many or more), {', '.join(FREE[1:-1])} and {FREE[-1]}"

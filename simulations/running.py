@@ -86,7 +86,7 @@ def run_jobs(
             done += 1
             now = time.monotonic()
             left = f"  ETA {duration((now - started) / done * (undone - done))}" if undone > done else ""
-            if outcome.reason == "completed":
+            if outcome.is_complete:
                 compared.runs.append(run_facts(job))
                 tell(f"{name}  {_score(compared.runs[-1])}  {duration(now - begun)}{left}")
             else:

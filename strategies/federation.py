@@ -17,10 +17,12 @@ from fedpeft.errors import BudgetSpentError, TooFewClientsError
 from fedpeft.privacy.books import Books
 from fedpeft.privacy.levels import level_of
 from fedpeft.resident import Resident, resident
-from fedpeft.runs import Listener, RunDirectory
+from fedpeft.runs import ADAPTER_BEST, Listener, RunDirectory
 from fedpeft.strategies.base import AdapterStrategy
+from fedpeft.strategies.ending import best_metric, check_ending, monitored
 from fedpeft.strategies.registry import find
 from fedpeft.strategies.rounds.checkpoints import CONFIG, Checkpoints, ClientStates, Resumed, lasting
+from fedpeft.strategies.rounds.ending import Best, Budget, EarlyEndError, Patience
 from fedpeft.strategies.rounds.loop import Loop
 from fedpeft.strategies.rounds.records import (
     Adapters,
@@ -34,6 +36,8 @@ from fedpeft.strategies.rounds.records import (
 )
 from fedpeft.strategies.rounds.scoring import Map, Scoring
 from fedpeft.strategies.rounds.terms import RunTerms
+from fedpeft.strategies.rounds.watchers import Watcher
+from fedpeft.strategies.volume import client_ranks, cohort_of, volume
 from fedpeft.wire import to_record
 
 
@@ -82,14 +86,6 @@ def build_strategy(config: RunConfig, home: Resident, client_ids: Mapping[int, s
         stop_when_spent=config.privacy.on_exhausted == "stop",
     )
     return method(terms=terms, **config.strategy.options)
-
-
-def client_ranks(config: RunConfig) -> tuple[int, ...]:
-    """Return the ranks that are dealt to clients; empty where all take what the method sends, whatever its rank."""
-    facts = find(config.strategy.name).capabilities
-    if not facts.mixed_ranks:
-        return ()
-    return config.adapter.ranks or (() if facts.changes_rank else (config.adapter.rank,))
 
 
 def exported_bytes(method: type[AdapterStrategy], adapted: AdaptedModel) -> int:
@@ -146,10 +142,11 @@ def federate(
     initial = {name: tensor for name, tensor in adapted.initial.items() if name not in adapted.personal}
     personal, privacy = personal_names(method, adapted), method.terms.client_privacy
     loop, journal = Loop(method, grid, to_record(initial), timeout), Journal(directory, listener)
-    withholds = privacy is not None and not config.privacy.release_metrics
-    records = Records(journal, method, books, insight.explain, withholds)
+    records = Records(
+        journal, method, books, insight.explain, privacy is not None and not config.privacy.release_metrics
+    )
     state = AdapterState.from_tensors(initial, adapted.scaling)
-    loop.watchers.append(Adapters(directory, home, state, insight.personal))
+    loop.watchers += _adapters(config, Adapters(directory, home, state, insight.personal), records)
     if books is not None:  # before the records, which say what is spent so far
         charge = None if privacy is None else privacy.charge(config.federation.fraction)
         kept = sorted({str(role_of(name)) for name in personal})
@@ -157,14 +154,38 @@ def federate(
     if config.privacy.canaries:
         loop.watchers.append(PlantedRows(journal, home, initial))
     last, facts = config.federation.rounds, {"strategy": method.name, CONFIG: lasting(config)}
+    scoring = Scoring(config, home, personal, insight.personal, insight.map)
     keeper = Checkpoints(directory, config.run.checkpoint_every, last, loop.memory, insight.states, facts)
-    loop.watchers = [keeper, *loop.watchers, records]  # at an end, what can be gone on from is saved first
+    # at an end, what can be gone on from is saved first
+    loop.watchers = [keeper, *_endings(config, home, scoring), *loop.watchers, records]
     method.summary()
     if resumed is not None:
         loop.recall(resumed.checkpoint.round, keeper.goes_on(resumed))
     try:
-        loop.run(last, evaluate=Scoring(config, home, personal, insight.personal, insight.map))
-    except (KeyboardInterrupt, TooFewClientsError, BudgetSpentError):
+        loop.run(last, evaluate=scoring)
+    except (KeyboardInterrupt, TooFewClientsError, BudgetSpentError, EarlyEndError):
         if not records.is_closed:  # what came while the end was written is in no outcome
             raise
     return records.outcome
+
+
+def _endings(config: RunConfig, home: Resident, scoring: Scoring) -> list[Watcher]:
+    """Return what may end the run before its last round; they come first, as a round that is not held costs nothing."""
+    check_ending(config, home)
+    run, endings = config.run, list[Watcher]()
+    if run.patience is not None:
+        endings.append(Patience(monitored(config), run.patience))
+    if run.max_megabytes is not None:
+        cohort = cohort_of(config, home)
+        budget = Budget(run.max_megabytes, lambda number: cohort * sum(volume(config, home, number)))
+        scoring.is_over_after = budget.is_over_after
+        endings.append(budget)
+    return endings
+
+
+def _adapters(config: RunConfig, adapters: Adapters, records: Records) -> list[Watcher]:
+    """Return what writes the run's adapters: the last one, and the best if asked."""
+    if (metric := best_metric(config)) is None:
+        return [adapters]
+    records.best = Best(metric, adapters.state, lambda best: adapters.write(best, ADAPTER_BEST))
+    return [adapters, records.best]

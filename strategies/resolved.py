@@ -79,6 +79,11 @@ def _with_own_adapter(config: RunConfig, method: type[AdapterStrategy]) -> RunCo
 def _with_own_optimizer(config: RunConfig, method: type[AdapterStrategy]) -> RunConfig:
     """Choose an optimiser for a method that needs plain steps, where nobody has asked for another."""
     train = config.train
+    if method.capabilities.plain_steps and train.lora_plus_ratio != 1:
+        raise ConfigError(
+            f"train.lora_plus_ratio = {train.lora_plus_ratio:g}: strategy '{method.name}' needs one learning rate for "
+            "all that is trained; leave it at 1"
+        )
     if not method.capabilities.plain_steps or OPTIMIZERS.find(train.optimizer).plain(train.options):
         return config
     able = [name for name, each in OPTIMIZERS.all().items() if each.plain(each.options())]

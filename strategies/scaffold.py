@@ -95,7 +95,7 @@ class Scaffold(AdapterStrategy):
         def noted() -> Iterator[ClientUpdate]:
             for update in updates:
                 heard[update.client_id] = update.num_examples
-                y, rates = AdapterState(update.factors, update.dense).adapter_tensors(), update.metrics.rate_sum
+                y, rates = AdapterState(update.factors, update.dense).adapter_tensors(), update.metrics.rate_sum or 0.0
                 for name in sorted(x.keys() & y.keys()) if rates else ():
                     moved = (x[name].double() - y[name].double()) / rates - c[name].double()  # c_i+ - c_i
                     total[name] = total.get(name, 0.0) + update.num_examples * moved

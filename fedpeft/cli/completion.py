@@ -11,7 +11,12 @@ METHOD_NAME = re.compile(r'^    name(?:: .*)? = "([a-z0-9-]+)"$', re.MULTILINE)
 
 
 def complete_strategy(incomplete: str) -> list[str]:
-    """Complete the name of a strategy: read in the sources, since importing them loads torch and Flower."""
+    """Complete the name of a strategy."""
+    return _beginning(incomplete, strategy_names())
+
+
+def strategy_names() -> list[str]:
+    """Return the names of all strategies: read in the sources, since importing them loads torch and Flower."""
     from importlib.metadata import entry_points
 
     package = importlib.util.find_spec("fedpeft.strategies")
@@ -19,7 +24,7 @@ def complete_strategy(incomplete: str) -> list[str]:
     folders = [Path(folder) for folder in package.submodule_search_locations or ()]
     sources = (path.read_text(encoding="utf-8") for folder in folders for path in folder.glob("*.py"))
     names = [name for source in sources for name in METHOD_NAME.findall(source)]
-    return _beginning(incomplete, [*names, *entry_points(group="fedpeft.strategies").names])
+    return [*names, *entry_points(group="fedpeft.strategies").names]
 
 
 def complete_preset(incomplete: str) -> list[str]:

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fedpeft.cli.completion import strategy_names
 from fedpeft.cli.options import Asked, Json, Verbose, prepare_workers, quiet, show, spread
 from fedpeft.cli.output import saved
 from fedpeft.cli.signals import stoppable
-from fedpeft.errors import ConfigError
+from fedpeft.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from fedpeft.config import RunConfig
@@ -48,6 +49,7 @@ def simulate(
         _go_on(resume, asked, json_lines, verbose)
         return
     config = asked.config()
+    _check_strategy(config.strategy.name)
     quiet(verbose)
     if dry_run:
         _dry_run(config, json_lines)
@@ -63,6 +65,14 @@ def simulate(
     if not json_lines:
         _introduce(config)
     _carry_out(config, out, None, json_lines, verbose)
+
+
+def _check_strategy(name: str) -> None:
+    """Refuse a strategy that is none, in the registry's words, before the libraries are imported that it needs."""
+    if "fedpeft.strategies" in sys.modules:  # then the registry costs nothing, and tells by itself
+        return
+    if name not in (names := strategy_names()):
+        raise ConfigError(f"unknown strategy '{name}'. {nearest(name, names)}")
 
 
 def _go_on(run: Path, asked: Asked, json_lines: bool, verbose: bool) -> None:

@@ -83,4 +83,16 @@ class RunSection(Section):
     )
     aggregation_error: bool = Field(True, description="measure how far the sent adapter is from the mean of updates")
     checkpoint_every: int = Field(1, ge=1, description="rounds between checkpoints, from which a run can be resumed")
+    monitor: str | None = Field(
+        None, description="metric of the test rows that run.patience and run.best go by; the task's first one if unset"
+    )
+    patience: int | None = Field(
+        None, ge=1, description="end the run after so many evaluated rounds without a better run.monitor"
+    )
+    best: bool | str | None = Field(
+        None, description="true, or a metric: also write the adapter of the best evaluated round, to adapter-best/"
+    )
+    max_megabytes: float | None = Field(
+        None, gt=0, description="end the run before the round that would move more than this, up and down, all clients"
+    )
     keep_checkpoints: int = Field(2, ge=1, description="how many of the newest checkpoints are kept")

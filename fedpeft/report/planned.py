@@ -107,6 +107,7 @@ def _of_rounds(facts: Mapping[str, Any], config: RunConfig) -> list[tuple[str, o
         ("a client moves", f"{up} up and {down} down a round{at_rank}"),
         *([("", CATCH_UP)] if facts["changes_base"] else []),
         ("in all", f"{size(facts['total_bytes'])} for {rounds} rounds"),
+        *([("budget", _budget(facts, config))] if "affordable_rounds" in facts else []),
     ]
 
 
@@ -114,6 +115,13 @@ def _memory(facts: Mapping[str, int]) -> str:
     parts = ", ".join(f"{name} {size(facts[name])}" for name in ("libraries", "weights", "training", "scoring"))
     seen = f"; a worker took {size(facts['measured'])} before" if "measured" in facts else ""
     return f"{size(facts['total'])} a worker at its peak, predicted ({parts}){seen}"
+
+
+def _budget(facts: Mapping[str, Any], config: RunConfig) -> str:
+    """Say how far the communication budget goes."""
+    paid, rounds = facts["affordable_rounds"], config.federation.rounds
+    whole = "all rounds" if paid == rounds else f"{paid} of {rounds} rounds: the run ends then"
+    return f"run.max_megabytes = {config.run.max_megabytes:g} pays for {whole}"
 
 
 def _head(facts: Mapping[str, Any]) -> str:

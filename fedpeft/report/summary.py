@@ -55,7 +55,8 @@ def say_summary(
 
 def _ending(history: History, spent: str) -> Text:
     if history.state == "completed":
-        return Text(f"completed {spent}", "bold green")
+        why = f": {one_line((history.end or {}).get('reason'), 1000)}" if history.is_early else ""
+        return Text(f"{'ended early,' if why else 'completed'} {spent}{why}", "bold green")
     if history.state == "interrupted":
         return Text(f"interrupted after {spent}", "bold yellow")
     # without a last record, the error that is on its way says why
@@ -98,7 +99,8 @@ def _scores(history: History, metric: str) -> list[tuple[str, str]]:
 
 def _saved(history: History) -> str:
     if history.state == "completed":
-        return "adapter and records"
+        best = (history.end or {}).get("best_round")
+        return "adapter and records" + ("" if best is None else f", and adapter-best, that of round {best}")
     if history.end is None:
         return "all records"
     if history.done:

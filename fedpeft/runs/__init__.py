@@ -10,6 +10,7 @@ from fedpeft.runs.checkpoints import read_facts as read_facts
 from fedpeft.runs.checkpoints import remove_checkpoint as remove_checkpoint
 from fedpeft.runs.checkpoints import resumable_round as resumable_round
 from fedpeft.runs.directory import ADAPTER as ADAPTER
+from fedpeft.runs.directory import ADAPTER_BEST as ADAPTER_BEST
 from fedpeft.runs.directory import CANARIES as CANARIES
 from fedpeft.runs.directory import CLIENTS as CLIENTS
 from fedpeft.runs.directory import CONFIG_FILE as CONFIG_FILE

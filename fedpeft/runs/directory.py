@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CONFIG_FILE, ENVIRONMENT_FILE, EVENTS_FILE = "config.toml", "environment.json", "metrics.jsonl"
-ADAPTER, CLIENTS = "adapter", "clients"  # folders
+ADAPTER, ADAPTER_BEST, CLIENTS = "adapter", "adapter-best", "clients"  # folders
 PAGE = "report.html"  # see `fedpeft.report.page`
 CANARIES = "canaries.json"  # planted rows, their coins and their scores
 RESERVED = ".reserved"  # space for the final adapter

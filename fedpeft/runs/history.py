@@ -122,8 +122,13 @@ class History:
         """``completed``, ``interrupted``, ``stopped``, or ``running`` where no end is on record."""
         if self.end is None:
             return "running"
-        reason = self.end.get("reason")
+        reason = "completed" if self.is_early else self.end.get("reason")
         return reason if reason in ("completed", "interrupted") else "stopped"
+
+    @property
+    def is_early(self) -> bool:
+        """Whether the run ended before its last round because its configuration asked for that."""
+        return self.end is not None and self.end.get("early") is True
 
     @property
     def metric(self) -> str | None:

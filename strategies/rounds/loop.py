@@ -25,7 +25,7 @@ from fedpeft.strategies.averaging.private_mean import PrivateMean
 from fedpeft.strategies.rounds.answers import Answers, known_clients
 from fedpeft.strategies.rounds.exchange import Exchange
 from fedpeft.strategies.rounds.measuring import ErrorMeasure
-from fedpeft.strategies.rounds.memory import MEAN, METHOD, Memory, remember
+from fedpeft.strategies.rounds.memory import MEAN, METHOD, WATCHER, Memory, remember
 from fedpeft.strategies.rounds.method import Method
 from fedpeft.strategies.rounds.outgoing import Outgoing
 from fedpeft.strategies.rounds.ranks import Ranks, cut
@@ -298,7 +298,11 @@ class Loop:
         """Return all that the rounds to come depend on, and what the watchers remember."""
         return remember(
             self._outgoing.view(0),
-            {METHOD: self.method.memory(), MEAN: {} if self._private is None else self._private.memory()},
+            {
+                METHOD: self.method.memory(),
+                MEAN: {} if self._private is None else self._private.memory(),
+                WATCHER: {name: tensor for watcher in self.watchers for name, tensor in watcher.tensors().items()},
+            },
             {
                 "outgoing": self._outgoing.memory(),
                 "ranks": {} if self._ranks is None else dict(self._ranks.of),  # pruning changes them
@@ -324,6 +328,8 @@ class Loop:
         self.done = server_round
         for watcher in self.watchers:
             watcher.resumed(server_round, state, memory.facts["watchers"].get(type(watcher).__name__, {}))
+            if watcher.tensors():
+                watcher.recall_tensors(memory.part(WATCHER))
 
 
 def _has_products(state: AdapterState, exchange: Exchange) -> bool:

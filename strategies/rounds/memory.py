@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedpeft.adapters.state import AdapterState
 
-METHOD, MEAN = "method", "mean"  # whose memory it is: the method's own, the private mean's
+METHOD, MEAN, WATCHER = "method", "mean", "watcher"  # whose memory it is: the method's own, the private mean's ..
 SCALINGS = "scalings"
 
 
@@ -35,7 +35,7 @@ class Memory:
 
     def state(self) -> AdapterState:
         """Return the adapter, its layers and tensors in the order in which it had them: sums go by it."""
-        parts = tuple(f"{part}:" for part in (METHOD, MEAN))
+        parts = tuple(f"{part}:" for part in (METHOD, MEAN, WATCHER))
         tensors = {name: tensor for name, tensor in self.tensors.items() if not name.startswith(parts)}
         scalings = self.facts[SCALINGS]
         sorted_by_name = AdapterState.from_tensors(tensors, 1.0)

@@ -21,6 +21,7 @@ from fedpeft.privacy.statement import PRIVACY
 from fedpeft.resident import Resident
 from fedpeft.runs import ADAPTER, CLIENTS, Event, Listener, RunDirectory, folder_name
 from fedpeft.strategies.algebra.base_changes import exact_sum
+from fedpeft.strategies.rounds.ending import Best, EarlyEndError
 from fedpeft.strategies.rounds.method import Method
 from fedpeft.strategies.rounds.report import Fault, RoundReport
 from fedpeft.strategies.rounds.watchers import Watcher
@@ -48,6 +49,8 @@ class Outcome:
         What stopped it, where that was an error.
     exit_code : int
         How a command is to end that was interrupted.
+    early : bool
+        Whether it ended before its last round because its configuration asked for that.
     """
 
     path: Path
@@ -56,6 +59,12 @@ class Outcome:
     reason: str = "completed"
     error: FedpeftError | None = None
     exit_code: int = 130
+    early: bool = False
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing is left to do: all rounds, or an end that the configuration asked for."""
+        return self.early or self.reason == "completed"
 
 
 class Journal:
@@ -99,6 +108,7 @@ class Records(Watcher):
         self.journal, self.books, self.explain, self.withholds = journal, books, explain, withholds
         self.facts, self.protects_clients = method.capabilities, method.terms.client_privacy is not None
         self.outcome = Outcome(journal.directory.path)
+        self.best: Best | None = None  # which adapter was the best, where that is asked for
         self.is_closed = False  # once the end is on record
 
     def update_arrived(self, server_round: int, update: ClientUpdate) -> None:
@@ -164,10 +174,15 @@ class Records(Watcher):
             outcome.reason, outcome.error = str(error), outcome.error or error
         elif isinstance(error, KeyboardInterrupt):
             outcome.reason = "interrupted"
+        elif isinstance(error, EarlyEndError):
+            outcome.reason, outcome.early = str(error), True
         elif error is not None:
             outcome.reason = "stopped" if isinstance(error, SystemExit) else type(error).__name__
         aside = {} if outcome.error is None else {"why": str(outcome.error)}
-        self.journal.emit({"event": "end", "round": outcome.rounds, "reason": outcome.reason}, **aside)
+        event: Event = {"event": "end", "round": outcome.rounds, "reason": outcome.reason}
+        if outcome.early:
+            event["early"] = True
+        self.journal.emit(event | ({} if self.best is None else self.best.facts), **aside)
         self.is_closed = True
 
     def _faults(self, report: RoundReport) -> None:
@@ -264,9 +279,7 @@ class Adapters(Watcher):
         """Write them."""
         adapted, labels = self.home.adapted, self.home.labels
         drawn = {name: adapted.initial[name] for name in adapted.personal}
-        sum_of_all = exact_sum(self.state)
-        whole = AdapterState(sum_of_all.factors, {**sum_of_all.dense, **drawn})
-        self.directory.write_adapter(lambda path: adapted.save(path, whole, labels))
+        self.write(self.state, ADAPTER)
         own = self.personal() if self.personal is not None else {}
         for client in sorted(own):  # read one by one
             model = AdapterState.from_tensors({**self.state.to_tensors(), **drawn, **own[client]}, adapted.scaling)
@@ -275,6 +288,14 @@ class Adapters(Watcher):
                 lambda path, state=personal: adapted.save(path, state, labels),
                 f"{CLIENTS}/{folder_name(client)}/{ADAPTER}",
             )
+
+    def write(self, state: AdapterState, name: str) -> None:
+        """Write an adapter that all clients share to a folder of the run."""
+        adapted = self.home.adapted
+        sum_of_all = exact_sum(state)
+        drawn = {name: adapted.initial[name] for name in adapted.personal}
+        whole = AdapterState(sum_of_all.factors, {**sum_of_all.dense, **drawn})
+        self.directory.write_adapter(lambda path: adapted.save(path, whole, self.home.labels), name)
 
 
 class PlantedRows(Watcher):

@@ -100,11 +100,12 @@ class Scoring:
     ) -> None:
         self.config, self.home, self.personal_names, self.personal = config, home, personal_names, personal
         self.map: Map = map or _here
+        self.is_over_after: Callable[[int], bool] = lambda server_round: False  # whether a round is the last after all
 
     def __call__(self, server_round: int, arrays: ArrayRecord) -> tuple[dict[str, float], dict[str, Any]] | None:
         """Return the test metrics, and those by domain and client; None where this round is not due."""
         every, last = self.config.run.evaluate_every, self.config.federation.rounds
-        if server_round % every and server_round != last:
+        if server_round % every and server_round != last and not self.is_over_after(server_round):
             return None
         return self.score(to_tensors(arrays))
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from fedpeft.adapters.state import AdapterState, ClientUpdate
 from fedpeft.strategies.rounds.report import RoundReport
 
@@ -36,6 +38,13 @@ class Watcher:
     def memory(self) -> dict[str, Any]:
         """Return what it remembers from round to round, as plain JSON, for checkpoints."""
         return {}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors that it remembers from round to round, for checkpoints; one watcher of a run may."""
+        return {}
+
+    def recall_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take up what `tensors` returned, after `resumed`; called where there are any."""
 
     def resumed(self, server_round: int, state: AdapterState, memory: Mapping[str, Any]) -> None:
         """Hear that a run goes on after a round, with which adapter; take up what `memory` returned then."""

@@ -16,7 +16,9 @@ import pytest
 
 from fedpeft.cli import main
 from fedpeft.config import RunConfig
+from fedpeft.errors import ConfigError
 from fedpeft.runs import read_events
+from fedpeft.strategies import find
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -275,6 +277,17 @@ def test_help_needs_no_heavy_library() -> None:
     done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True, env=os.environ)
     assert done.stdout.splitlines()[-1] == "[]"
     assert "simulate" in done.stdout
+
+
+def test_a_strategy_that_is_none_is_refused_before_torch_is_imported() -> None:
+    asked = "import sys; sys.argv = ['fedpeft', 'simulate', '--strategy', 'lora-fiar']\nfrom fedpeft.cli import main\n"
+    asked += "try: main()\nexcept SystemExit as end: print(end.code)\n"
+    asked += "print([m for m in ('torch', 'transformers', 'ray', 'flwr', 'peft') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True, env=os.environ)
+    assert done.stdout.splitlines()[-2:] == ["2", "[]"]
+    with pytest.raises(ConfigError) as registry:
+        find("lora-fiar")
+    assert str(registry.value) in done.stderr
 
 
 def test_adapters_of_two_runs_are_merged(fedpeft: Run, small: list[str], tmp_path: Path) -> None:

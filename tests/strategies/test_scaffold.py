@@ -26,6 +26,7 @@ from fedpeft.simulations.simulate import resume, simulate
 from fedpeft.strategies import FedIt, with_typed_options
 from fedpeft.strategies.scaffold import Scaffold
 from fedpeft.training.local import Turn, train_locally
+from fedpeft.training.steps import Additions
 from fedpeft.wire import TrainAnswer, TrainOrder, to_record, to_tensors
 from tests.strategies.test_base import HEAD, A, B, FunctionGrid, ids
 
@@ -149,8 +150,8 @@ def test_a_correction_is_added_to_every_step_after_clipping(text_config: Make) -
     correction = {name: torch.full_like(home.adapted.initial[name], 0.25) for name in names}
     home.adapted.load(home.adapted.initial, home.adapted.scaling)
     rows = home.partition.indices[0]
-    turn = Turn(0, "0", 1, 2, correction=correction)
-    result = train_locally(home.adapted, home.data.train, rows, config.train, turn)
+    turn, additions = Turn(0, "0", 1, 2), Additions(correction=correction)
+    result = train_locally(home.adapted, home.data.train, rows, config.train, turn, additions=additions)
     assert result.rate_sum == pytest.approx(2.0)
     after: Mapping[str, Tensor] = home.adapted.tensors(names)
     for name in names:
