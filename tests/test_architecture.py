@@ -35,6 +35,7 @@ UNITS: tuple[tuple[str, ...], ...] = (
     ("models", "runs"),
     ("agreement",),
     ("adapters",),
+    ("generation",),
     ("training", "wire"),
     ("resident",),
     ("privacy",),  # its levels included
@@ -319,7 +320,7 @@ SORTS: dict[str, Sort] = {
         "tasks.metrics:METRICS",
         ("fedpeft/tasks/*.py",),
         _set("metric metrics"),
-        _set("loss"),  # the key of what a client reports
+        _set("loss pass"),  # the key of what a client reports; a verb
         named_by=("fedpeft/tasks/*.py",),
     ),
     "privacy level": Sort(

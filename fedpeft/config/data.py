@@ -38,6 +38,12 @@ class DataConfig(Section):
         description="what is cut of prompt and completion that are too long together: longest (if unset), the longer "
         "of both; prompt, at its beginning and wholly if need be; completion, at its end",
     )
+    metric: str | None = Field(
+        None,
+        description="how answers that the model writes are judged, beside the loss: some of exact_match, f1, rouge, "
+        "bleu, choice_accuracy, pass, comma-separated",
+    )
+    max_new_tokens: int = Field(256, ge=1, description="tokens of an answer that the model writes, at most")
     encoding: str = Field("utf-8", description="of CSV and JSON files, such as cp1252, latin-1, utf-16")
 
     @property
@@ -46,6 +52,11 @@ class DataConfig(Section):
         if self.labels is None:
             return None
         return tuple(name.strip() for name in next(csv.reader([self.labels], skipinitialspace=True)))
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """The names in ``metric``, each once; none where it is not set."""
+        return tuple(dict.fromkeys(name.strip() for name in (self.metric or "").split(",") if name.strip()))
 
     @field_validator("encoding")
     @classmethod
