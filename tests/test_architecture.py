@@ -49,7 +49,8 @@ UNITS: tuple[tuple[str, ...], ...] = (
     ("strategies.merging",),
     ("simulations.grids",),
     ("simulations",),
-    ("server", "rescoring"),
+    ("finished",),
+    ("server", "rescoring", "exporting"),
     ("cli",),
     ("__main__",),
 )

@@ -11,3 +11,4 @@ from fedpeft.generation.judging import drawn_rows as drawn_rows
 from fedpeft.generation.judging import judge as judge
 from fedpeft.generation.judging import parts_of as parts_of
 from fedpeft.generation.judging import with_answers as with_answers
+from fedpeft.generation.prompts import prompt_tokens as prompt_tokens

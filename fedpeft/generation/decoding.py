@@ -158,7 +158,7 @@ def _generating(model: nn.Module) -> Iterator[None]:
     trained = model.training
     model.eval()
     for module in holders:
-        module.generation_config = GenerationConfig()  # type: ignore[assignment]
+        module.generation_config = GenerationConfig()
     try:
         yield
     finally:
