@@ -200,7 +200,7 @@ class Scoring:
         owned = self.personal() if personal and self.personal is not None and self.personal_names else {}
         parts: dict[str, list[int]] = {}
         for row in rows.tolist():
-            of_row = "" if self.home.test.clients is None else self.home.test.clients[row]
+            of_row = "" if self.home.test.clients is None else str(self.home.test.clients[row])
             parts.setdefault(of_row if of_row in owned else min(owned, default=""), []).append(row)
         drawn = self._drawn()
         questions = (
