@@ -117,7 +117,7 @@ def _scores(base: nn.Module, folders: Sequence[Path], split: EncodedSplit, confi
 def _answered(base: nn.Module, finished: FinishedRun, split: EncodedSplit, every: Sequence[Scores]) -> list[Scores]:
     """Return models' scores with what each one's answers are worth."""
     config, judged = finished.config, []
-    rows = drawn_rows(config, len(split), config.run.generate_rows)
+    rows = drawn_rows(config, split, config.run.generate_rows)
     for folder, scores in zip(finished.folders, every, strict=True):
         model = PeftModel.from_pretrained(base, str(folder))
         texts = answer(model, finished.tokenizer, split, rows, config)

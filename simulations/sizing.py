@@ -271,11 +271,13 @@ def estimate(config: RunConfig) -> Footprint:
 
     from fedpeft.models import base_folder
     from fedpeft.privacy.levels import level_of
+    from fedpeft.tasks.classes import max_length
 
     try:
         folder = base_folder(config.model)
         described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         parameters = sum(_elements(path) for path in folder.glob("*.safetensors"))
+        length = max_length(config, folder)
     except (FedpeftError, OSError, ValueError, SafetensorError):
         return UNKNOWN
     bf16 = config.train.precision == "bf16"
@@ -285,7 +287,7 @@ def estimate(config: RunConfig) -> Footprint:
     private = config.privacy.physical_batch_size or 2 * config.train.batch_size
     rows = private if level_of(config.privacy).clients_add_noise else config.train.batch_size
     image, patch = (max((_size(each, (name,)) for each in sizes), default=0) for name in ("image_size", "patch_size"))
-    tokens = (image // patch) ** 2 + 1 if image and patch else config.data.max_length
+    tokens = (image // patch) ** 2 + 1 if image and patch else length
     activations = 4 * rows * tokens * depth * (34 * width + 5 * heads * tokens)
     generates = any("CausalLM" in str(name) for name in described.get("architectures") or ())
     scores = (

@@ -50,7 +50,7 @@ UNITS: tuple[tuple[str, ...], ...] = (
     ("simulations.grids",),
     ("simulations",),
     ("finished",),
-    ("server", "rescoring", "exporting"),
+    ("server", "rescoring", "exporting", "harness"),
     ("cli",),
     ("__main__",),
 )

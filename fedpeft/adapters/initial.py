@@ -17,7 +17,7 @@ from fedpeft.config import RunConfig, TrainConfig
 from fedpeft.errors import AdapterError
 from fedpeft.models import BaseModel
 from fedpeft.seeds import derive_seed, generator
-from fedpeft.tasks.classes import inputs_of
+from fedpeft.tasks.classes import inputs_of, max_length
 from fedpeft.tasks.encoding import encode_rows
 from fedpeft.tasks.losses import mean_loss
 from fedpeft.training.optimizers import OPTIMIZERS
@@ -120,7 +120,8 @@ def _check_prompts(base: BaseModel, config: RunConfig, settings: Any) -> None:
             f"{kind} puts virtual tokens before those of a text, and model.task = '{tasks.of(config).name}' has no "
             "texts; use another adapter.kind, such as lora."
         )
-    limit, tokens, length = inputs_of(config, base.folder).tokens, settings.num_virtual_tokens, config.data.max_length
+    limit, tokens = inputs_of(config, base.folder).tokens, settings.num_virtual_tokens
+    length = max_length(config, base.folder)
     if tokens < 1:
         raise AdapterError(f"adapter.num_virtual_tokens = {tokens}: {kind} needs at least 1.")
     if limit is not None and tokens + length > limit:

@@ -20,6 +20,7 @@ from fedpeft.cli.options import INTERRUPTED
 from fedpeft.cli.output import secure
 from fedpeft.cli.presets import presets_app
 from fedpeft.cli.privacy import privacy_app
+from fedpeft.cli.rows import rows
 from fedpeft.cli.show import env, partition, runs, strategies
 from fedpeft.cli.simulate import evaluate, simulate
 from fedpeft.errors import ConfigError, FedpeftError
@@ -42,6 +43,7 @@ for command in (
     compare,
     config,
     partition,
+    rows,
     strategies,
     env,
     doctor,

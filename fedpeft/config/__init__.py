@@ -6,6 +6,7 @@ an error that names the nearest key that does.
 
 from fedpeft.config.adapter import AdapterConfig as AdapterConfig
 from fedpeft.config.data import DataConfig as DataConfig
+from fedpeft.config.data import TrainOn as TrainOn
 from fedpeft.config.data import Truncate as Truncate
 from fedpeft.config.federation import FederationConfig as FederationConfig
 from fedpeft.config.federation import RunSection as RunSection

@@ -12,6 +12,8 @@ from pydantic import Field, field_validator, model_validator
 from fedpeft.config.section import Section
 
 Truncate = Literal["longest", "prompt", "completion"]
+TrainOn = Literal["assistant", "completion", "all", "last"]
+Empty = Literal["refuse", "skip"]
 
 
 class DataConfig(Section):
@@ -32,7 +34,24 @@ class DataConfig(Section):
         None, description="all label names, comma-separated, where a site sees only some of them"
     )
     domain: str | None = Field(None, description="column by which test scores are also reported")
-    max_length: int = Field(128, ge=1, description="tokens kept of each row")
+    template: str | None = Field(
+        None,
+        description="how turns are written as one text: alpaca, vicuna, chatml, a FILE.jinja, or none: prompt, line "
+        "break, completion; the tokenizer's own chat template if unset",
+    )
+    train_on: TrainOn | None = Field(
+        None,
+        description="what the loss counts of turns: assistant (if unset), all answers; last, the last one; completion, "
+        "what a row names so; all, every token",
+    )
+    empty: Empty = Field(
+        "refuse", description="what becomes of a row without a token that counts: refuse the data, or skip the row"
+    )
+    max_length: int | None = Field(
+        None,
+        ge=1,
+        description="tokens kept of each row; if unset 128, for language models 1024 or what the model reads",
+    )
     truncate: Truncate | None = Field(
         None,
         description="what is cut of prompt and completion that are too long together: longest (if unset), the longer "

@@ -151,7 +151,11 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
             "model": config.model.model_copy(update={"name": absolute(config.model.name)}),
             "adapter": config.adapter.model_copy(update={"init_data": absolute(config.adapter.init_data)}),
             "data": config.data.model_copy(
-                update={"source": absolute(config.data.source), "test": absolute(config.data.test)}
+                update={
+                    "source": absolute(config.data.source),
+                    "test": absolute(config.data.test),
+                    "template": absolute(config.data.template),
+                }
             ),
         }
     )

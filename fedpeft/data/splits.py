@@ -41,6 +41,8 @@ class Encoding:
         How pixels of 8 bits are scaled.
     write_pixels : callable, optional
         Writes ``pixels``, which need not fit in memory, to a file of safetensors.
+    kept : array of int64, optional
+        Which of the rows these are, where some were skipped; all if None.
     """
 
     tensors: Mapping[str, Tensor]
@@ -48,6 +50,7 @@ class Encoding:
     cuts: Mapping[str, int] = field(default_factory=dict)
     normalisation: Normalisation | None = None
     write_pixels: Callable[[Path], None] | None = None
+    kept: NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,9 +63,11 @@ class EncodedSplit:
         Name of what they are for.
     tensors : mapping of str to Tensor
         As stored: ``tokens`` (all rows' ids in one row, int32) with ``offsets`` (n + 1,) and ``types``; or ``pixels``
-        (n, C, H, W), uint8 or ready float32; ``labels`` (n,), ids, or ``targets`` (n,), numbers, or ``prompts`` (n,),
-        the tokens that the loss leaves out; ``domains`` and ``clients`` (n,), indices into `names`. ``more_pixels`` are
-        those of rows that were appended.
+        (n, C, H, W), uint8 or ready float32; ``labels`` (n,), ids, or ``targets`` (n,), numbers, or ``counted``, uint8,
+        one for each of ``tokens``: whether the loss counts it. Rows of turns have ``answers`` (n,), the place in the
+        row of the first token of its last answer, and the whole text of that, UTF-8, in ``references``, uint8, with
+        ``reference_offsets`` (n + 1,). ``cut`` (n,) says how many tokens a row lost. ``domains`` and ``clients`` (n,)
+        are indices into `names`. ``more_pixels`` are those of rows that were appended.
     names : mapping of str to tuple of str
         Names of domains and clients.
     pad_token_id : int, optional
@@ -144,8 +149,10 @@ class EncodedSplit:
             The same tensors as this split's, of the m rows to append.
         """
         tensors = {name: torch.cat([held, more[name]]) for name, held in self.tensors.items() if "pixels" not in name}
+        for name in ("offsets", "reference_offsets"):
+            if name in more:
+                tensors[name] = torch.cat([self.tensors[name], self.tensors[name][-1] + more[name][1:]])
         if "offsets" in more:
-            tensors["offsets"] = torch.cat([self.tensors["offsets"], self.tensors["offsets"][-1] + more["offsets"][1:]])
             stored, count = len(self.tensors["offsets"]) - 1, len(more["offsets"]) - 1
         else:
             # pixels are mapped from a file that may be larger than the memory: they stay there
@@ -167,8 +174,8 @@ class EncodedSplit:
         dict of str to Tensor
             Texts, padded on the right to the longest row of the batch: ``input_ids``, ``attention_mask`` and, where
             the tokenizer makes them, ``token_type_ids``, each ``(b, t)`` and int64. Images: ``pixel_values``
-            ``(b, C, H, W)``, float32. ``labels``: ``(b,)``, ids or numbers, or for prompts ``(b, t)``, the tokens with
-            -100 on prompt and padding.
+            ``(b, C, H, W)``, float32. ``labels``: ``(b,)``, ids or numbers, or where tokens are counted ``(b, t)``, the
+            tokens with -100 on padding and on those that the loss leaves out.
         """
         index = torch.from_numpy(self.indices_stored[np.asarray(indices, dtype=np.int64)])  # (b,)
         inputs = self._pixels(index) if "pixels" in self.tensors else self._texts(index)
@@ -199,10 +206,34 @@ class EncodedSplit:
         inputs = {"input_ids": ids, "attention_mask": held.long()}
         if "types" in self.tensors:
             inputs["token_type_ids"] = self.tensors["types"][at].long().masked_fill_(~held, 0)
-        if "prompts" in self.tensors:
-            counted = held & (position >= self.tensors["prompts"][index][:, None])
+        if "counted" in self.tensors:
+            counted = held & self.tensors["counted"][at].bool()
             inputs["labels"] = ids.masked_fill(~counted, IGNORED)
         return inputs
+
+    def prompts(self, indices: Sequence[int] | NDArray[np.integer[Any]]) -> list[Tensor]:
+        """Return what a model is given that is to write the last answers itself.
+
+        Parameters
+        ----------
+        indices : sequence of int
+            The rows, which must be of turns.
+
+        Returns
+        -------
+        list of Tensor
+            Token ids before each row's last answer, ``(t,)``, int64: earlier turns and what the template writes to
+            open an answer. Empty where a row has no answer.
+        """
+        starts, answers = self.tensors["offsets"], self.tensors["answers"]
+        stored = self.indices_stored[np.asarray(indices, dtype=np.int64)].tolist()
+        return [self.tensors["tokens"][int(starts[at]) :][: int(answers[at])].long() for at in stored]
+
+    def references(self, indices: Sequence[int] | NDArray[np.integer[Any]]) -> list[str]:
+        """Return the last answer of each of some rows, whole, as it stands in the source; empty where there is none."""
+        offsets, letters = self.tensors["reference_offsets"], self.tensors["references"]
+        stored = self.indices_stored[np.asarray(indices, dtype=np.int64)].tolist()
+        return [bytes(letters[int(offsets[at]) : int(offsets[at + 1])].numpy()).decode() for at in stored]
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,6 +13,7 @@ from torch import nn
 from fedpeft import tasks
 from fedpeft.config import RunConfig
 from fedpeft.data.splits import EncodedSplit
+from fedpeft.errors import DataError
 from fedpeft.generation.decoding import Limits, generate
 from fedpeft.seeds import generator
 from fedpeft.tasks.metrics import Scores, asked
@@ -39,11 +40,24 @@ class Answers:
     marks: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
 
 
-def drawn_rows(config: RunConfig, count: int, most: int | None) -> NDArray[np.int64]:
-    """Return which of `count` test rows are answered, drawn once for a run; of fewer, the first of the same draw."""
-    if most is None or most >= count:
-        return np.arange(count, dtype=np.int64)
-    return np.sort(generator(config.run.seed, "answers").permutation(count)[:most]).astype(np.int64)
+def drawn_rows(config: RunConfig, split: EncodedSplit, most: int | None) -> NDArray[np.int64]:
+    """Return which test rows are answered, drawn once for a run; of fewer, the first of the same draw.
+
+    Raises
+    ------
+    DataError
+        No row has an answer that could be held against the model's, as rows of raw text have none.
+    """
+    able = [row for row, prompt in enumerate(split.prompts(range(len(split)))) if len(prompt)]
+    if not able:
+        raise DataError(
+            "the test rows are raw text and hold no answers, which data.metric and run.generate need; drop these "
+            "settings, or give data.test with prompts and completions."
+        )
+    rows = np.asarray(able, dtype=np.int64)
+    if most is None or most >= len(rows):
+        return rows
+    return np.sort(rows[generator(config.run.seed, "answers").permutation(len(rows))[:most]])
 
 
 def parts_of(split: EncodedSplit, rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:

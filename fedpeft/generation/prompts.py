@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fedpeft.bases import first_line
+from fedpeft.data.chat.rendering import Renderer
 from fedpeft.errors import ModelError
 
 
@@ -20,8 +21,8 @@ def prompt_tokens(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> Tens
     tokenizer : transformers.PreTrainedTokenizerBase
         See `fedpeft.data.tokens.load_tokenizer`.
     messages : sequence of mapping
-        Turns, with ``role`` and ``content``; the last is the user's. Without a chat template it alone is read, as rows
-        without one are of a single exchange: the prompt, and a line break.
+        Turns, with ``role`` and ``content``; the last is the user's. Without a chat template it alone is read,
+        behind a system's, as rows without one are of a single exchange: the prompt, and a line break.
 
     Raises
     ------
@@ -30,15 +31,14 @@ def prompt_tokens(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> Tens
     """
     if tokenizer.chat_template is None:
         start = [tokenizer.bos_token_id] if _starts(tokenizer) else []
-        ids = tokenizer(f"{messages[-1]['content']}\n", add_special_tokens=False)["input_ids"]
+        turns = [each for each in messages[:-1] if each["role"] == "system"] + [messages[-1]]
+        text = "".join(f"{each['content']}\n" for each in turns)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         return torch.tensor([*start, *ids], dtype=torch.int64)
-    from jinja2 import TemplateError
-
+    renderer = Renderer(tokenizer)
     try:
-        text = tokenizer.apply_chat_template(
-            [dict(each) for each in messages], tokenize=False, add_generation_prompt=True
-        )
-    except TemplateError as error:
+        (text,) = renderer.texts([renderer.folded(messages)], opened=True)
+    except Exception as error:  # a template raises whatever it likes
         raise ModelError(f"the chat template refuses these turns: {first_line(error).rstrip('.')}.") from None
     return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
 

@@ -108,12 +108,12 @@ def plant(config: RunConfig, count: int, train: EncodedSplit, held: Partition, n
         )
     if train.labels is not None and num_labels < 2:
         raise ConfigError("privacy.canaries: the training rows have one label, and no canary can be wrong.")
-    if train.labels is None and "prompts" not in train.tensors:
+    if train.labels is None and not _answered(train):
         raise ConfigError(f"privacy.canaries: {train.task} rows have neither labels nor completions to be made wrong.")
     rng = generator(config.run.seed, "canaries", "rows")
     sources = rng.choice(len(train), count, replace=False).astype(np.int64)
     if train.labels is None:
-        more = _crossed(train, sources, rng, config.data.max_length)
+        more = _crossed(train, sources, rng, config.data.max_length or int(train.lengths.max()))
     else:
         more = _mislabelled(train, sources, rng, num_labels)
     # coins of their own: neither rows nor labels tell of them
@@ -135,36 +135,60 @@ def _mislabelled(
         return _named(train, stored) | {"labels": labels, "pixels": train.tensors["pixels"][stored]}
     texts = [_text(train, int(at)) for at in stored]
     more = _named(train, stored) | {"labels": labels} | _joined([train.tensors["tokens"][text] for text in texts])
+    if "cut" in train.tensors:
+        more["cut"] = train.tensors["cut"][stored]
     if "types" in train.tensors:
         more["types"] = torch.cat([train.tensors["types"][text] for text in texts])
     return more
 
 
+def _answered(train: EncodedSplit) -> bool:
+    """Tell whether rows are prompts and answers, rather than texts of which every token counts."""
+    return "answers" in train.tensors and bool(train.tensors["answers"].any())
+
+
 def _crossed(
     train: EncodedSplit, sources: NDArray[np.int64], rng: np.random.Generator, max_length: int
 ) -> dict[str, Tensor]:
-    """Put each row's prompt before another row's completion, cut as `fedpeft.data.tokens` cuts rows."""
-    tokens, prompts = train.tensors["tokens"], train.tensors["prompts"]
+    """Put what stands before each row's last answer before that of another row, which alone counts.
+
+    Too long ones lose the beginning of the prompt.
+    """
+    tokens, counted, answers = (train.tensors[name] for name in ("tokens", "counted", "answers"))
     everything = _stored(train, np.arange(len(train)))
 
-    def parts(row: int) -> tuple[Tensor, Tensor]:
+    def parts(row: int) -> tuple[Tensor, Tensor, Tensor]:
         at = int(everything[row])
-        whole = tokens[_text(train, at)]
-        return whole[: int(prompts[at])], whole[int(prompts[at]) :]
+        text, border = _text(train, at), int(answers[at])
+        return tokens[text][:border], tokens[text][border:], counted[text][border:]
 
-    texts, heads = [], []
+    texts, masks, heads, chosen = [], [], [], []
     for source in sources:
-        prompt, completion = parts(int(source))
+        prompt, completion, _ = parts(int(source))
         for _ in range(TRIES):
-            _, other = parts(int(rng.integers(len(train))))
+            drawn = int(rng.integers(len(train)))
+            _, other, told = parts(drawn)
             if not torch.equal(other, completion):
                 break
         else:
             raise ConfigError("privacy.canaries: the training rows have one completion, and no canary can be wrong.")
         kept = prompt[max(0, len(prompt) + len(other) - max_length) :]
-        texts.append(torch.cat([kept, other]))
+        texts.append(torch.cat([kept, other])[:max_length])
+        masks.append(torch.cat([torch.zeros(len(kept), dtype=counted.dtype), told])[:max_length])
         heads.append(len(kept))
-    return _named(train, everything[sources]) | _joined(texts) | {"prompts": torch.tensor(heads, dtype=prompts.dtype)}
+        chosen.append(drawn)
+    words = [text.encode() for text in train.references(chosen)]
+    return (
+        _named(train, everything[sources])
+        | _joined(texts)
+        | {
+            "counted": torch.cat(masks),
+            "answers": torch.tensor(heads, dtype=answers.dtype),
+            "cut": torch.zeros(len(texts), dtype=torch.int32),
+            "references": torch.tensor(list(b"".join(words)), dtype=torch.uint8),
+            "reference_offsets": torch.tensor([0, *map(len, words)], dtype=torch.int64).cumsum(0),
+        }
+    )
 
 
 def _stored(train: EncodedSplit, rows: NDArray[np.int64]) -> Tensor:

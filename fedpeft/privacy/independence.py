@@ -52,6 +52,7 @@ from fedpeft.models import torch_seed
 from fedpeft.privacy.dp_sgd import RowEngine, advice, layer_of
 from fedpeft.resident import Resident
 from fedpeft.seeds import derive_seed, generator
+from fedpeft.tasks.classes import max_length
 from fedpeft.tasks.encoding import encode_table
 from fedpeft.training.batched.layers import drop_rates
 from fedpeft.training.local import training_mode
@@ -244,7 +245,7 @@ def _made_up_texts(home: Resident, rng: np.random.Generator) -> list[str]:
     tokenizer, _ = load_tokenizer(home.config, home.folder)
     special = set(tokenizer.all_special_ids)
     ids = np.array([index for index in range(len(tokenizer)) if index not in special])
-    lengths = (*LENGTHS, *[2 * home.config.data.max_length] * 2)
+    lengths = (*LENGTHS, *[2 * max_length(home.config, home.folder)] * 2)
     return [str(tokenizer.decode(rng.choice(ids, count).tolist())).strip() or "a" for count in lengths]
 
 

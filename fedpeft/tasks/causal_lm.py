@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedpeft.data.columns import Column
-from fedpeft.tasks.inputs import texts
+from fedpeft.tasks.inputs import conversations
 from fedpeft.tasks.losses import next_token_losses
 from fedpeft.tasks.task import Task
 
@@ -12,7 +12,7 @@ TASK = Task(
     auto="AutoModelForCausalLM",
     peft="CAUSAL_LM",
     columns=(Column("prompt", "text"), Column("completion", "text")),
-    encode=texts,
+    encode=conversations,
     losses=next_token_losses,
     metrics=("perplexity",),
     spoken_by="completion",

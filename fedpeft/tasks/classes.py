@@ -9,6 +9,7 @@ from typing import Any, cast
 from fedpeft import tasks
 from fedpeft.bases import Inputs, describe_base, number_in, positions
 from fedpeft.config import RunConfig
+from fedpeft.data.tokens import length_of
 from fedpeft.errors import ModelError
 from fedpeft.tasks.task import Task
 
@@ -102,3 +103,8 @@ def inputs_of(config: RunConfig, folder: Path) -> Inputs:
         channels=number_in(described, "num_channels") or number_in(vision, "num_channels") or 3,
         end=number_in(text, "eos_token_id") if getattr(described, "is_encoder_decoder", False) else None,
     )
+
+
+def max_length(config: RunConfig, folder: Path) -> int:
+    """Return how many tokens are kept of each row; see `fedpeft.data.tokens.length_of`."""
+    return length_of(config, inputs_of(config, folder), continues=tasks.of(config).continues)

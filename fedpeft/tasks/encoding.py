@@ -25,15 +25,16 @@ from torch import Tensor
 from fedpeft import tasks
 from fedpeft.cache import cache_dir, locked, publishing
 from fedpeft.config import RunConfig
+from fedpeft.data.chat.notes import Cuts, cut_notes, no_cuts
+from fedpeft.data.chat.templates import chosen
 from fedpeft.data.columns import Column
 from fedpeft.data.readers import Place, notes, read
 from fedpeft.data.sources import CLIENT, DOMAIN, digest, hold_out, locate, places, read_rows, test_place, wanted_columns
 from fedpeft.data.splits import EncodedData, EncodedSplit, Normalisation
-from fedpeft.data.tokens import Cuts, cut_notes
 from fedpeft.errors import DataError, ModelError
-from fedpeft.tasks.classes import inputs_of
+from fedpeft.tasks.classes import inputs_of, max_length
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 # what the tensors depend on in a model's folder
 MODEL_FILES = (
     *("tokenizer*", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json", "*.model", "*.tiktoken"),
@@ -199,7 +200,7 @@ def _entry(
     task = tasks.of(config)
     folder = _folder(config, model_dir, place, labels, client_column, optional)
     if (found := _open(folder, task.name)) is not None:
-        return _noted(config, place, found)
+        return _noted(config, model_dir, place, found)
     with locked(folder):
         if (found := _open(folder, task.name)) is None:  # another process may have been first
             table = read_rows(
@@ -209,7 +210,7 @@ def _entry(
             found = _open(folder, task.name)
     if found is None:
         raise DataError(f"the cache entry '{folder}' was written but cannot be read. Remove the folder and run again.")
-    return _noted(config, place, found)
+    return _noted(config, model_dir, place, found)
 
 
 def _folder(
@@ -229,19 +230,34 @@ def _folder(
         columns=dict(wanted.columns),
         labels=labels,
         encoding=config.data.encoding,
-        max_length=None if task.reads_images else config.data.max_length,
+        max_length=None if task.reads_images else max_length(config, model_dir),
         truncate=config.data.truncate or "longest",
+        **_chat(config),
         model=model_digest(model_dir),
         versions=[importlib.metadata.version(name) for name in LIBRARIES],
     )
     return cache_dir() / "encoded" / key
 
 
+def _chat(config: RunConfig) -> dict[str, Any]:
+    """Return what turns are written and counted by."""
+    data, template = config.data, chosen(config.data)
+    return {
+        "template": None if template is None else [template.text],
+        "train_on": data.train_on or "assistant",
+        "layout": [getattr(data, name, None) for name in ("layout", "messages")],
+        "empty": data.empty,
+    }
+
+
 def _noted(
-    config: RunConfig, place: Place, found: tuple[EncodedSplit, tuple[str, ...], Cuts]
+    config: RunConfig, model_dir: Path, place: Place, found: tuple[EncodedSplit, tuple[str, ...], Cuts]
 ) -> tuple[EncodedSplit, tuple[str, ...]]:
     split, labels, cuts = found
-    return replace(split, notes=notes(place) + cut_notes(config, place, len(split), cuts)), labels
+    said: tuple[str, ...] = ()
+    if any(cuts.values()):
+        said = cut_notes(config, place, len(split) + cuts["empty"], cuts, max_length(config, model_dir))
+    return replace(split, notes=notes(place) + said), labels
 
 
 def _key(**parts: Any) -> str:
@@ -286,7 +302,7 @@ def _open(folder: Path, task: str) -> tuple[EncodedSplit, tuple[str, ...], Cuts]
             scaling and Normalisation(scaling["scale"], tuple(scaling["mean"]), tuple(scaling["std"])),
             meta["fingerprint"],
         )
-        return split, tuple(meta["labels"]), {"prompt": 0, "whole prompt": 0, "completion": 0} | meta["cuts"]
+        return split, tuple(meta["labels"]), no_cuts() | meta["cuts"]
     except (OSError, ValueError, KeyError, TypeError, SafetensorError):
         return None
 
@@ -295,8 +311,8 @@ def _make(
     config: RunConfig, model_dir: Path, place: Place, rows: datasets.Dataset, labels: Sequence[str], folder: Path
 ) -> None:
     task = tasks.of(config)
-    tensors, names = _columns(rows, task.columns)
     encoding = task.encode(config, model_dir, inputs_of(config, model_dir), place, rows)
+    tensors, names = _columns(rows if encoding.kept is None else rows.select(encoding.kept), task.columns)
     tensors |= encoding.tensors
     scaling, write_pixels = encoding.normalisation, encoding.write_pixels
     meta = {

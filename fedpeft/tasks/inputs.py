@@ -15,10 +15,17 @@ if TYPE_CHECKING:
 
 
 def texts(config: RunConfig, model_dir: Path, inputs: Inputs, place: Place, rows: datasets.Dataset) -> Encoding:
-    """Tokenise a text, a pair of texts together, or a prompt and its completion; see `encode_texts`."""
+    """Tokenise a text, or a pair of texts together; see `encode_texts`."""
     from fedpeft.data.tokens import encode_texts
 
     return encode_texts(config, model_dir, inputs, place, rows)
+
+
+def conversations(config: RunConfig, model_dir: Path, inputs: Inputs, place: Place, rows: datasets.Dataset) -> Encoding:
+    """Tokenise turns by the chat template, or a raw text; see `encode_conversations`."""
+    from fedpeft.data.exchanges import encode_conversations
+
+    return encode_conversations(config, model_dir, inputs, place, rows)
 
 
 def images(config: RunConfig, model_dir: Path, inputs: Inputs, place: Place, rows: datasets.Dataset) -> Encoding:

@@ -53,7 +53,7 @@ class Samples(Watcher):
             self.journal.emit(event | {"samples": [], "withheld": why})
             return
         test = self.home.test
-        rows = drawn_rows(self.scoring.config, len(test), self.scoring.config.run.generate)
+        rows = drawn_rows(self.scoring.config, test, self.scoring.config.run.generate)
         before = self.scoring.texts(self.initial, rows, personal=False)
         after = self.scoring.texts(self.last, rows)
         tokenizer, _ = load_tokenizer(self.home.config, self.home.folder)

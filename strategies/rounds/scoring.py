@@ -169,7 +169,7 @@ class Scoring:
     def score(self, tensors: Mapping[str, Tensor], *, answers: bool = False) -> tuple[dict[str, float], dict[str, Any]]:
         """Return the test metrics, and those by domain and client; with those of the model's `answers` if asked."""
         shared = arrays_of(tensors)
-        rows = drawn_rows(self.config, len(self.home.test), self.config.run.generate_rows) if answers else None
+        rows = drawn_rows(self.config, self.home.test, self.config.run.generate_rows) if answers else None
         if not self.personal_names:
             (scores,) = self._scores(self._parts(), shared)
             if rows is not None:

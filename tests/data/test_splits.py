@@ -48,7 +48,9 @@ def test_padding_and_masks_follow_from_the_rows_alone(data: st.DataObject) -> No
     stored = {
         "tokens": torch.tensor([token for row in rows for token in row], dtype=torch.int32),
         "offsets": torch.from_numpy(offsets),
-        "prompts": torch.tensor(prompts, dtype=torch.int32),
+        "counted": torch.tensor(
+            [at >= p for row, p in zip(rows, prompts, strict=True) for at in range(len(row))]
+        ).byte(),
     }
     split = EncodedSplit("causal-lm", stored, pad_token_id=3)
     chosen = data.draw(st.lists(st.integers(0, len(rows) - 1), min_size=1, max_size=8))

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fedpeft import tasks
 from fedpeft.config import RunConfig, Truncate, nest, resolve
-from fedpeft.data.tokens import tokenise
+from fedpeft.data.chat.rows import RowEncoder
 from fedpeft.errors import ConfigError, DataError
 from fedpeft.simulations.plan import plan
 from fedpeft.simulations.simulate import simulate
@@ -33,16 +33,19 @@ tokenizer = PreTrainedTokenizerFast(tokenizer_object=whole_words, unk_token="[UN
 @settings(max_examples=150)
 def test_each_way_of_cutting_keeps_what_it_says(p: int, c: int, max_length: int, way: Truncate) -> None:
     prompt, completion = WORDS[:p], WORDS[30 : 30 + c]
-    row = {"prompt": [" ".join(prompt)], "completion": [" ".join(completion)]}
-    encoded = tokenise(tokenizer, row, max_length, way)
-    kept = tokenizer.convert_ids_to_tokens(encoded["input_ids"][0])
-    border = encoded["prompt_lengths"][0][0]
-    before, told = kept[:border], kept[border:]
+    turns = [{"role": "user", "content": " ".join(prompt)}, {"role": "assistant", "content": " ".join(completion)}]
+    cell = json.dumps({"messages": turns, "completion": 1})
+    (row,) = RowEncoder(tokenizer, max_length, way).rows({"conversation": [cell]}, ["row 1"])
+    kept = tokenizer.convert_ids_to_tokens(row.ids.tolist())
+    before, told = kept[: row.answer], kept[row.answer :]
+    assert row.counted.tolist() == [False] * len(before) + [True] * len(told)
+    assert row.reference == " ".join(completion)
     whole = [*completion, "</s>"]
     assert before == prompt[p - len(before) :]
     assert told == whole[: len(told)]
     assert len(kept) == min(max_length, p + c + 1)
-    assert encoded["lost"] == [[p - len(before), c + 1 - len(told)]]
+    assert row.cut == p + c + 1 - len(kept)
+    assert ("completion" in row.lost, bool(row.lost - {"completion"})) == (len(told) < len(whole), len(before) < p)
     least = {"longest": min(p, max_length // 2), "prompt": 0, "completion": min(p, max_length - 1)}[way]
     assert len(before) >= least
     assert len(told) >= {"longest": min(c + 1, max_length // 2), "prompt": min(c + 1, max_length), "completion": 1}[way]

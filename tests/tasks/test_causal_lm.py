@@ -56,11 +56,15 @@ def test_the_loss_counts_the_completion_and_its_end_token_only(
     config = configure(path, model__task="causal-lm", data__max_length=max_length, data__truncate="prompt")
     split = encode_rows(config, folder, path)
     for (ignored, counted), (prompt, completion) in zip(decoded(folder, split), pairs, strict=True):
-        head = ["user", ":", *prompt, "</s>", "\n", "bot", ":"] if templated else [*prompt, "\n"]
-        tail = [*completion, "</s>"][:max_length]
-        room = max_length - len(tail)
-        assert counted == tail
-        assert ignored == (head[-room:] if room else [])
+        tail = [*completion, "</s>"]
+        if templated:  # who speaks, and in which order, stays whatever gives way
+            room = max(max_length - len(tail) - 6, 0)
+            head = ["user", ":", *prompt[max(len(prompt) - room, 0) :], "</s>", "\n", "bot", ":"]
+        else:
+            room = max(max_length - len(tail), 0)
+            head = [*prompt, "\n"][max(len(prompt) + 1 - room, 0) :]
+        assert counted == tail[: max_length - len(head)]
+        assert ignored == head
 
 
 def test_a_start_token_comes_first_where_the_tokenizer_adds_one(tmp_path: Path, words: Callable[..., Path]) -> None:
