@@ -53,7 +53,8 @@ def evaluate_tasks(run: Path, tasks: str, *, limit: int | None = None, client: s
     from lm_eval.tasks import TaskManager
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
-    manager = TaskManager()
+    # a list of all of lm-eval's own tasks takes a while to make
+    manager = TaskManager(include_defaults=not all(map(_is_file, names)))
     wanted = [_wanted(name, manager) for name in names]
     model = finished.model(client)
     model.config.use_cache = True
@@ -75,7 +76,7 @@ def evaluate_tasks(run: Path, tasks: str, *, limit: int | None = None, client: s
 
 def _wanted(name: str, manager: Any) -> Any:
     """Return what lm-eval takes for a task: its name, or what a file says, whose own paths count from its folder."""
-    if not name.endswith((".yaml", ".yml")):
+    if not _is_file(name):
         if not manager.match_tasks([name]):
             raise ConfigError(f"lm-eval has no task '{name}'; `lm-eval ls tasks` lists them, or give a file.yaml.")
         return name
@@ -88,6 +89,10 @@ def _wanted(name: str, manager: Any) -> Any:
         return load_yaml_config(yaml_path=str(path), mode="full")
     except Exception as error:  # of YAML, and whatever functions it names
         raise ConfigError(f"--lm-eval: '{name}' is no task file of lm-eval: {first_line(error)}.") from None
+
+
+def _is_file(name: str) -> bool:
+    return name.endswith((".yaml", ".yml"))
 
 
 def _numbers(scores: dict[str, Any]) -> dict[str, float]:
