@@ -80,13 +80,13 @@ def _wanted(name: str, manager: Any) -> Any:
         if not manager.match_tasks([name]):
             raise ConfigError(f"lm-eval has no task '{name}'; `lm-eval ls tasks` lists them, or give a file.yaml.")
         return name
-    from lm_eval.utils import load_yaml_config
+    from lm_eval.tasks._yaml_loader import load_yaml
 
     path = Path(name)
     if not path.is_file():
         raise ConfigError(f"--lm-eval: no task file '{name}'.")
     try:
-        return load_yaml_config(yaml_path=str(path), mode="full")
+        return load_yaml(path, resolve_func=True)
     except Exception as error:  # of YAML, and whatever functions it names
         raise ConfigError(f"--lm-eval: '{name}' is no task file of lm-eval: {first_line(error)}.") from None
 
