@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from peft import PeftModel
 from torch import nn
 
-from fedpeft.adapters.export import LABELS
 from fedpeft.agreement import agree
-from fedpeft.config import Layer, RunConfig, resolve
+from fedpeft.config import Layer, RunConfig
 from fedpeft.data.splits import EncodedSplit
-from fedpeft.errors import ConfigError, DataError, RunDirectoryError
+from fedpeft.errors import ConfigError, DataError
+from fedpeft.finished import FinishedRun, open_run
+from fedpeft.generation import answer, drawn_rows, judge, with_answers
 from fedpeft.models import load_base
 from fedpeft.privacy.overlap import shared_rows
 from fedpeft.resident import Resident
-from fedpeft.runs import ADAPTER, Event, read_config
+from fedpeft.runs import Event
 from fedpeft.tasks.encoding import encode_rows
-from fedpeft.tasks.metrics import Scores
+from fedpeft.tasks.metrics import Scores, asked
 from fedpeft.training.batched.scoring import score_side_by_side, side_by_side
 from fedpeft.training.evaluation import mean_metrics, score
 
 AT_ONCE = 32  # adapters that are held, and scored side by side
 ALLOWED = {
-    "data": {"test", "text", "text_pair", "image", "label", "messages", "layout", "prompt", "completion", "domain"},
-    "run": {"evaluate_batch_size", "evaluate_tokens"},
+    "data": {
+        *("test", "text", "text_pair", "image", "label", "messages", "layout", "prompt", "completion", "domain"),
+        *("metric", "max_new_tokens"),
+    },
+    "run": {"evaluate_batch_size", "evaluate_tokens", "generate_rows", "execute_code"},
 }
 
 
@@ -53,17 +56,14 @@ def rescore(run: Path, overrides: Layer) -> Event:
     ConfigError
         An override that would change the model rather than the rows.
     """
-    config = read_config(run)
     for section, table in overrides.items():
         for key in table:
             if key not in ALLOWED.get(section, ()):
                 allowed = ", ".join(f"{name}.{key}" for name in ALLOWED for key in sorted(ALLOWED[name]))
                 raise ConfigError(f"'{section}.{key}' cannot be changed for a finished run. Allowed: {allowed}.")
-    config = resolve([config.model_dump(exclude_none=True), overrides])
-    folders = sorted(run.glob(f"clients/*/{ADAPTER}")) or [run / ADAPTER]
-    if not (folders[0] / "adapter_config.json").is_file():
-        raise RunDirectoryError(f"'{run}' holds no adapter: the run is still going on, or was killed.")
-    labels = json.loads((folders[0] / LABELS).read_text(encoding="utf-8"))
+    finished = open_run(run, overrides)
+    config, folders, labels = finished.config, finished.folders, finished.labels
+    asked(config, finished.task)
     chosen = overrides.get("data", {})
     if "test" in chosen and "domain" not in chosen:  # other rows need not name their domain
         config = config.model_copy(update={"data": config.data.model_copy(update={"domain": None})})
@@ -74,6 +74,8 @@ def rescore(run: Path, overrides: Layer) -> Event:
     every: list[Scores] = []
     for start in range(0, len(folders), AT_ONCE):
         every += _scores(base.model, folders[start : start + AT_ONCE], split, config)
+    if asked(config, finished.task):
+        every = _answered(base.model, finished, split, every)
     result: Event = {"run": str(run), "examples": len(split), **mean_metrics([scores.metrics() for scores in every])}
     if config.privacy.is_private:
         result["training_rows"] = _protected_rows(home, split, own="test" not in chosen)
@@ -102,6 +104,18 @@ def _scores(base: nn.Module, folders: Sequence[Path], split: EncodedSplit, confi
         scores.append(score(model, split, config))
         model.unload()
     return scores
+
+
+def _answered(base: nn.Module, finished: FinishedRun, split: EncodedSplit, every: Sequence[Scores]) -> list[Scores]:
+    """Return models' scores with what each one's answers are worth."""
+    config, judged = finished.config, []
+    rows = drawn_rows(config, split, config.run.generate_rows)
+    for folder, scores in zip(finished.folders, every, strict=True):
+        model = PeftModel.from_pretrained(base, str(folder))
+        texts = answer(model, finished.tokenizer, split, rows, config)
+        judged.append(with_answers(scores, [judge(split, rows, texts, config)]))
+        model.unload()
+    return judged
 
 
 def _protected_rows(home: Resident, split: EncodedSplit, *, own: bool) -> int | None:

@@ -34,6 +34,7 @@ from fedpeft.strategies.rounds.records import (
     Records,
     Spending,
 )
+from fedpeft.strategies.rounds.samples import samples
 from fedpeft.strategies.rounds.scoring import Map, Scoring
 from fedpeft.strategies.rounds.terms import RunTerms
 from fedpeft.strategies.rounds.watchers import Watcher
@@ -151,13 +152,13 @@ def federate(
         charge = None if privacy is None else privacy.charge(config.federation.fraction)
         kept = sorted({str(role_of(name)) for name in personal})
         loop.watchers.append(Spending(journal, books, home, charge, lambda: (list(loop.client_ids.values()), kept)))
-    if config.privacy.canaries:
-        loop.watchers.append(PlantedRows(journal, home, initial))
+    loop.watchers += [PlantedRows(journal, home, initial)] if config.privacy.canaries else []
     last, facts = config.federation.rounds, {"strategy": method.name, CONFIG: lasting(config)}
     scoring = Scoring(config, home, personal, insight.personal, insight.map)
     keeper = Checkpoints(directory, config.run.checkpoint_every, last, loop.memory, insight.states, facts)
     # at an end, what can be gone on from is saved first
-    loop.watchers = [keeper, *_endings(config, home, scoring), *loop.watchers, records]
+    shown = samples(scoring, journal, initial)
+    loop.watchers = [keeper, *_endings(config, home, scoring), *loop.watchers, *shown, records]
     method.summary()
     if resumed is not None:
         loop.recall(resumed.checkpoint.round, keeper.goes_on(resumed))

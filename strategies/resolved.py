@@ -14,6 +14,7 @@ from fedpeft.strategies.averaging.private_mean import require_sums
 from fedpeft.strategies.base import AdapterStrategy
 from fedpeft.strategies.registry import available, find
 from fedpeft.training.optimizers import OPTIMIZERS
+from fedpeft.tasks.metrics import asked
 
 
 def with_typed_options(config: RunConfig, *, rng: Rng = "seeded") -> RunConfig:
@@ -26,7 +27,7 @@ def with_typed_options(config: RunConfig, *, rng: Rng = "seeded") -> RunConfig:
     rng : {"seeded", "secure"}
         What ``privacy.rng`` is where nobody says: a simulation's, unless given.
     """
-    tasks.of(config)
+    asked(config, tasks.of(config))
     method = find(config.strategy.name)
     parsed = method.parse_options(config.strategy.options)
     if "kind" in config.adapter.model_fields_set:  # before what goes with the kind

@@ -39,6 +39,7 @@ UNITS: tuple[tuple[str, ...], ...] = (
     ("models", "runs"),
     ("agreement",),
     ("adapters",),
+    ("generation",),
     ("training", "wire"),
     ("resident",),
     ("privacy",),  # its levels included
@@ -52,7 +53,8 @@ UNITS: tuple[tuple[str, ...], ...] = (
     ("strategies.merging",),
     ("simulations.grids",),
     ("simulations",),
-    ("server", "rescoring"),
+    ("finished",),
+    ("server", "rescoring", "exporting", "harness"),
     ("cli",),
     ("__main__",),
 )
@@ -323,7 +325,7 @@ SORTS: dict[str, Sort] = {
         "tasks.metrics:METRICS",
         ("fedpeft/tasks/*.py",),
         _set("metric metrics"),
-        _set("loss"),  # the key of what a client reports
+        _set("loss pass"),  # the key of what a client reports; a verb
         named_by=("fedpeft/tasks/*.py",),
     ),
     "privacy level": Sort(

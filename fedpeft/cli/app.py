@@ -13,6 +13,8 @@ from fedpeft.cli.compare import compare
 from fedpeft.cli.configuration import config
 from fedpeft.cli.deploy import deploy_app
 from fedpeft.cli.doctor import doctor
+from fedpeft.cli.export import export
+from fedpeft.cli.generate import chat, generate
 from fedpeft.cli.merge import merge
 from fedpeft.cli.options import INTERRUPTED
 from fedpeft.cli.output import secure
@@ -31,7 +33,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for command in (simulate, evaluate, merge, compare, config, partition, rows, strategies, env, doctor, runs):
+for command in (
+    simulate,
+    evaluate,
+    generate,
+    chat,
+    export,
+    merge,
+    compare,
+    config,
+    partition,
+    rows,
+    strategies,
+    env,
+    doctor,
+    runs,
+):
     app.command()(command)
 app.add_typer(presets_app, name="presets")
 app.add_typer(deploy_app, name="deploy")

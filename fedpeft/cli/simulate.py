@@ -184,11 +184,30 @@ def evaluate(
         list[str] | None,
         typer.Argument(metavar="[data.test=FILE] [section.key=value ...]", help="Other test rows.", show_default=False),
     ] = None,
+    lm_eval: Annotated[
+        str | None,
+        typer.Option(
+            "--lm-eval",
+            metavar="TASK,...",
+            help="Score it by lm-eval's tasks instead, or by task files of its form, such as hellaswag,mine.yaml.",
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Rows of each of lm-eval's tasks; all if not given.")] = None,
+    client: Annotated[str | None, typer.Option(help="For lm-eval: whose model, where each client has its own.")] = None,
     json_lines: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Score a run's adapter, on its own test split or on other rows."""
+    """Score a run's adapter, on its own test split or on other rows, or by the tasks of lm-eval."""
     quiet(verbose)
+    if lm_eval is not None:
+        if words:
+            raise ConfigError(f"'{words[0]}' does not go with --lm-eval, whose tasks have rows of their own; drop it.")
+        from fedpeft.harness import evaluate_tasks, results_table
+
+        show(evaluate_tasks(run, lm_eval, limit=limit, client=client), results_table, json_lines)
+        return
+    if limit is not None or client is not None:
+        raise ConfigError(f"--{'limit' if limit is not None else 'client'} goes with --lm-eval.")
     from fedpeft.config import parse_overrides
     from fedpeft.report.tables import scores_table
     from fedpeft.rescoring import caution, rescore

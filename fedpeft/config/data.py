@@ -74,6 +74,12 @@ class DataConfig(Section):
         description="training of language models: rows of a batch behind each other in sequences of max_length tokens "
         "at most, in place of padding; no row sees another. Never at record level",
     )
+    metric: str | None = Field(
+        None,
+        description="how answers that the model writes are judged, beside the loss: some of exact_match, f1, rouge, "
+        "bleu, choice_accuracy, pass, comma-separated",
+    )
+    max_new_tokens: int = Field(256, ge=1, description="tokens of an answer that the model writes, at most")
     encoding: str = Field("utf-8", description="of CSV and JSON files, such as cp1252, latin-1, utf-16")
 
     @property
@@ -82,6 +88,11 @@ class DataConfig(Section):
         if self.labels is None:
             return None
         return tuple(name.strip() for name in next(csv.reader([self.labels], skipinitialspace=True)))
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """The names in ``metric``, each once; none where it is not set."""
+        return tuple(dict.fromkeys(name.strip() for name in (self.metric or "").split(",") if name.strip()))
 
     @field_validator("encoding")
     @classmethod

@@ -96,3 +96,15 @@ class RunSection(Section):
         None, gt=0, description="end the run before the round that would move more than this, up and down, all clients"
     )
     keep_checkpoints: int = Field(2, ge=1, description="how many of the newest checkpoints are kept")
+    generate: int = Field(0, ge=0, description="test rows whose answers, before and after, are shown after the run")
+    generate_every: int | None = Field(
+        None,
+        ge=1,
+        description="rounds between judgements by data.metric; before the first round and at the end if unset",
+    )
+    generate_rows: int | None = Field(
+        None, ge=1, description="test rows that are answered for data.metric, drawn once; all if unset"
+    )
+    execute_code: bool = Field(
+        False, description="let data.metric = pass run what the model writes, on this machine and without a sandbox"
+    )

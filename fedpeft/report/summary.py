@@ -43,6 +43,8 @@ def say_summary(
     out.say(_ending(history, f"{history.done} of {config.federation.rounds} rounds in {duration(seconds)}"))
     for name, value in [*_facts(history, config), *([("run directory", str(run))] if run is not None else [])]:
         out.say(Text(f"  {name:<13} {value}"))
+    for words in _samples(history):
+        out.say(words)
     if statement := _statement(history, out.width):
         out.say(Text("statement (privacy.json):"))
     for line in statement:
@@ -66,7 +68,7 @@ def _ending(history: History, spent: str) -> Text:
 
 def _facts(history: History, config: RunConfig) -> list[tuple[str, str]]:
     """Return the summary's lines: scores before and after, what was moved, what was saved."""
-    facts = _scores(history, tasks.of(config).main_metric)
+    facts = _scores(history, tasks.of(config).main_metric, config.data.metric_names)
     if history.is_counted:
         facts.append(("moved", f"{size(history.bytes_up)} up, {size(history.bytes_down)} down"))
         facts.append(("rounds took", duration(history.seconds)))
@@ -78,12 +80,15 @@ def _facts(history: History, config: RunConfig) -> list[tuple[str, str]]:
     return [*facts, ("saved", _saved(history))]
 
 
-def _scores(history: History, metric: str) -> list[tuple[str, str]]:
+def _scores(history: History, metric: str, judged: Sequence[str]) -> list[tuple[str, str]]:
     """Return the scores before and after: of all rows, by domain, and by client."""
     first, last = history.first, history.last
     if first is None or last is None:
         return []
     facts = [(metric, _change(first, last, first.get(metric), last.get(metric)))]
+    for name in judged:
+        if (ends := history.ends_of(name)) is not None:
+            facts.append((name, _change(*ends, ends[0][name], ends[1][name])))
     before, after = domain_scores(first, metric), domain_scores(last, metric)
     if after:
         means = [sum(scores.values()) / len(scores) if scores else None for scores in (before, after)]
@@ -106,6 +111,22 @@ def _saved(history: History) -> str:
     if history.done:
         return f"the adapter of round {history.done}, and all records"
     return "the untrained adapter, and all records: no round was completed"
+
+
+def _samples(history: History) -> list[Text]:
+    """Return the lines of what the model answered before training and answers now."""
+    event = history.samples
+    if event is None:
+        return []
+    if why := event.get("withheld"):
+        return [Text(f"no sample answers: {one_line(why, 300)}", "dim")]
+    lines = [Text("sample answers:")]
+    for sample in event.get("samples", ()):
+        of = ", ".join(one_line(sample[name], 40) for name in ("domain", "client") if name in sample)
+        lines.append(Text(f"  {f'[{of}] ' if of else ''}{one_line(sample.get('prompt'), 300)}", "bold"))
+        for name in ("reference", "before", "after"):
+            lines.append(Text(f"    {name:<9} {one_line(sample.get(name), 300)}"))
+    return lines
 
 
 def _statement(history: History, width: int) -> list[str]:

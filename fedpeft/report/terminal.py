@@ -216,6 +216,8 @@ class TerminalListener:
             if not self._shared or round_event is None:
                 fields.append((f"test loss {number(evaluation.get('loss'))}", ""))
             fields.append((f"{self.metric} {number(evaluation.get(self.metric))}", "bold green"))
+            judged = [name for name in self.config.data.metric_names if name in evaluation]
+            fields += [(f"{name} {number(evaluation[name])}", "green") for name in judged]
         if round_event is not None:
             if (error := round_event.get("aggregation_error")) is not None:
                 name = "error" if self._shared else "aggregation error"

@@ -26,6 +26,7 @@ class View:
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
     text: str = ""  # shown without a table, too
+    words: str = ""  # how cells are laid out that are sentences rather than numbers
 
 
 def views(config: RunConfig, history: History, statement: Mapping[str, Any]) -> list[View]:
@@ -35,6 +36,7 @@ def views(config: RunConfig, history: History, statement: Mapping[str, Any]) -> 
         _domains(history),
         _privacy(config, history, statement),
         _clients(config, history),
+        _samples(history),
         _faults(history),
     )
     return [view for view in every if view.rows or view.text]
@@ -48,6 +50,10 @@ def cards(config: RunConfig, history: History, statement: Mapping[str, Any]) -> 
     if metric is not None and first is not None and last is not None:
         remark = "before training" if first is last else f"{number(first.get(metric))} before training"
         shown.append((f"test {metric}", number(last.get(metric)), remark))
+        for name in config.data.metric_names:
+            if (ends := history.ends_of(name)) is not None:
+                before = "before training" if ends[0] is ends[1] else f"{number(ends[0][name])} before training"
+                shown.append((f"test {name}", number(ends[1][name]), before))
         domains = domain_scores(last, metric)
         if domains:
             name = worst(domains, metric)
@@ -178,7 +184,23 @@ def _clients(config: RunConfig, history: History) -> View:
 
 def _faults(history: History) -> View:
     rows = tuple((str(fault["round"]), str(fault.get("client")), str(fault.get("reason"))) for fault in history.faults)
-    return View("Faults", ("round", "client", "reason"), rows, "Answers that do not count in their round.")
+    return View(
+        "Faults", ("round", "client", "reason"), rows, "Answers that do not count in their round.", words="words"
+    )
+
+
+def _samples(history: History) -> View:
+    event = history.samples or {}
+    titles = {"domain": "domain", "client": "client", "prompt": "prompt", "reference": "reference"}
+    titles |= {"before": "before training", "after": f"after round {event.get('round', 0)}"}
+    samples = [sample for sample in event.get("samples", ()) if isinstance(sample, Mapping)]
+    held = {name: title for name, title in titles.items() if any(name in sample for sample in samples)}
+    rows = tuple(tuple(str(sample.get(name, NONE)) for name in held) for sample in samples)
+    note = "What the model wrote to test rows, each token the most likely one."
+    withheld = event.get("withheld")
+    return View(
+        "Samples", tuple(held.values()), rows, note, text=f"Withheld: {withheld}." if withheld else "", words="samples"
+    )
 
 
 def _signed(change: float | None) -> str:

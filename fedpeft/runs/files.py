@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Collection
+import shutil
+import uuid
+from collections.abc import Collection, Iterator
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from fedpeft.errors import RunDirectoryError
 
@@ -74,3 +78,25 @@ def refuse_links(run: Path, files: Collection[str], folders: Collection[str]) ->
             f"'{found[0]}' is a link to '{os.readlink(found[0])}': a run that goes on would write and remove files "
             "there. Put the file or folder itself in its place."
         )
+
+
+@contextlib.contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """Yield an empty folder, which becomes `out` when the block ends well and vanishes when it does not.
+
+    Raises
+    ------
+    RunDirectoryError
+        Something in the block, or the folder, cannot be written.
+    """
+    final = out.resolve()  # of a link, what it leads to
+    draft = final.with_name(f".{final.name}.{uuid.uuid4().hex}")
+    try:
+        draft.mkdir(parents=True)
+        yield draft
+        os.replace(draft, final)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RunDirectoryError(f"cannot write '{out}': {reason}; give another --out.") from None
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)

@@ -49,6 +49,7 @@ class History:
     clients: dict[str, ClientRecord] = field(default_factory=dict)
     client_scores: list[dict[str, dict[str, float]]] = field(default_factory=list)
     faults: list[Event] = field(default_factory=list)
+    samples: Event | None = None
     privacy: Event | None = None
     end: Event | None = None
 
@@ -94,6 +95,8 @@ class History:
             self.client(event.get("client")).faults += 1
         elif kind == "evaluate" and event.get("split", "test") == "test":
             self._add_evaluation(number, event)
+        elif kind == "samples":
+            self.samples = event
         elif kind == "privacy":
             self.privacy = event
         elif kind == "end":
@@ -139,6 +142,11 @@ class History:
     def metrics(self) -> list[str]:
         """All scores on record, in the order in which they are shown."""
         return shown({name for event in self.evaluations.values() for name in event})
+
+    def ends_of(self, metric: str) -> tuple[Event, Event] | None:
+        """Return the earliest and the latest evaluation with a metric, which not each has; None where none has."""
+        having = [at for at in sorted(self.evaluations) if self.evaluations[at].get(metric) is not None]
+        return (self.evaluations[having[0]], self.evaluations[having[-1]]) if having else None
 
     @property
     def first(self) -> Event | None:

@@ -17,7 +17,7 @@ from fedpeft.data.partition import Partition
 from fedpeft.data.splits import EncodedSplit
 from fedpeft.errors import ConfigError
 from fedpeft.tasks.losses import batch_losses, logits_of
-from fedpeft.tasks.metrics import Scores, find, measures_of
+from fedpeft.tasks.metrics import Metric, Scores, find, measures_of
 from fedpeft.training.prefix import feeding
 
 
@@ -166,7 +166,9 @@ def client_metrics(
         return np.bincount(of_test, values, len(names)) / np.maximum(present, 1)
 
     ratios = {
-        metric: [per_kind(values) for values in metric.ratio(scores)] for metric in scores.measures if metric.ratio
+        metric: [per_kind(values) for values in _of_all_rows(metric, scores)]
+        for metric in scores.measures
+        if metric.ratio is not None
     }
     found = {}
     for client, rows in zip(held.client_ids, held.indices, strict=True):
@@ -178,8 +180,18 @@ def client_metrics(
         found[client] = {
             metric.name: metric.finish(float((weight * above).sum() / (weight * below).sum()))
             for metric, (above, below) in ratios.items()
+            if (weight * below).any()
         }
     return found
+
+
+def _of_all_rows(metric: Metric, scores: Scores) -> Sequence[NDArray[np.float64]]:
+    """Return a ratio's numerators and denominators, zero in rows that were not answered, where it is of answers."""
+    assert metric.ratio is not None
+    above, below = metric.ratio(scores)
+    if metric.judge is None:
+        return above, below
+    return np.nan_to_num(above), np.where(np.isnan(above), 0.0, below)
 
 
 def _kinds(split: EncodedSplit) -> NDArray[np.str_]:

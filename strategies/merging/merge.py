@@ -7,27 +7,23 @@ its place one with the A of the first adapter, cut or filled up with drawn rows 
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
 import re
-import shutil
-import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from fedpeft.adapters.export import SavedAdapter, read_adapter, write_adapter, write_labels
 from fedpeft.adapters.state import A_SUFFIX, AdapterState, ClientUpdate, LoraFactors
-from fedpeft.errors import AdapterError, ConfigError, RunDirectoryError
+from fedpeft.errors import AdapterError, ConfigError
 from fedpeft.runs import check_vacant
+from fedpeft.runs.files import whole_folder
 from fedpeft.seeds import generator
 from fedpeft.strategies.algebra.base_changes import exact_sum
 from fedpeft.strategies.algebra.factors import aggregation_error
@@ -139,33 +135,11 @@ def merge_directories(
     compared = check_base(adapters, base) if base is not None else ""
     merged = merge_adapters(method, adapters, weights, rank, options or {}, seed)
     labels = adapters[0].labels
-    with _whole_or_not_at_all(out) as draft:
+    with whole_folder(out) as draft:
         write_adapter(draft, config, merged.state)
         if labels is not None and all(adapter.labels == labels for adapter in adapters):
             write_labels(draft, labels)
     return replace(merged, out=out, base=compared)
-
-
-@contextlib.contextmanager
-def _whole_or_not_at_all(out: Path) -> Iterator[Path]:
-    """Yield an empty folder, which becomes `out` when the block ends well and vanishes when it does not.
-
-    Raises
-    ------
-    RunDirectoryError
-        Something in the block, or the folder, cannot be written.
-    """
-    final = out.resolve()  # of a link, what it leads to
-    draft = final.with_name(f".{final.name}.{uuid.uuid4().hex}")
-    try:
-        draft.mkdir(parents=True)
-        yield draft
-        os.replace(draft, final)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise RunDirectoryError(f"cannot write '{out}': {reason}; give another --out.") from None
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 def check_method(name: str) -> None:

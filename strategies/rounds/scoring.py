@@ -16,9 +16,11 @@ from torch import Tensor
 
 from fedpeft import tasks
 from fedpeft.config import RunConfig
+from fedpeft.data.tokens import load_tokenizer
+from fedpeft.generation import Answers, answer, drawn_rows, judge, parts_of, with_answers
 from fedpeft.resident import Resident, resident
 from fedpeft.strategies.rounds.records import Personal
-from fedpeft.tasks.metrics import Scores
+from fedpeft.tasks.metrics import Scores, asked
 from fedpeft.training.evaluation import (
     RowScores,
     batches_of,
@@ -65,19 +67,69 @@ def score_part(part: Part, shared: Mapping[str, NDArray[np.generic]]) -> list[Ro
     shared : mapping of str to array
         The adapter, and changes of the base.
     """
-    home = resident(part.config)
-    # they lie in memory that is shared, and that nobody may write to: what is kept of them must be a copy
-    tensors = {name: torch.tensor(array) for name, array in {**shared, **part.own}.items()}
-    home.adapted.load(tensors, home.adapted.scaling)
+    home = _loaded(part.config, {**shared, **part.own})
     batches = batches_of(home.test, part.config)[part.first : part.last]
     return score_batches(home.adapted.model, home.test, part.config, batches)
 
 
+@dataclass(frozen=True)
+class Questions:
+    """What a worker is to answer.
+
+    Parameters
+    ----------
+    config : RunConfig
+        Of the run.
+    rows : array of int64, shape (m,)
+        Of the test split.
+    own : mapping of str to array
+        Tensors that take the place of the shared ones: a client's.
+    keeps_texts : bool
+        Whether the answers themselves are wanted, rather than what they are worth.
+    """
+
+    config: RunConfig
+    rows: NDArray[np.int64]
+    own: Mapping[str, NDArray[np.generic]] = field(default_factory=dict)
+    keeps_texts: bool = False
+
+
+def answer_part(part: Questions, shared: Mapping[str, NDArray[np.generic]]) -> Answers:
+    """Answer some test rows, with this process's model and rows, and judge the answers.
+
+    Parameters
+    ----------
+    part : Questions
+        Which rows, and what in the adapter is not shared.
+    shared : mapping of str to array
+        The adapter, and changes of the base.
+    """
+    home = _loaded(part.config, {**shared, **part.own})
+    texts = answer(home.adapted.model, home.once(_tokenizer), home.test, part.rows, part.config)
+    if part.keeps_texts:
+        return Answers(part.rows, tuple(texts))
+    return judge(home.test, part.rows, texts, part.config)
+
+
+def _tokenizer(home: Resident) -> Any:
+    return load_tokenizer(home.config, home.folder)[0]
+
+
+def _loaded(config: RunConfig, arrays: Mapping[str, NDArray[np.generic]]) -> Resident:
+    """Return this process's model and rows, with an adapter in place."""
+    home = resident(config)
+    # they lie in memory that is shared, and that nobody may write to: what is kept of them must be a copy
+    home.adapted.load({name: torch.tensor(array) for name, array in arrays.items()}, home.adapted.scaling)
+    return home
+
+
 SCORE_PART = f"{__name__}:{score_part.__name__}"
+ANSWER_PART = f"{__name__}:{answer_part.__name__}"
 
 
-def _here(_: str, jobs: Iterable[Part], shared: Mapping[str, NDArray[np.generic]]) -> Iterable[list[RowScores]]:
-    return (score_part(job, shared) for job in jobs)
+def _here(function: str, jobs: Iterable[Any], shared: Mapping[str, NDArray[np.generic]]) -> Iterable[Any]:
+    call = answer_part if function == ANSWER_PART else score_part
+    return (call(job, shared) for job in jobs)
 
 
 class Scoring:
@@ -107,21 +159,61 @@ class Scoring:
         every, last = self.config.run.evaluate_every, self.config.federation.rounds
         if server_round % every and server_round != last and not self.is_over_after(server_round):
             return None
-        return self.score(to_tensors(arrays))
+        return self.score(to_tensors(arrays), answers=self._answers(server_round))
 
-    def score(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, float], dict[str, Any]]:
-        """Return the test metrics, and those by domain and client."""
+    def _answers(self, server_round: int) -> bool:
+        """Tell whether the model is to answer test rows after a round, for metrics that judge what it writes."""
+        every, last = self.config.run.generate_every, self.config.federation.rounds
+        due = server_round in (0, last) or (every is not None and server_round % every == 0)
+        return due and bool(asked(self.config, tasks.of(self.config)))
+
+    def score(self, tensors: Mapping[str, Tensor], *, answers: bool = False) -> tuple[dict[str, float], dict[str, Any]]:
+        """Return the test metrics, and those by domain and client; with those of the model's `answers` if asked."""
         shared = arrays_of(tensors)
+        rows = drawn_rows(self.config, self.home.test, self.config.run.generate_rows) if answers else None
         if not self.personal_names:
             (scores,) = self._scores(self._parts(), shared)
+            if rows is not None:
+                questions = (Questions(self.config, part) for part in parts_of(self.home.test, rows))
+                scores = with_answers(scores, self.map(ANSWER_PART, questions, shared))
             return scores.metrics(), self.details([scores])
         personal = self.personal() if self.personal is not None else {}
-        initial = self.home.adapted.initial
-        drawn = {name: initial[name] for name in self.personal_names}
-        count, each = self._num_batches, personal.values() if personal else [drawn]  # read one by one
-        models = (Part(self.config, 0, count, arrays_of(own)) for own in each)
+        each = personal.values() if personal else [self._drawn()]  # read one by one
+        models = (Part(self.config, 0, self._num_batches, arrays_of(own)) for own in each)
         every = list(self._scores(models, shared, each=True))
+        if rows is not None:
+            each = personal.values() if personal else [self._drawn()]
+            asked_of = (Questions(self.config, rows, arrays_of(own)) for own in each)
+            found = self.map(ANSWER_PART, asked_of, shared)
+            every = [with_answers(scores, [part]) for scores, part in zip(every, found, strict=True)]
         return mean_metrics([scores.metrics() for scores in every]), self.details(every, list(personal))
+
+    def _drawn(self) -> dict[str, Tensor]:
+        initial = self.home.adapted.initial
+        return {name: initial[name] for name in self.personal_names}
+
+    def texts(self, tensors: Mapping[str, Tensor], rows: NDArray[np.int64], *, personal: bool = True) -> list[str]:
+        """Return a model's answers to some test rows; where models are the clients' own, each row's by its client's.
+
+        A row of no client that has a model is answered by that of the first client. Without `personal`, what stays
+        with clients is as it was drawn.
+        """
+        owned = self.personal() if personal and self.personal is not None and self.personal_names else {}
+        parts: dict[str, list[int]] = {}
+        for row in rows.tolist():
+            of_row = "" if self.home.test.clients is None else str(self.home.test.clients[row])
+            parts.setdefault(of_row if of_row in owned else min(owned, default=""), []).append(row)
+        drawn = self._drawn()
+        questions = (
+            Questions(self.config, np.asarray(part), arrays_of(owned.get(client, drawn)), keeps_texts=True)
+            for client, part in parts.items()
+        )
+        found = {
+            row: text
+            for part in self.map(ANSWER_PART, questions, arrays_of(tensors))
+            for row, text in zip(part.rows.tolist(), part.texts, strict=True)
+        }
+        return [found[row] for row in rows.tolist()]
 
     @property
     def _num_batches(self) -> int:
@@ -158,7 +250,10 @@ class Scoring:
                 clients = client_metrics(models[0], *rows)
             key = tasks.of(self.config).main_metric
             if clients:  # of no client are there test rows, else
-                parts["clients"] = {key: mean_and_worst(clients, key), "scores": clients}
+                judged = [measure.name for measure in models[0].measures if measure.judge is not None]
+                shown = [name for name in judged if all(name in scores for scores in clients.values())]
+                summary = {name: mean_and_worst(clients, name) for name in (key, *shown)}
+                parts["clients"] = {**summary, "scores": clients}
         return parts
 
 
