@@ -34,6 +34,7 @@ def with_typed_options(config: RunConfig, *, rng: Rng = "seeded") -> RunConfig:
     _check_kind(config, method)
     _check_ranks(config, method)
     method.check(parsed, config.adapter)
+    _check_quantised(config, method)
     if level_of(config.privacy).server_adds_noise:
         require_sums(method, parsed, config.adapter.ranks or (), able=available().values())
     check_privacy(config)
@@ -72,6 +73,24 @@ def _with_own_adapter(config: RunConfig, method: type[AdapterStrategy]) -> RunCo
     except ValidationError as error:
         raise ConfigError(f"strategy '{method.name}': {describe(error, 'adapter')}") from None
     return config.model_copy(update={"adapter": adapter})
+
+
+def _check_quantised(config: RunConfig, method: type[AdapterStrategy]) -> None:
+    asked = config.model.quantization
+    if asked is None:
+        return
+    if method.capabilities.changes_base:
+        able = ", ".join(name for name, other in available().items() if _keeps_base(other, config.adapter))
+        raise ConfigError(
+            f"strategy '{method.name}' moves the base, and model.quantization = '{asked}' holds it in too few bits to "
+            f"add small changes to. Leave model.quantization unset, or use a strategy that leaves the base as it is: "
+            f"{able}."
+        )
+    config.adapter.check_quantised(asked)
+
+
+def _keeps_base(method: type[AdapterStrategy], adapter: AdapterConfig) -> bool:
+    return not method.capabilities.changes_base and _takes(method, adapter)
 
 
 def _takes(method: type[AdapterStrategy], adapter: AdapterConfig) -> bool:

@@ -24,6 +24,7 @@ LORA = Kind(
     inits=("default", "gaussian", "pissa", "olora", "eva", "lora-ga"),
     row_by_row=True,
     resizable=True,
+    quantised=True,
 )
 RSLORA = replace(LORA, name="rslora", settings={"use_rslora": True, "use_dora": False}, scaled=by_root_of_rank)
 DORA = replace(
