@@ -87,8 +87,6 @@ def _scaled(module: nn.Module) -> Tensor:
 def _leave_out_outliers(module: nn.Module) -> None:
     layer: Any = module
     layer.state.threshold = 0.0
-    if layer.weight.CB is not None:  # else the first forward does it, and DoRA of PEFT looks before that
-        layer.init_8bit_state()
 
 
 def _is_of_8_bits(saved: Saved) -> bool:

@@ -35,4 +35,5 @@ DORA = replace(
     settings={"use_rslora": False, "use_dora": True},
     inits=("default", "gaussian"),
     row_by_row=False,
+    quantised=False,  # PEFT loses the scales of bitsandbytes' 8 bits as it norms the weight
 )
