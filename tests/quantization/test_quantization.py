@@ -17,7 +17,7 @@ from fedpeft.adapters.adapted import AdaptedModel
 from fedpeft.config import RunConfig, nest, resolve
 from fedpeft.errors import ConfigError, ModelError
 from fedpeft.models import load_base
-from fedpeft.quantization import QUANTIZATIONS, dense_weight, held_as, num_weights, saved_as
+from fedpeft.quantization import QUANTIZATIONS, Asked, dense_weight, held_as, num_weights, saved_as
 from fedpeft.rescoring import rescore
 from fedpeft.simulations.simulate import simulate
 from fedpeft.strategies import available, with_typed_options
@@ -77,7 +77,7 @@ def test_a_layer_computes_with_the_weight_that_is_said_to_be_its_dense_one(
         x = torch.randn(3, W.shape[1], generator=torch.Generator().manual_seed(0))
         torch.testing.assert_close(layer(x), x @ W.T, atol=1e-5, rtol=1e-4)
         original = dense_weight(plain.model.get_submodule(name))
-        assert 0 < (W - original).abs().max() < (0.03 if "4" in method else 0.001)
+        assert 0 < (W - original).norm() / original.norm() < (0.2 if "4" in method else 0.02)
         assert torch.equal(W, dense_weight(again.model.get_submodule(name)))
 
 
@@ -123,13 +123,18 @@ def test_what_needs_the_digits_of_the_base_is_refused_before_anything_is_loaded(
     settings: dict[str, str], says: str, make: Make
 ) -> None:
     with pytest.raises(ConfigError, match=says) as caught:
-        with_typed_options(make(model__quantization="nf4", **settings))
+        with_typed_options(make(model__quantization="nf4", strategy__name="fedit", **settings))
     assert "\n" not in str(caught.value)
 
 
 def test_a_base_that_is_saved_quantised_is_read_as_it_is(make: Make, llama: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
     made = load_base(make(model__quantization="nf4"), llama, ())
-    made.model.save_pretrained(tmp_path)  # type: ignore[operator]
+    settings = QUANTIZATIONS.find("nf4").settings
+    assert settings is not None
+    asked = Asked(torch.float32, ("lm_head",), double=True)
+    AutoModelForCausalLM.from_pretrained(llama, quantization_config=settings(asked)).save_pretrained(tmp_path)
     saved = load_base(make(model__name=str(tmp_path)), tmp_path, ())
     name = "model.layers.0.mlp.up_proj"
     assert torch.equal(*(dense_weight(each.model.get_submodule(name)) for each in (made, saved)))
@@ -137,7 +142,7 @@ def test_a_base_that_is_saved_quantised_is_read_as_it_is(make: Make, llama: Path
     with pytest.raises(ModelError, match="is saved quantised already, as 'nf4'"):
         load_base(make(model__name=str(tmp_path), model__quantization="int8"), tmp_path, ())
     with pytest.raises(ConfigError, match=r"pissa.*nf4"):
-        AdaptedModel(saved, make(adapter__init="pissa"))
+        AdaptedModel(load_base(make(), tmp_path, ()), make(adapter__init="pissa"))
 
 
 @pytest.mark.parametrize(
