@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 FORMAT_VERSION = 2
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"  # what transformers reads, the first if both
 BESIDES = ("config.json", "generation_config.json", INDEX)
+QUANTISED = "quantised"  # folder of what `fedpeft.quantised` keeps
 SIZES, SUMS = "sizes.json", "sha256.json"
 FLOATS = {"F64", "F32", "F16", "BF16"}
 CALLED = {torch.float32: "F32", torch.bfloat16: "BF16"}
@@ -55,18 +56,18 @@ def mapped_folder(folder: Path, dtype: torch.dtype, build: Callable[[], Any]) ->
     DataError
         The cache cannot be written.
     """
-    files = _weight_files(folder)
+    files = weight_files(folder)
     if not files:
         return folder
     headers = [_dtypes(path) for path in files]
     held = {kind for header in headers for kind in header.values()}
     if held & FLOATS <= {CALLED[dtype]} or not held <= FLOATS | {"I64", "I32", "BOOL"}:
         return folder
-    kept = cache_dir() / "bases" / _key(files, dtype)
-    if _is_whole(kept):
+    kept = cache_dir() / "bases" / key_of(files, dtype)
+    if is_whole(kept):
         return kept
     with locked(kept):
-        if _is_whole(kept):  # another process was faster
+        if is_whole(kept):  # another process was faster
             return kept
         if not _is_uniform(build(), dtype):
             return folder
@@ -74,8 +75,8 @@ def mapped_folder(folder: Path, dtype: torch.dtype, build: Callable[[], Any]) ->
     return kept
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """Return the files that transformers would read; none where they have other names."""
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files of weights that transformers would read; none where they have other names."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     try:
@@ -96,14 +97,14 @@ def _dtypes(path: Path) -> Mapping[str, str]:
         return {"": "damaged"}  # which the loading says better
 
 
-def _key(files: list[Path], dtype: torch.dtype) -> str:
-    """Return what names a conversion: the files, as they were when it was made."""
+def key_of(files: list[Path], dtype: torch.dtype | None = None) -> str:
+    """Return what names a conversion: the files, as they were when it was made, and its precision if it has one."""
     stats = [(str(path.resolve()), path.stat()) for path in files]
     facts = [[name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino] for name, stat in stats]
     return hashlib.sha256(json.dumps([FORMAT_VERSION, str(dtype), facts]).encode()).hexdigest()[:32]
 
 
-def _is_whole(kept: Path) -> bool:
+def is_whole(kept: Path) -> bool:
     """Tell whether a conversion is there and undamaged, by the sizes and the headers of its files."""
     try:
         sizes = json.loads((kept / SIZES).read_text(encoding="utf-8"))
@@ -133,11 +134,12 @@ def _convert(folder: Path, files: list[Path], dtype: torch.dtype, kept: Path) ->
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, draft / name)
         sizes = {path.name: path.stat().st_size for path in draft.iterdir()}
-        (draft / SUMS).write_text(json.dumps({name: _sum(draft / name) for name in sizes}), encoding="utf-8")
+        (draft / SUMS).write_text(json.dumps({name: file_sum(draft / name) for name in sizes}), encoding="utf-8")
         (draft / SIZES).write_text(json.dumps(sizes), encoding="utf-8")
 
 
-def _sum(path: Path) -> str:
+def file_sum(path: Path) -> str:
+    """Return the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -157,10 +159,13 @@ def verify(folder: Path) -> None:
     DataError
         One is damaged, and the cache cannot be written.
     """
-    files = _weight_files(folder)
-    for dtype in CALLED if files else ():
-        kept = cache_dir() / "bases" / _key(files, dtype)
-        if not _is_whole(kept) or _is_sound(kept):
+    files = weight_files(folder)
+    if not files:
+        return
+    every = [cache_dir() / "bases" / key_of(files, dtype) for dtype in CALLED]
+    every += (cache_dir() / "bases" / QUANTISED / key_of(files)).glob("[0-9a-f]" * 32)
+    for kept in every:
+        if not is_whole(kept) or _is_sound(kept):
             continue
         log.warning("the converted weights in '%s' are damaged, and are made again", kept)
         with locked(kept):
@@ -170,6 +175,6 @@ def verify(folder: Path) -> None:
 def _is_sound(kept: Path) -> bool:
     try:
         sums = json.loads((kept / SUMS).read_text(encoding="utf-8"))
-        return all(_sum(kept / name) == held for name, held in sums.items())
+        return all(file_sum(kept / name) == held for name, held in sums.items())
     except (OSError, ValueError, AttributeError):
         return False

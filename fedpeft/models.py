@@ -6,8 +6,9 @@ import contextlib
 import copy
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +25,8 @@ from fedpeft.errors import ConfigError, DataError, ModelError
 from fedpeft.mapped import mapped_folder
 from fedpeft.precision import dtype_on
 from fedpeft.presets import PREFIX, is_preset, materialize
+from fedpeft.quantised import method_of, quantised_folder
+from fedpeft.quantization import Asked, Quantization
 from fedpeft.seeds import derive_seed
 from fedpeft.tasks.classes import model_class
 from fedpeft.tasks.task import Task
@@ -158,8 +161,6 @@ def load_base(config: RunConfig, folder: Path, labels: Sequence[str]) -> BaseMod
     ModelError
         The folder does not hold a model for this task.
     """
-    import transformers
-
     bf16, on = config.train.precision == "bf16", device()
     dtype = dtype_on(on, config.train.precision)
     options: dict[str, Any] = {
@@ -174,21 +175,17 @@ def load_base(config: RunConfig, folder: Path, labels: Sequence[str]) -> BaseMod
     architecture = model_class(config, held)
     if attention := attention_for(architecture, held, bf16, on):
         options["attn_implementation"] = attention
-    for part in (held, held.get_text_config()):
-        for name in BESIDES:
-            if getattr(part, name, None):
-                setattr(part, name, False)
+    _drop_besides(held)
     if (dropout := config.model.dropout) != "checkpoint":
         configure_dropout(held, dropout)
     if task.has_head:
         options["ignore_mismatched_sizes"] = True  # a saved head for other labels is drawn anew
-    transformers.utils.logging.disable_progress_bar()  # it would spoil the run's own lines
-    weights = _shared(config, folder, held, dtype) if on.type == "cpu" else folder
-    try:
-        with seeded(config.run.seed, "head"):
-            model, info = getattr(transformers, task.auto).from_pretrained(weights, config=held, **options)
-    except Exception as error:  # what a folder holds makes a model's own code raise whatever it likes
-        raise ModelError(f"cannot load '{folder}' for {task.name}: {first_line(error)}") from error
+    load = partial(_load, config, folder, held, options)
+    method = method_of(config, held, folder, on.type)
+    if method is None:
+        model, info = load(_shared(config, folder, held, dtype) if on.type == "cpu" else folder)
+    else:
+        model, info = _load_quantised(config, folder, held, dtype, method, load)
     model.name_or_path = model.config.name_or_path = str(folder)
     if dropout != "checkpoint":
         set_dropout(model, dropout)  # of what no configuration names
@@ -200,22 +197,86 @@ def load_base(config: RunConfig, folder: Path, labels: Sequence[str]) -> BaseMod
     relabelled = _to_labels(model, _scorers(model), saved, labels, config.run.seed) if labels else []
     model.requires_grad_(False)
     model.eval()
-    return BaseModel(model.to(on), folder, head, (*_earlier_use(saved, labels), *relabelled))
+    model = model.to(on) if method is None else model  # which is where it computes, and stays there
+    return BaseModel(model, folder, head, (*_earlier_use(saved, labels), *relabelled))
+
+
+def _load(
+    config: RunConfig, folder: Path, held: Any, options: Mapping[str, Any], weights: Path, **more: Any
+) -> tuple[Any, dict[str, Any]]:
+    """Load the weights of a folder into the model that `held` describes; errors speak of `folder`."""
+    import transformers
+
+    task = tasks.of(config)
+    transformers.utils.logging.disable_progress_bar()  # it would spoil the run's own lines
+    try:
+        with seeded(config.run.seed, "head"):
+            model, info = getattr(transformers, task.auto).from_pretrained(weights, config=held, **options, **more)
+    except Exception as error:  # what a folder holds makes a model's own code raise whatever it likes
+        raise ModelError(f"cannot load '{folder}' for {task.name}: {first_line(error)}") from error
+    return model, info
+
+
+def _load_quantised(
+    config: RunConfig, folder: Path, held: Any, dtype: torch.dtype, method: Quantization, load: Callable[..., Any]
+) -> tuple[Any, dict[str, Any]]:
+    """Load a base whose weights are held in fewer bits, from the cache where it is quantised here."""
+    on = {"device_map": {"": str(device())}} if device().type != "cpu" else {}
+    weights, settings = folder, {}
+    if method.settings is not None and getattr(held, "quantization_config", None) is None:
+        plain, double = _kept_plain(config, held, dtype), config.model.double_quantization is not False
+        settings = {"quantization_config": method.settings(Asked(dtype, plain, double))}
+
+        def make() -> tuple[Any, set[str]]:
+            model, info = load(folder, **on, **settings)
+            _head_modules(model, info, tasks.of(config), folder)  # which raises for weights of something else
+            lost = [entry[0] if isinstance(entry, tuple) else entry for entry in info.get("mismatched_keys", ())]
+            return model, {*info.get("missing_keys", ()), *lost}
+
+        facts = (dtype, plain, double, device().type, held.to_dict())
+        kept = None
+        if not config.model.trust_remote_code:
+            try:
+                kept = quantised_folder(folder, method, facts, make)
+            except DataError as error:  # such as a full disk: what can run without goes on
+                log.warning("every process quantises the base for itself: %s", error)
+        if kept is not None:
+            weights, held.quantization_config = kept, describe_base(config, kept).quantization_config
+            settings = {}
+    model, info = load(weights, **on, **settings)
+    for module in model.modules():
+        if method.holds(module):
+            method.settle(module)
+    return model, info
+
+
+def _kept_plain(config: RunConfig, held: Any, dtype: torch.dtype) -> tuple[str, ...]:
+    """Name the modules of a model that are not quantised: what gives scores, poolers, and the head of a language model.
+
+    The names end at a module's own, as transformers reads them.
+    """
+    model = _skeleton(config, held, dtype)
+    output = model.get_output_embeddings()
+    names = {name for name, module in model.named_modules() if module is output or name.endswith("pooler.dense")}
+    if tasks.of(config).has_head:
+        names |= set(_scorers(model))
+    return tuple(sorted(names))
+
+
+def _skeleton(config: RunConfig, held: Any, dtype: torch.dtype) -> Any:
+    """Return the model without its weights, as it would be loaded."""
+    import transformers
+
+    with torch_seed(0), torch.device("meta"):  # nothing is computed, nor drawn
+        return getattr(transformers, tasks.of(config).auto).from_config(copy.deepcopy(held), dtype=dtype)
 
 
 def _shared(config: RunConfig, folder: Path, held: Any, dtype: torch.dtype) -> Path:
     """Return the folder of the weights that a machine's processes share: in the cache, or the base's own."""
-    import transformers
-
-    if config.model.trust_remote_code or getattr(held, "quantization_config", None) is not None:
-        return folder  # whose code may do anything with its weights; or which are no plain numbers
-
-    def build() -> Any:
-        with torch_seed(0), torch.device("meta"):
-            return getattr(transformers, tasks.of(config).auto).from_config(copy.deepcopy(held), dtype=dtype)
-
+    if config.model.trust_remote_code:
+        return folder  # whose code may do anything with its weights
     try:
-        return mapped_folder(folder, dtype, build)
+        return mapped_folder(folder, dtype, partial(_skeleton, config, held, dtype))
     except DataError as error:  # such as a full disk: what can run without goes on
         log.warning("every process holds a copy of the base's weights: %s", error)
     except Exception as error:  # what a model's own code raises is said by the loading, in its context
@@ -225,6 +286,13 @@ def _shared(config: RunConfig, folder: Path, held: Any, dtype: torch.dtype) -> P
 
 # what a model may do besides its scores: a run neither reads nor trains it
 BESIDES = ("use_cache", "output_hidden_states", "output_attentions", "output_router_logits")
+
+
+def _drop_besides(held: Any) -> None:
+    for part in (held, held.get_text_config()):
+        for name in BESIDES:
+            if getattr(part, name, None):
+                setattr(part, name, False)
 
 
 def _of_this_run(task: Task, labels: Sequence[str]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from fedpeft.training.evaluation import mean_metrics, score
 
 AT_ONCE = 32  # adapters that are held, and scored side by side
 ALLOWED = {
+    "model": {"quantization"},  # what it costs: the same adapter over the base as it is saved
     "data": {
         *("test", "text", "text_pair", "image", "label", "messages", "layout", "prompt", "completion", "domain"),
         *("metric", "max_new_tokens"),

@@ -19,6 +19,7 @@ from fedpeft.privacy.levels import level_of
 from fedpeft.privacy.overlap import in_the_clear
 from fedpeft.privacy.rows import public_counts
 from fedpeft.privacy.statement import state
+from fedpeft.quantization import num_weights
 from fedpeft.resident import Resident, resident
 from fedpeft.rounding import as_given
 from fedpeft.runs.machine import Footprint
@@ -177,7 +178,7 @@ def plan(config: RunConfig) -> DryRun:
     check_ending(config, home)
     said = batched(config, home)[1]
     head = [name for name in adapted.initial if role_of(name) is Role.HEAD]
-    whole = sum(parameter.numel() for parameter in adapted.model.parameters())
+    whole = num_weights(adapted.model)
     return DryRun(
         config=config,
         parameters=whole - sum(tensor.numel() for tensor in adapted.initial.values()),

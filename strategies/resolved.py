@@ -37,6 +37,7 @@ def with_typed_options(config: RunConfig, *, rng: Rng = "seeded") -> RunConfig:
     _check_ranks(config, method)
     method.check(parsed, config.adapter)
     config = _with_own_optimizer(config, method)
+    _check_quantised(config, method)
     if level_of(config.privacy).server_adds_noise:
         require_sums(method, parsed, config.adapter.ranks or (), able=available().values())
     check_privacy(config)
@@ -97,6 +98,24 @@ def _with_own_optimizer(config: RunConfig, method: type[AdapterStrategy]) -> Run
         )
     given = {key: getattr(train, key) for key in train.model_fields_set & type(train).model_fields.keys()}
     return config.model_copy(update={"train": TrainConfig.model_validate({**given, "optimizer": able[0]})})
+
+
+def _check_quantised(config: RunConfig, method: type[AdapterStrategy]) -> None:
+    asked = config.model.quantization
+    if asked is None:
+        return
+    if method.capabilities.changes_base:
+        able = ", ".join(name for name, other in available().items() if _keeps_base(other, config.adapter))
+        raise ConfigError(
+            f"strategy '{method.name}' moves the base, and model.quantization = '{asked}' holds it in too few bits to "
+            f"add small changes to. Leave model.quantization unset, or use a strategy that leaves the base as it is: "
+            f"{able}."
+        )
+    config.adapter.check_quantised(asked)
+
+
+def _keeps_base(method: type[AdapterStrategy], adapter: AdapterConfig) -> bool:
+    return not method.capabilities.changes_base and _takes(method, adapter)
 
 
 def _takes(method: type[AdapterStrategy], adapter: AdapterConfig) -> bool:

@@ -25,15 +25,13 @@ FOLDERS = {"fedpeft": "", "strategies": "strategies", "clients": "clients", "sim
 UNITS: tuple[tuple[str, ...], ...] = (
     ("errors", "seeds", "jsons", "rounding", "formats", "chatter"),
     ("places", "registry"),
-    (
-        "adapters.kinds",
-        "training.optimizers",
-        "data.layouts",
-    ),  # names and what is known of each, before any configuration
+    ("quantization",),
+    ("adapters.kinds", "training.optimizers", "data.layouts"),  # what is known of each, before any configuration
     ("cache", "precision"),
     ("presets", "data.formats"),
     ("config",),
     ("bases", "mapped", "dropout", "attention", "allocation"),
+    ("quantised",),
     ("data",),
     ("tasks",),
     ("models", "runs"),

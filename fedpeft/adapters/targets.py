@@ -18,6 +18,7 @@ from fedpeft.adapters.stacks import within
 from fedpeft.config import AdapterConfig
 from fedpeft.errors import AdapterError, nearest
 from fedpeft.models import BaseModel
+from fedpeft.quantization import held_as
 
 # the query and value projections by the names that transformers gives them, in order of preference
 QUERY_VALUE = (
@@ -54,8 +55,8 @@ def linear_modules(base: BaseModel) -> dict[str, tuple[int, int]]:
     for name, module in base.model.named_modules():
         if module is output or any(name == head or name.startswith(f"{head}.") for head in base.head):
             continue
-        if isinstance(module, nn.Linear):
-            found[name] = (module.out_features, module.in_features)
+        if isinstance(module, nn.Linear) or held_as(module) is not None:
+            found[name] = (cast(int, module.out_features), cast(int, module.in_features))
         elif isinstance(module, Conv1D):
             d_in, d_out = cast(Tensor, module.weight).shape
             found[name] = (d_out, d_in)
@@ -202,7 +203,10 @@ def check_layers(base: BaseModel, targets: Sequence[str], adapter: AdapterConfig
 
     kind, init = adapter.facts, adapter.start
     modules = [(name, base.model.get_submodule(name)) for name in targets]
-    if init.of_base:
+    quantised = next((how for _, module in modules if (how := held_as(module)) is not None), None)
+    if quantised is not None:
+        adapter.check_quantised(quantised.name)
+    elif init.of_base:
         check_plain(dict(modules), f"adapter.init = '{init.name}'")
     elif kind.reads_base:
         check_plain(dict(modules), f"adapter.kind = '{kind.name}'")
@@ -219,7 +223,7 @@ def check_layers(base: BaseModel, targets: Sequence[str], adapter: AdapterConfig
             f"use another adapter.init, such as {(able or ['default'])[0]}."
         )
     for name, module in modules:
-        smaller = min(cast(Tensor, module.weight).shape)
+        smaller = min(cast(Tensor, module.weight).shape) if init.ranks > 1 else 0
         if init.ranks > 1 and init.ranks * adapter.rank > smaller:
             raise AdapterError(
                 f"adapter.init = '{init.name}' takes {init.ranks} x adapter.rank directions of a gradient, and layer "

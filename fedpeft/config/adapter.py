@@ -11,6 +11,7 @@ from fedpeft.adapters.kinds import INITS, KINDS, Head, Init, Kind
 from fedpeft.adapters.kinds.options import Option, typed
 from fedpeft.config.section import Section
 from fedpeft.config.values import Joined, Names, Ranks, split_list
+from fedpeft.errors import ConfigError
 
 
 class AdapterConfig(Section):
@@ -132,6 +133,29 @@ class AdapterConfig(Section):
                 f"{' or '.join(map(repr, able))}, not to '{self.init}'; drop it"
             )
         return self
+
+    def check_quantised(self, method: str) -> None:
+        """Raise ConfigError where this adapter cannot be trained on a base held in fewer bits.
+
+        Parameters
+        ----------
+        method : str
+            How it is held, for the error.
+        """
+        kind, init = self.facts, self.start
+        if not kind.quantised:
+            able = ", ".join(sorted(name for name, each in KINDS.all().items() if each.quantised))
+            raise ConfigError(
+                f"adapter.kind = '{self.kind}' cannot be trained on a quantised base ({method}), whose weights are no "
+                f"plain matrices. Allowed with it: {able}."
+            )
+        if init.of_base or init.of_gradients:
+            able = ", ".join(name for name in kind.inits if not INITS.find(name).of_base)
+            why = "takes a part out of the base" if init.of_base else "asks for gradients of the base's weights"
+            raise ConfigError(
+                f"adapter.init = '{init.name}' {why}, and a quantised one ({method}) has no digits for that. "
+                + (f"Allowed with it: {able}." if not init.kind else f"Give a base that is not, or {init.instead}.")
+            )
 
     @model_serializer(mode="wrap")
     def _without_what_the_kind_has_not(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from fedpeft.config.section import Section
+from fedpeft.errors import ConfigError
+from fedpeft.quantization import QUANTIZATIONS
 
 CHECKPOINT: Literal["checkpoint"] = "checkpoint"
 
@@ -24,6 +26,25 @@ def _probability(value: object) -> object:
     return probability
 
 
+NONE = "none"  # takes back what an earlier layer asked for
+
+
+def _method(value: object) -> object:
+    if value is None or value == NONE:
+        return None
+    usable = ", ".join([*(name for name, each in QUANTIZATIONS.all().items() if each.settings is not None), NONE])
+    try:
+        method = QUANTIZATIONS.find(str(value))
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+    if method.settings is None:
+        raise ValueError(
+            f"model.quantization = '{value}': only a base that was saved so is held so. Give its folder as model.name "
+            f"and leave this unset, or take one of: {usable}"
+        )
+    return method.name
+
+
 class ModelConfig(Section):
     """The frozen base model."""
 
@@ -34,3 +55,20 @@ class ModelConfig(Section):
     dropout: Annotated[float | Literal["checkpoint"], BeforeValidator(_probability)] = Field(
         0.0, description="of the frozen base in training: 0 is fastest; 'checkpoint' takes what config.json says"
     )
+    quantization: Annotated[str | None, BeforeValidator(_method)] = Field(
+        None, description="hold the frozen base in fewer bits; adapter and head are trained in full precision"
+    )
+    double_quantization: bool | None = Field(
+        None, description="quantise the scales too, of the methods of 4 bits, which do unless this is false"
+    )
+
+    @model_validator(mode="after")
+    def _doubles(self) -> Self:
+        method = None if self.quantization is None else QUANTIZATIONS.find(self.quantization)
+        if self.double_quantization is None or (method is not None and method.doubles):
+            return self
+        able = ", ".join(name for name, each in QUANTIZATIONS.all().items() if each.doubles)
+        raise ValueError(
+            f"model.double_quantization is for model.quantization = {able}, and here that is "
+            f"{repr(self.quantization) if self.quantization else 'unset'}; drop it"
+        )

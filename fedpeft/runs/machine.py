@@ -17,6 +17,7 @@ from typing import Any
 PACKAGES = (
     *("fedpeft", "torch", "transformers", "peft", "opacus", "flwr", "ray"),
     *("datasets", "flwr-datasets", "numpy", "safetensors"),
+    *("bitsandbytes", "torchao"),
 )
 ROOT = Path("/")
 UNLIMITED = 2**60  # bytes; version 1 of control groups writes a number near 2^63 where there is no limit

@@ -35,6 +35,7 @@ from fedpeft.errors import AdapterError
 from fedpeft.jsons import to_json
 from fedpeft.models import num_threads
 from fedpeft.precision import arithmetic
+from fedpeft.quantization import dense_weight, held_as
 from fedpeft.tasks.heads import undivided
 from fedpeft.tasks.packing import packing_of
 from fedpeft.training.checkpointing import checkpointed
@@ -293,10 +294,15 @@ class Prefix:
         digest = hashlib.sha256(to_json(facts, sort_keys=True).encode())
         aside = {id(tensor) for module in self._above for tensor in chain(module.parameters(), module.buffers())}
         for name, tensor in sorted(chain(inner.named_parameters(), inner.named_buffers()), key=lambda each: each[0]):
-            if id(tensor) not in aside and not tensor.requires_grad:
+            if id(tensor) not in aside and not tensor.requires_grad and type(tensor.data) is Tensor:
                 held = tensor.detach().cpu().contiguous()
                 digest.update(f"{name} {held.dtype} {tuple(held.shape)}".encode())
                 digest.update(held.reshape(-1).view(torch.uint8).numpy().data)
+        for name, module in inner.named_modules():
+            if held_as(module) is not None:  # whose scales are no tensors of the module
+                held = dense_weight(module).cpu().contiguous()
+                digest.update(f"{name} {tuple(held.shape)}".encode())
+                digest.update(held.numpy().data)
         return digest.hexdigest()
 
 

@@ -17,4 +17,5 @@ ADALORA = Kind(
     alpha="lora_alpha",
     dropout="lora_dropout",
     settings={"orth_reg_weight": 0.0, "total_step": 1, "tinit": 0, "tfinal": 0},
+    quantised=True,
 )

@@ -8,4 +8,13 @@ from __future__ import annotations
 
 from fedpeft.adapters.kinds.kind import Kind
 
-BEFT = Kind(name="beft", config="BeftConfig", update="linear", parts=("beft_",), rank=(), conv1d=False, merges=False)
+BEFT = Kind(
+    name="beft",
+    config="BeftConfig",
+    update="linear",
+    parts=("beft_",),
+    rank=(),
+    quantised=True,
+    conv1d=False,
+    merges=False,
+)

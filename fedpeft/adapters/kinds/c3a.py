@@ -27,4 +27,5 @@ C3A = Kind(
     conv1d=False,
     misfit=divides("block_size", outputs=True, inputs=True),
     moved=moved,
+    quantised=True,
 )

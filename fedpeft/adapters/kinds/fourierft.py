@@ -22,6 +22,7 @@ FOURIERFT = Kind(
     rank=(),
     seed="random_loc_seed",
     misfit=at_most_all_entries,
+    quantised=True,
 )
 WAVEFT = Kind(
     name="waveft",
@@ -31,4 +32,5 @@ WAVEFT = Kind(
     rank=(),
     seed="random_loc_seed",
     misfit=at_most_all_entries,
+    quantised=True,
 )

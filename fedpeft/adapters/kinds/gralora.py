@@ -18,4 +18,5 @@ GRALORA = Kind(
     alpha="alpha",
     dropout="gralora_dropout",
     misfit=divides("gralora_k", outputs=True, inputs=True),
+    quantised=True,
 )

@@ -33,4 +33,4 @@ def fit(model: nn.Module, targets: Sequence[str], options: Mapping[str, Any]) ->
     return {"feedforward_modules": found}
 
 
-IA3 = Kind(name="ia3", config="IA3Config", update="linear", parts=("ia3_",), rank=(), fit=fit)
+IA3 = Kind(name="ia3", config="IA3Config", update="linear", parts=("ia3_",), rank=(), quantised=True, fit=fit)

@@ -94,6 +94,8 @@ class Init:
         Whether it looks at public rows.
     of_base : bool
         Whether it takes s B0 A0 out of the base.
+    of_gradients : bool
+        Whether it takes gradients of the base's weights.
     ranks : int
         How many times the rank it takes out of a layer.
     conv1d : bool
@@ -117,6 +119,7 @@ class Init:
     configs: Callable[[], dict[str, Any]] = dict
     from_data: bool = False
     of_base: bool = False
+    of_gradients: bool = False
     ranks: int = 1
     conv1d: bool = True
     kind: str = ""
@@ -165,6 +168,9 @@ class Kind:
         Whether PEFT can merge it into the base.
     reads_base : bool
         Whether it is made from the base's weights, which must then be plain matrices.
+    quantised : bool
+        Whether it computes on a quantised base as it does on the same weights as plain matrices; what it reads of these
+        goes through `fedpeft.quantization.dense_weight`.
     prompts : bool
         Whether it puts ``num_virtual_tokens`` of PEFT's configuration before the tokens of a text.
     prefix : str
@@ -206,6 +212,7 @@ class Kind:
     resizable: bool = False
     merges: bool = True
     reads_base: bool = False
+    quantised: bool = False
     prompts: bool = False
     prefix: str = "base_model.model."
     choose: Callable[[nn.Module, Sequence[str] | None], list[str]] | None = None

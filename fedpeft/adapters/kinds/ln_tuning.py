@@ -46,5 +46,11 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 LN_TUNING = Kind(
-    name="ln_tuning", config="LNTuningConfig", update="linear", parts=("ln_tuning_",), rank=(), choose=norms
+    name="ln_tuning",
+    config="LNTuningConfig",
+    update="linear",
+    parts=("ln_tuning_",),
+    rank=(),
+    quantised=True,
+    choose=norms,
 )

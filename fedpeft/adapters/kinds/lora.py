@@ -24,6 +24,7 @@ LORA = Kind(
     inits=("default", "gaussian", "pissa", "olora", "eva", "lora-ga"),
     row_by_row=True,
     resizable=True,
+    quantised=True,
 )
 RSLORA = replace(LORA, name="rslora", settings={"use_rslora": True, "use_dora": False}, scaled=by_root_of_rank)
 DORA = replace(
@@ -34,4 +35,5 @@ DORA = replace(
     settings={"use_rslora": False, "use_dora": True},
     inits=("default", "gaussian"),
     row_by_row=False,
+    quantised=False,  # PEFT loses the scales of bitsandbytes' 8 bits as it norms the weight
 )

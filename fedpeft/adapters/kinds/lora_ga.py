@@ -45,6 +45,7 @@ LORA_GA = Init(
     configs=_configs,
     from_data=True,
     of_base=True,
+    of_gradients=True,
     ranks=2,
     simulations_only="every site would take directions of its own gradient out of the base, and their signs depend on "
     "the processor. Use 'pissa' or 'default'.",

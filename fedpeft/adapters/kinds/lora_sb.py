@@ -84,6 +84,7 @@ LORA_SB_GRADIENT = Init(
     name="lora-sb-gradient",
     value=True,  # replaced by `install`
     from_data=True,
+    of_gradients=True,
     kind="lora-sb",
     begins="at a gradient",
     instead="adapter.kind = 'lora-xs'",

@@ -11,4 +11,5 @@ MISS = Kind(
     parts=("miss_",),
     dropout="miss_dropout",
     conv1d=False,
+    quantised=True,
 )

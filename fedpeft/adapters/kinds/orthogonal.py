@@ -34,6 +34,7 @@ OFT = Kind(
     settings={"r": 0},
     conv1d=False,
     misfit=divides("oft_block_size", inputs=True),
+    quantised=True,
 )
 BOFT = Kind(
     name="boft",
@@ -44,6 +45,7 @@ BOFT = Kind(
     settings={"boft_block_num": 0, "boft_n_butterfly_factor": 1},
     conv1d=False,
     misfit=divides("boft_block_size", inputs=True),
+    quantised=True,
 )
 HRA = Kind(
     name="hra",

@@ -136,6 +136,7 @@ PROMPT_TUNING = Kind(
     fit=_tokens,
     live=_embeddings,
     install=_install,
+    quantised=True,
 )
 PREFIX_TUNING = replace(
     PROMPT_TUNING,

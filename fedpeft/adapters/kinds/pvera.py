@@ -16,4 +16,5 @@ PVERA = Kind(
     dropout="pvera_dropout",
     seed="projection_prng_key",
     settings={"save_projection": True, "sample_at_inference": False, "generator_seed": None},
+    quantised=True,
 )

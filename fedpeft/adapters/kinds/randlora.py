@@ -17,4 +17,5 @@ RANDLORA = Kind(
     dropout="randlora_dropout",
     seed="projection_prng_key",
     settings={"save_projection": True},
+    quantised=True,
 )

@@ -18,4 +18,5 @@ ROAD = Kind(
     rank=(),
     conv1d=False,
     misfit=divides("group_size", outputs=True, even=True),
+    quantised=True,
 )

@@ -47,4 +47,5 @@ SHIRA = Kind(
     conv1d=False,
     misfit=misfit,
     install=install,
+    quantised=True,
 )

@@ -41,6 +41,7 @@ def square_kind(name: str, inits: tuple[str, ...], install: Any) -> Kind:
         row_by_row=True,
         resizable=True,
         reads_base=True,
+        quantised=True,
         names={".lora_A.default.R.": ".lora_R."},  # what PEFT makes of the name of R
         install=install,
     )
@@ -71,14 +72,15 @@ def install_squares(model: PeftModel, begin: Callable[[str, Tensor, int, float],
     """
     from peft.tuners.lora import LoraLayer
 
+    from fedpeft.quantization import dense_weight
+
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
     for path, module in layers:
         layer: Any = module
-        weight = layer.get_base_layer().weight
-        W = weight.T if layer.fan_in_fan_out else weight
+        W = dense_weight(layer.get_base_layer())
         A, R, B = begin(path.removeprefix("base_model.model."), W, layer.r["default"], layer.scaling["default"])
-        layer.lora_A["default"] = projection_then_r(A.to(weight.device), R.to(weight.device))
-        layer.lora_B["default"].weight.data = B.to(weight.device)
+        layer.lora_A["default"] = projection_then_r(A.to(W.device), R.to(W.device))
+        layer.lora_B["default"].weight.data = B.to(W.device)
 
 
 def projection_then_r(A: Tensor, R: Tensor) -> Any:

@@ -17,4 +17,5 @@ VBLORA = Kind(
     dropout="vblora_dropout",
     settings={"save_only_topk_weights": False},  # of which no mean could be taken
     moved=always,
+    quantised=True,
 )

@@ -11,4 +11,5 @@ VERA = Kind(
     parts=("vera_",),
     dropout="vera_dropout",
     seed="projection_prng_key",
+    quantised=True,
 )

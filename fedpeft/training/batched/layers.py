@@ -15,11 +15,13 @@ from typing import Any, cast
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from fedpeft.adapters.adapted import AdaptedModel
 from fedpeft.adapters.state import A_SUFFIX, B_SUFFIX, Role, role_of
 from fedpeft.errors import AdapterError
+from fedpeft.quantization import held_as
 
 ADAPTER = "default"  # PEFT's name of the one adapter
 Forward = Callable[..., Tensor]
@@ -103,14 +105,22 @@ def _factors(adapted: AdaptedModel) -> list[_Layer]:
     found = []
     names = {id(adapted.parameter(name)): name for name in adapted.initial}
     for module in adapted.model.modules():
-        if not isinstance(module, LoraLinear) or ADAPTER not in module.lora_A:
+        if not isinstance(module, LoraLayer) or ADAPTER not in module.lora_A:
             continue
         variants = getattr(module, "lora_variant", {})
         a, b = (names.get(id(each[ADAPTER].weight), "") for each in (module.lora_A, module.lora_B))
-        plain = type(module.get_base_layer()) is nn.Linear and not variants
+        plain = is_linear(module) and not variants
         if plain and a.endswith(A_SUFFIX) and b.endswith(B_SUFFIX):
             found.append(_Layer(module, (a, b)))
     return found
+
+
+def is_linear(layer: BaseTunerLayer) -> bool:
+    """Tell whether a layer is PEFT's LoRA over a linear layer, as it is or quantised."""
+    base = layer.get_base_layer()
+    return (isinstance(layer, LoraLinear) and type(base) is nn.Linear) or (
+        isinstance(layer, LoraLayer) and held_as(base) is not None
+    )
 
 
 def _heads(adapted: AdaptedModel) -> list[_Layer]:

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from peft import PeftModel
-from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from fedpeft.config import RunConfig
 from fedpeft.data.splits import EncodedSplit
 from fedpeft.tasks.losses import batch_losses, logits_of
 from fedpeft.tasks.metrics import Scores, measures_of
-from fedpeft.training.batched.layers import Forward, head_forward, lora_forward, running, stacked
+from fedpeft.training.batched.layers import Forward, head_forward, is_linear, lora_forward, running, stacked
 from fedpeft.training.evaluation import batches_within
 
 
@@ -54,7 +53,7 @@ def side_by_side(model: PeftModel, adapters: Sequence[str]) -> list[tuple[nn.Mod
 
 def _of_lora(module: BaseTunerLayer, adapters: Sequence[str]) -> Forward | None:
     layer = cast(Any, module)
-    if not isinstance(module, LoraLinear) or layer.lora_variant or type(layer.get_base_layer()) is not nn.Linear:
+    if not is_linear(module) or layer.lora_variant:
         return None
     if any(name not in layer.lora_A or layer.lora_B[name].bias is not None for name in adapters):
         return None
