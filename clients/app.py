@@ -28,7 +28,7 @@ from fedpeft.clients.privacy import (
     permit,
 )
 from fedpeft.clients.received import decoded
-from fedpeft.clients.rows import ClientRows, client_rows, site_name
+from fedpeft.clients.rows import DATA, ClientRows, client_rows, site_name
 from fedpeft.config import RunConfig, Scalar
 from fedpeft.deployment import run_config
 from fedpeft.errors import DeploymentError, MessageError
@@ -292,6 +292,9 @@ def _home(context: Context) -> Resident:
             "the run asks for model.trust_remote_code, and this site has not agreed to it by "
             "--node-config 'trust-remote-code=true'"
         )
+    if DATA in context.node_config:  # a site of its own, to which the server sends what is in the folder
+        start = {"start": None, "start_sha256": None}
+        config = config.model_copy(update={"adapter": config.adapter.model_copy(update=start)})
     return resident(config)
 
 

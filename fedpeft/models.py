@@ -328,9 +328,7 @@ def _to_labels(model: Any, head: Sequence[str], saved: Any, labels: Sequence[str
     old, new = ([name.strip().casefold() for name in names] for names in (before, labels))
     if len(old) != len(new) or old == new or any(GENERIC.fullmatch(name) for name in [*old, *new]):
         return []
-    # of each part of the head the last: inner layers may happen to be as wide
-    last = {name.partition(".")[0]: module for name, module in _scoring(model, len(labels)) if _inside(name, head)}
-    scoring = list(last.values())
+    scoring = list(scoring_layers(model, head, len(labels)).values())
     said = f"the saved head is for the labels {', '.join(before)[:200]}"
     if sorted(old) == sorted(new) and len(set(new)) == len(new):
         order = torch.tensor([old.index(name) for name in new])
@@ -344,6 +342,13 @@ def _to_labels(model: Any, head: Sequence[str], saved: Any, labels: Sequence[str
                 held._is_hf_initialized = False
             model._init_weights(module)
     return [f"{said}, others than the run's; its last layer is drawn anew"]
+
+
+def scoring_layers(model: nn.Module, head: Sequence[str], num_labels: int) -> dict[str, nn.Module]:
+    """Return the layers of the head that give one number a label, by name."""
+    # of each part of the head the last: inner layers may happen to be as wide
+    last = {name.partition(".")[0]: name for name, _ in _scoring(model, num_labels) if _inside(name, head)}
+    return {name: model.get_submodule(name) for name in last.values()}
 
 
 GENERIC = re.compile(r"(label_?)?\d+")

@@ -92,7 +92,7 @@ class Florist(AdapterStrategy):
     @classmethod
     def check(cls, options: FloristOptions, adapter: AdapterConfig) -> None:
         """Raise ConfigError if a threshold would cut what the initialisation took out of the base."""
-        if adapter.start.of_base and options.threshold < 1:
+        if adapter.beginning.of_base and options.threshold < 1:
             raise ConfigError(
                 f"strategy.threshold = {options.threshold:g} would cut parts of the weights that adapter.init = "
                 f"'{adapter.init}' has moved from the base into the adapter; give strategy.threshold=1, or another init"

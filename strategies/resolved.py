@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import ValidationError
 
 from fedpeft import tasks
+from fedpeft.adapters.warm import followed
 from fedpeft.config import AdapterConfig, RunConfig, StrategyConfig, TrainConfig, describe
 from fedpeft.config.privacy import Rng
 from fedpeft.errors import ConfigError
@@ -28,6 +29,7 @@ def with_typed_options(config: RunConfig, *, rng: Rng = "seeded") -> RunConfig:
         What ``privacy.rng`` is where nobody says: a simulation's, unless given.
     """
     asked(config, tasks.of(config))
+    config = config.model_copy(update={"adapter": followed(config.adapter)})
     method = find(config.strategy.name)
     parsed = method.parse_options(config.strategy.options)
     if "kind" in config.adapter.model_fields_set:  # before what goes with the kind
@@ -142,7 +144,7 @@ def _check_ranks(config: RunConfig, method: type[AdapterStrategy]) -> None:
         raise ConfigError(
             f"adapter.ranks and adapter.kind = '{adapter.kind}' exclude each other: a frozen A has one rank"
         )
-    if adapter.start.of_base:
+    if adapter.beginning.of_base:
         raise ConfigError(
             f"adapter.ranks and adapter.init = '{adapter.init}' exclude each other: it takes as many ranks out of the "
             "base as the adapter has, the same for all clients"

@@ -23,10 +23,11 @@ from fedpeft.adapters.kinds import INITS, Kind
 from fedpeft.adapters.stacks import within
 from fedpeft.adapters.state import A_SUFFIX, AdapterState, LoraFactors, Role, base_changes, fingerprint, role_of
 from fedpeft.adapters.targets import ALL_LINEAR, check_layers, choose_targets, left_out
+from fedpeft.adapters.warm import begin
 from fedpeft.allocation import keep_freed_memory
 from fedpeft.config import RunConfig
 from fedpeft.errors import AdapterError, nearest
-from fedpeft.models import BaseModel, num_threads, seeded
+from fedpeft.models import BaseModel, num_threads, scoring_layers, seeded
 
 
 def _tensors_of(model: PeftModel, kind: Kind) -> tuple[dict[str, Tensor], frozenset[str]]:
@@ -93,7 +94,7 @@ class AdaptedModel:
 
     def __init__(self, base: BaseModel, config: RunConfig) -> None:
         adapter = config.adapter
-        self.kind, self.init = adapter.facts, adapter.start
+        self.kind, self.init = adapter.facts, adapter.beginning
         self.base, self.task = base, tasks.of(config)
         self.scaling = adapter.scaling
         targets = self._choose(config)
@@ -104,6 +105,8 @@ class AdaptedModel:
             "base_model_name_or_path": str(base.folder),
             **({"target_modules": targets} if targets else {}),
         }
+        labels = self._labels()
+        scoring = scoring_layers(base.model, base.head, len(labels))  # before PEFT copies them
         # the last digits of a decomposition depend on the number of threads
         with seeded(config.run.seed, "adapter"), num_threads(1):
             self.peft_config, self.model = adapt(base, config, common)
@@ -111,6 +114,9 @@ class AdaptedModel:
         for tensor in self._tensors.values():
             if tensor.is_floating_point():
                 tensor.data = tensor.data.float()
+        if adapter.start is not None:
+            of_labels = {f"{PEFT_PREFIX}{name}.{part}" for name in scoring for part in ("weight", "bias")}
+            self.notes += begin(self._tensors, adapter, labels, of_labels)
         if self.kind.moved(self.peft_config):
             self.notes += (
                 f"adapter.kind = '{self.kind.name}' begins at random values, equal at all clients, with which the "
@@ -127,6 +133,10 @@ class AdaptedModel:
         start = AdapterState.from_tensors(self.initial, self.scaling).factors
         self.offset: Mapping[str, LoraFactors] = start if self.init.of_base else {}
         self.frozen_hash = fingerprint({name: self.initial[name] for name in self.frozen}) if self.frozen else ""
+
+    def _labels(self) -> list[str]:
+        named = getattr(self.base.model.config, "id2label", None) if self.base.head else None
+        return [str(name) for _, name in sorted((named or {}).items())]
 
     def _choose(self, config: RunConfig) -> list[str]:
         """Return the names of the modules to adapt, after a look at what the kind can do with them."""

@@ -54,7 +54,7 @@ def adapt(base: BaseModel, config: RunConfig, common: Mapping[str, Any]) -> tupl
         PEFT refuses the options of this kind, or this base.
     """
     adapter, train, seed = config.adapter, config.train, config.run.seed
-    kind, init = adapter.facts, adapter.start
+    kind, init = adapter.facts, adapter.beginning
     batches = public_batches(base, config) if init.from_data else []
     try:
         settings = kind.peft_config(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, cast
@@ -16,6 +17,7 @@ from fedpeft.adapters.base_change import check_plain
 from fedpeft.adapters.kinds import INITS, KINDS
 from fedpeft.adapters.stacks import within
 from fedpeft.config import AdapterConfig
+from fedpeft.config.values import PATTERN
 from fedpeft.errors import AdapterError, nearest
 from fedpeft.models import BaseModel
 from fedpeft.quantization import held_as
@@ -39,6 +41,29 @@ MAMBAS = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")  # as PE
 OF_MODELS = ("transformers.models.", "transformers_modules.")  # where layers of one model are defined
 
 
+def output_layer(base: BaseModel) -> dict[str, tuple[int, int]]:
+    """Return a language model's output layer by name with ``(d_out, d_in)``, empty where there is none to name.
+
+    It is adapted only where a target names it: `linear_modules` leaves it out.
+    """
+    model: Any = base.model
+    output = model.get_output_embeddings()
+    if not isinstance(output, nn.Linear):
+        return {}
+    shape = (output.out_features, output.in_features)
+    outside = [n for n, module in model.named_modules() if module is output and not _in_head(n, base)]
+    return dict.fromkeys(outside, shape)
+
+
+def _in_head(name: str, base: BaseModel) -> bool:
+    return any(name == head or name.startswith(f"{head}.") for head in base.head)
+
+
+def _is_tied(base: BaseModel) -> bool:
+    model: Any = base.model
+    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
 def adaptable_modules(base: BaseModel) -> dict[str, tuple[int, int]]:
     """Return the linear modules outside the head that PEFT adapts by full name, with ``(d_out, d_in)``."""
     modules, unfit = linear_modules(base), unfit_modules(base)
@@ -53,7 +78,7 @@ def linear_modules(base: BaseModel) -> dict[str, tuple[int, int]]:
     model: Any = base.model  # a transformers model, which has this method
     output = model.get_output_embeddings()
     for name, module in base.model.named_modules():
-        if module is output or any(name == head or name.startswith(f"{head}.") for head in base.head):
+        if module is output or _in_head(name, base):
             continue
         if isinstance(module, nn.Linear) or held_as(module) is not None:
             found[name] = (cast(int, module.out_features), cast(int, module.in_features))
@@ -103,7 +128,8 @@ def choose_targets(base: BaseModel, targets: Sequence[str] | None, rank: int, la
     base : BaseModel
         The model whose real module names count.
     targets : sequence of str or None
-        Module names, or their last parts, or ``all-linear``; None takes the attention's query and value projections.
+        Module names, or their last parts, ``all-linear``, or ``re:`` and a regular expression of whole names; None
+        takes the attention's query and value projections. Only a name or an expression reaches the output layer.
     rank : int
         Must not exceed the smaller side of any target.
     layers : str, optional
@@ -139,13 +165,7 @@ def choose_targets(base: BaseModel, targets: Sequence[str] | None, rank: int, la
             return chosen
         largest = max(min(shape) for shape in modules.values())
         raise AdapterError(f"adapter.rank = {rank} is larger than every layer of '{base.folder}'; at most {largest}.")
-    for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in modules):
-            raise AdapterError(
-                f"adapter.targets: '{target}' matches no linear module of '{base.folder}' that PEFT "
-                f"adapts{_among(layers)}. {nearest(target, leaves)}"
-            )
-    chosen = [n for n in modules if any(n == target or n.endswith(f".{target}") for target in targets)]
+    chosen = _named(base, targets, modules, layers)
     for name in chosen:
         if rank > min(modules[name]):
             raise AdapterError(
@@ -153,6 +173,45 @@ def choose_targets(base: BaseModel, targets: Sequence[str] | None, rank: int, la
                 f"at most {min(modules[name])} is allowed here."
             )
     return chosen
+
+
+def _named(
+    base: BaseModel, targets: Sequence[str], modules: dict[str, tuple[int, int]], layers: str | None
+) -> list[str]:
+    """Return the modules that names or a regular expression match; the output layer is added to `modules` if it is."""
+    output = output_layer(base)
+    every = {**modules, **output}
+    for target in targets:
+        if any(_matches(target, name) for name in every):
+            continue
+        if embedding := next((n for n, m in base.model.named_modules() if _embeds(m) and _matches(target, n)), None):
+            raise AdapterError(
+                f"adapter.targets: '{target}' is an embedding ('{embedding}'), whose factors are stored the other way "
+                "round, and which no method merges. Name linear layers, such as all-linear."
+            )
+        raise AdapterError(
+            f"adapter.targets: '{target}' matches no linear module of '{base.folder}' that PEFT "
+            f"adapts{_among(layers)}. {nearest(target, {name.rpartition('.')[2] for name in every})}"
+        )
+    chosen = [name for name in every if any(_matches(target, name) for target in targets)]
+    if tied := [name for name in chosen if name in output and _is_tied(base)]:
+        raise AdapterError(
+            f"adapter.targets: '{tied[0]}' shares its weight with the embeddings of '{base.folder}' "
+            "(tie_word_embeddings): merged into the base, its update would change those too. Leave it out, a regular "
+            "expression's by (?!lm_head)."
+        )
+    modules |= output
+    return chosen
+
+
+def _matches(target: str, name: str) -> bool:
+    if target.startswith(PATTERN):
+        return re.fullmatch(target.removeprefix(PATTERN), name) is not None
+    return name == target or name.endswith(f".{target}")
+
+
+def _embeds(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding)
 
 
 def _among(layers: str | None) -> str:
@@ -201,7 +260,7 @@ def check_layers(base: BaseModel, targets: Sequence[str], adapter: AdapterConfig
     """Raise AdapterError for what PEFT cannot do with these layers, or does wrongly."""
     from transformers.pytorch_utils import Conv1D
 
-    kind, init = adapter.facts, adapter.start
+    kind, init = adapter.facts, adapter.beginning
     modules = [(name, base.model.get_submodule(name)) for name in targets]
     quantised = next((how for _, module in modules if (how := held_as(module)) is not None), None)
     if quantised is not None:

@@ -34,8 +34,13 @@ def init_app(directory: Path, config: RunConfig, out: Path | None) -> str:
         The folder is not empty, a strategy or option does not exist, or labels or clients cannot be read off the rows.
     """
     check_empty(directory)
-    if why := config.adapter.start.simulations_only:
+    if why := config.adapter.beginning.simulations_only:
         raise DeploymentError(f"adapter.init = '{config.adapter.init}' works in simulations only: {why}")
+    if config.adapter.start is not None and (config.adapter.facts.fixed or config.adapter.head == "frozen"):
+        raise DeploymentError(
+            "adapter.start with an A or a head that nobody trains works in simulations only: sites draw those from the "
+            "run's seed. Use adapter.kind = 'lora' and a shared head."
+        )
     refuse_canaries(config)
     config = with_typed_options(config, rng="secure")
     if personal := find(config.strategy.name).capabilities.personal:

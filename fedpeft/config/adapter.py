@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, model_ser
 from fedpeft.adapters.kinds import INITS, KINDS, Head, Init, Kind
 from fedpeft.adapters.kinds.options import Option, typed
 from fedpeft.config.section import Section
-from fedpeft.config.values import Joined, Names, Ranks, split_list
+from fedpeft.config.values import Joined, Ranks, Targets, split_list
 from fedpeft.errors import ConfigError
 
 
@@ -39,13 +39,24 @@ class AdapterConfig(Section):
     )
     alpha: float = Field(16.0, gt=0, description="the update is scaled by alpha / rank, in kinds that have an alpha")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout before A while training")
-    targets: Names | None = Field(
-        None, min_length=1, description="module names to adapt, or all-linear; query and value if unset"
+    targets: Targets | None = Field(
+        None,
+        min_length=1,
+        description="what to adapt: names of modules or of their last parts (q_proj,v_proj, also lm_head), all-linear, "
+        "or re: and a regular expression that matches whole names; query and value if unset",
     )
     layers: Joined | None = Field(
         None,
         description="which of the model's blocks are adapted: last:2, first:3, or their numbers from 0, such as 0,1,5; "
         "all if unset",
+    )
+    start: str | None = Field(
+        None,
+        description="a folder with a LoRA adapter, of a run or of PEFT, that the run begins with; kind, rank, alpha "
+        "and targets follow from it where they are unset",
+    )
+    start_sha256: str | None = Field(
+        None, description="what the tensors in adapter.start hash to; found when the run begins, and checked after"
     )
     head: Head | None = Field(
         None,
@@ -96,7 +107,7 @@ class AdapterConfig(Section):
 
     @model_validator(mode="after")
     def _suits_the_kind(self) -> Self:
-        kind, init = self.facts, self.start
+        kind, init = self.facts, self.beginning
         if init.name not in kind.inits:
             goes = sorted(name for name, other in KINDS.all().items() if init.name in other.inits)
             raise ValueError(
@@ -116,8 +127,31 @@ class AdapterConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _begins_one_way(self) -> Self:
+        if self.start is None:
+            if self.start_sha256 is not None:
+                raise ValueError("adapter.start_sha256 belongs to adapter.start; drop it")
+            return self
+        if self.init != "default":
+            raise ValueError(
+                f"adapter.start and adapter.init = '{self.init}' exclude each other: either says how the run begins"
+            )
+        if self.facts.update != "product":
+            able = sorted(name for name, other in KINDS.all().items() if other.update == "product")
+            raise ValueError(
+                f"adapter.start is not for adapter.kind = '{self.kind}': only an update s B A can be begun with. "
+                f"Allowed: {', '.join(able)}"
+            )
+        if len(set(self.ranks or ())) > 1:
+            raise ValueError(
+                "adapter.start and adapter.ranks exclude each other: clients of smaller ranks would begin with a part "
+                "of the adapter; drop adapter.ranks"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _rows_go_with_the_start(self) -> Self:
-        init = self.start
+        init = self.beginning
         if init.from_data and self.init_data is None:
             what = f"adapter.init = '{self.init}'"
             if init.begins:
@@ -168,7 +202,7 @@ class AdapterConfig(Section):
         return KINDS.find(self.kind)
 
     @property
-    def start(self) -> Init:
+    def beginning(self) -> Init:
         """What is known of the initialisation."""
         return INITS.find(self.init)
 

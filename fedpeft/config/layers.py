@@ -152,7 +152,9 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     return config.model_copy(
         update={
             "model": config.model.model_copy(update={"name": absolute(config.model.name)}),
-            "adapter": config.adapter.model_copy(update={"init_data": absolute(config.adapter.init_data)}),
+            "adapter": config.adapter.model_copy(
+                update={"init_data": absolute(config.adapter.init_data), "start": absolute(config.adapter.start)}
+            ),
             "data": config.data.model_copy(
                 update={
                     "source": absolute(config.data.source),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from pydantic import BeforeValidator, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError, ValidationInfo
 from pydantic_core import CoreSchema, core_schema
@@ -18,6 +19,28 @@ Scalar = str | int | float | bool
 def split_list(value: object) -> object:
     """Read ``"query, value"`` as a list, since run configurations on the wire and command lines hold no lists."""
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+PATTERN = "re:"  # before a regular expression, in which commas are its own
+
+
+def split_targets(value: object) -> object:
+    """Read names as :func:`split_list` does, and a regular expression after ``re:`` as the one value that it is."""
+    if isinstance(value, str) and value.strip().startswith(PATTERN):
+        value = [value.strip()]
+    names = split_list(value)
+    patterns = [name for name in names if str(name).startswith(PATTERN)] if isinstance(names, list | tuple) else []
+    for pattern in patterns:
+        if len(cast(list[object], names)) > 1:
+            raise ValueError(
+                f"adapter.targets: '{pattern}' must stand alone; put what else is to be adapted into it, as in "
+                f"{PATTERN}.*\\.(q_proj|v_proj)"
+            )
+        try:
+            re.compile(str(pattern).removeprefix(PATTERN))
+        except re.error as error:
+            raise ValueError(f"adapter.targets = '{pattern}' is no regular expression: {error}") from None
+    return names
 
 
 def number_or_auto(value: object, info: ValidationInfo) -> object:
@@ -53,6 +76,7 @@ def join_list(value: object) -> object:
 
 
 Joined = Annotated[str, BeforeValidator(join_list)]
+Targets = Annotated[tuple[str, ...], BeforeValidator(split_targets)]
 Names = Annotated[tuple[str, ...], BeforeValidator(split_list)]
 Ranks = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1), BeforeValidator(split_list)]
 

@@ -27,7 +27,7 @@ def check_privacy(config: RunConfig) -> None:
     privacy, adapter = config.privacy, config.adapter
     if not privacy.is_private:
         return
-    if adapter.start.from_data and not privacy.public_init_data:
+    if adapter.beginning.from_data and not privacy.public_init_data:
         raise ConfigError(
             f"adapter.init = '{adapter.init}' looks at adapter.init_data, which no noise covers. If those rows are "
             "public, say so: privacy.public_init_data=true; else take another adapter.init."
