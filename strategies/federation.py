@@ -143,15 +143,12 @@ def federate(
     initial = {name: tensor for name, tensor in adapted.initial.items() if name not in adapted.personal}
     personal, privacy = personal_names(method, adapted), method.terms.client_privacy
     loop, journal = Loop(method, grid, to_record(initial), timeout), Journal(directory, listener)
-    records = Records(
-        journal, method, books, insight.explain, privacy is not None and not config.privacy.release_metrics
-    )
+    withholds = privacy is not None and not config.privacy.release_metrics
+    records = Records(journal, method, books, insight.explain, withholds)
     state = AdapterState.from_tensors(initial, adapted.scaling)
     loop.watchers += _adapters(config, Adapters(directory, home, state, insight.personal), records)
     if books is not None:  # before the records, which say what is spent so far
-        charge = None if privacy is None else privacy.charge(config.federation.fraction)
-        kept = sorted({str(role_of(name)) for name in personal})
-        loop.watchers.append(Spending(journal, books, home, charge, lambda: (list(loop.client_ids.values()), kept)))
+        loop.watchers.append(_spending(config, journal, books, loop, {str(role_of(name)) for name in personal}))
     loop.watchers += [PlantedRows(journal, home, initial)] if config.privacy.canaries else []
     last, facts = config.federation.rounds, {"strategy": method.name, CONFIG: lasting(config)}
     scoring = Scoring(config, home, personal, insight.personal, insight.map)
@@ -190,3 +187,10 @@ def _adapters(config: RunConfig, adapters: Adapters, records: Records) -> list[W
         return [adapters]
     records.best = Best(metric, adapters.state, lambda best: adapters.write(best, ADAPTER_BEST))
     return [adapters, records.best]
+
+
+def _spending(config: RunConfig, journal: Journal, books: Books, loop: Loop, kept: set[str]) -> Spending:
+    """Return what keeps a private run's books."""
+    privacy = loop.terms.client_privacy
+    charge = None if privacy is None else privacy.charge(config.federation.fraction)
+    return Spending(journal, books, resident(config), charge, lambda: (list(loop.client_ids.values()), sorted(kept)))

@@ -14,8 +14,8 @@ from fedpeft.privacy.levels import level_of
 from fedpeft.strategies.averaging.private_mean import require_sums
 from fedpeft.strategies.base import AdapterStrategy
 from fedpeft.strategies.registry import available, find
-from fedpeft.training.optimizers import OPTIMIZERS
 from fedpeft.tasks.metrics import asked
+from fedpeft.training.optimizers import OPTIMIZERS
 
 
 def with_typed_options(config: RunConfig, *, rng: Rng = "seeded") -> RunConfig:
