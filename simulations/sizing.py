@@ -277,7 +277,7 @@ def estimate(config: RunConfig) -> Footprint:
         folder = base_folder(config.model)
         described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         parameters = sum(_elements(path) for path in folder.glob("*.safetensors"))
-        length = max_length(config, folder)
+        length = config.data.max_length or max_length(config, folder)
     except (FedpeftError, OSError, ValueError, SafetensorError):
         return UNKNOWN
     bf16 = config.train.precision == "bf16"
