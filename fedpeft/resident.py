@@ -34,6 +34,7 @@ from fedpeft.data.splits import EncodedData, EncodedSplit
 from fedpeft.errors import AdapterError
 from fedpeft.models import base_folder, load_base
 from fedpeft.presets import PREFIX, is_preset, materialize
+from fedpeft.tasks.classes import max_length
 from fedpeft.tasks.encoding import encode, encode_rows, encoded
 from fedpeft.tasks.heads import pack_rows
 from fedpeft.training.batched.layers import OwnLayers
@@ -228,7 +229,7 @@ class Resident:
                     f"data.packing = true is for causal language models, and model.task = '{adapted.task.name}' is "
                     "another task. Set data.packing to false; train.bucket saves padding for any text."
                 )
-            pack_rows(adapted.model, self.config.data.max_length)
+            pack_rows(adapted.model, max_length(self.config, self.folder))
         if self.config.train.neftune_alpha:
             check_noise(adapted.model, reads_tokens=self.test.image_shape is None)
         give_back()

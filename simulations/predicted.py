@@ -105,15 +105,17 @@ def predict(config: RunConfig, length: int | None = None, trained: int = 0) -> P
     """
     from fedpeft.models import base_folder
     from fedpeft.privacy.levels import level_of
+    from fedpeft.tasks.classes import max_length
 
     try:
-        sizes = _sizes(base_folder(config.model))
+        folder = base_folder(config.model)
+        sizes = _sizes(folder)
+        tokens = sizes.image_tokens or length or max_length(config, folder)
     except (FedpeftError, OSError, ValueError):
         return None
     private = level_of(config.privacy).clients_add_noise
     train, run = config.train, config.run
     rows = (config.privacy.physical_batch_size or 2 * train.batch_size) if private else train.batch_size
-    tokens = sizes.image_tokens or length or config.data.max_length or 0
     scored = max(tokens, min(run.evaluate_batch_size * tokens, run.evaluate_tokens))
     number = 2 if train.precision != "fp32" else 4
     return Prediction(

@@ -176,7 +176,7 @@ class AdapterConfig(Section):
         method : str
             How it is held, for the error.
         """
-        kind, init = self.facts, self.start
+        kind, init = self.facts, self.beginning
         if not kind.quantised:
             able = ", ".join(sorted(name for name, each in KINDS.all().items() if each.quantised))
             raise ConfigError(
