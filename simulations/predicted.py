@@ -110,7 +110,7 @@ def predict(config: RunConfig, length: int | None = None, trained: int = 0) -> P
     try:
         folder = base_folder(config.model)
         sizes = _sizes(folder)
-        tokens = sizes.image_tokens or length or max_length(config, folder)
+        tokens = sizes.image_tokens or length or config.data.max_length or max_length(config, folder)
     except (FedpeftError, OSError, ValueError):
         return None
     private = level_of(config.privacy).clients_add_noise

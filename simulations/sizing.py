@@ -260,36 +260,8 @@ def estimate(config: RunConfig) -> Footprint:
     config : RunConfig
         Names base, precision and batch.
     """
-<<<<<<< HEAD
     found = predict(config)
     if found is None:
-||||||| 7d116b6
-    from safetensors import SafetensorError
-
-    from fedpeft.models import base_folder
-    from fedpeft.privacy.levels import level_of
-    from fedpeft.tasks.classes import max_length
-
-    try:
-        folder = base_folder(config.model)
-        described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        parameters = sum(_elements(path) for path in folder.glob("*.safetensors"))
-        length = max_length(config, folder)
-    except (FedpeftError, OSError, ValueError, SafetensorError):
-=======
-    from safetensors import SafetensorError
-
-    from fedpeft.models import base_folder
-    from fedpeft.privacy.levels import level_of
-    from fedpeft.tasks.classes import max_length
-
-    try:
-        folder = base_folder(config.model)
-        described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        parameters = sum(_elements(path) for path in folder.glob("*.safetensors"))
-        length = config.data.max_length or max_length(config, folder)
-    except (FedpeftError, OSError, ValueError, SafetensorError):
->>>>>>> templates
         return UNKNOWN
     return Footprint(LIBRARIES + found.working, 0, found.working + 600 * 2**20, measured=False)
 
