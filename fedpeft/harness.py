@@ -11,6 +11,7 @@ from fedpeft.bases import first_line
 from fedpeft.errors import ConfigError, DataError
 from fedpeft.finished import open_run
 from fedpeft.formats import number
+from fedpeft.generation.decoding import own_settings_aside
 from fedpeft.jsons import to_json
 from fedpeft.report.layout import cell, new_table
 from fedpeft.runs.files import write_whole
@@ -61,9 +62,10 @@ def evaluate_tasks(run: Path, tasks: str, *, limit: int | None = None, client: s
     size = finished.config.run.evaluate_batch_size
     judged = HFLM(pretrained=model, tokenizer=finished.tokenizer, batch_size=size)
     try:
-        found = simple_evaluate(
-            judged, tasks=wanted, task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=False
-        )
+        with own_settings_aside(model):
+            found = simple_evaluate(
+                judged, tasks=wanted, task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=False
+            )
     except (OSError, ValueError, ConnectionError) as error:
         raise DataError(f"lm-eval cannot run '{tasks}': {first_line(error)}.") from None
     assert found is not None  # it is in this process that it ran

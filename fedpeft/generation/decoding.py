@@ -86,7 +86,7 @@ def generate(
     kept = [_kept(prompt, limits, start) for prompt in prompts]
     settings = _settings(limits, ends, padding)
     answers: list[list[int]] = [[] for _ in kept]
-    with _generating(model), torch.no_grad():
+    with own_settings_aside(model), torch.no_grad():
         for rows in batches(list(map(len, kept)), limits):
             batch = [kept[row] for row in rows]
             for row, tokens in zip(rows, _answered(model, batch, padding, settings, precision), strict=True):
@@ -146,7 +146,7 @@ def _settings(limits: Limits, ends: Sequence[int], padding: int) -> Any:
 
 
 @contextlib.contextmanager
-def _generating(model: nn.Module) -> Iterator[None]:
+def own_settings_aside(model: nn.Module) -> Iterator[None]:
     """Let a model generate inside the block: not in training, and with nothing that its folder says of it.
 
     transformers takes from there whatever the settings at hand leave open.
