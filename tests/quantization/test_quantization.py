@@ -35,7 +35,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(2)
     shape = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
     ids = {"pad_token_id": 0, "eos_token_id": 2, "bos_token_id": 2}
-    settings: dict[str, Any] = {"vocab_size": 63, "intermediate_size": 96, "max_position_embeddings": 64} | shape | ids
+    settings: dict[str, Any] = {"vocab_size": 63, "intermediate_size": 128, "max_position_embeddings": 64} | shape | ids
     LlamaForCausalLM(LlamaConfig(**settings)).save_pretrained(folder)
     _tokenizer(folder)
     return folder
