@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
@@ -78,7 +77,7 @@ def _made(
     kept: list[int] = []
     for batch in plain_batches(rows, BATCH_ROWS):
         names = [f"row {row} of {place}" for row in batch["row"]]
-        for name, row in zip(names, encoder.rows(_turns(batch), names), strict=True):
+        for name, row in zip(names, encoder.rows(batch, names), strict=True):
             if row.counts:
                 kept.append(len(kept) + cuts["empty"])
                 made.append(row)
@@ -93,24 +92,6 @@ def _made(
     if not made:
         raise DataError(f"no row of {place} has a token that the loss could count. See data.train_on, data.max_length.")
     return made, kept, cuts
-
-
-def _turns(batch: Mapping[str, list[object]]) -> dict[str, list[object]]:
-    """Return a batch's one column; a prompt and its completion are two turns."""
-    if "conversation" in batch or "prompt" not in batch:
-        return {name: batch[name] for name in ("conversation", "text") if name in batch}
-    return {
-        "conversation": [
-            json.dumps(
-                {
-                    "messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}],
-                    "completion": 1,
-                },
-                ensure_ascii=False,
-            )
-            for prompt, completion in zip(batch["prompt"], batch["completion"], strict=True)
-        ]
-    }
 
 
 def _count(cuts: Cuts, row: Row) -> None:
