@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fedpeft.adapters.experts import EXPERT
 from fedpeft.adapters.export import PEFT_PREFIX, SavedAdapter, read_adapter
+from fedpeft.adapters.kinds import KINDS
 from fedpeft.adapters.state import A_SUFFIX, B_SUFFIX, LoraFactors, fingerprint
 from fedpeft.config import AdapterConfig, describe
 from fedpeft.errors import AdapterError, ConfigError
@@ -38,7 +39,7 @@ def followed(adapter: AdapterConfig) -> AdapterConfig:
     factors, given = saved.state.factors, adapter.model_fields_set
     implied: dict[str, object] = {"start_sha256": fingerprint(saved.state.adapter_tensors())}
     if "kind" not in given and saved.config.get("use_rslora"):
-        implied["kind"] = "rslora"
+        implied["kind"] = next(name for name, each in KINDS.all().items() if each.settings.get("use_rslora"))
     widest = max(factors.values(), key=lambda f: f.rank)
     if "rank" in given and adapter.rank != widest.rank:
         raise ConfigError(f"adapter.rank = {adapter.rank}: {folder} has rank {widest.rank}; leave adapter.rank unset.")
