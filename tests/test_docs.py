@@ -29,7 +29,10 @@ PAGES = sorted(
     [*(ROOT / "docs").glob("*.md"), *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md"))]
 )
 EXTEND = ROOT / "docs" / "extend.md"
-GROUPS = ("strategies", "adapters", "inits", "tasks", "optimizers", "schedules", "metrics", "formats")
+GROUPS = (
+    *("strategies", "adapters", "inits", "tasks", "optimizers", "schedules", "metrics", "formats", "layouts"),
+    *("templates", "quantizations"),
+)
 TABLES = runpy.run_path(str(ROOT / "docs" / "tables.py"))
 SUFFIXES = ("md", "json", "jsonl", "toml", "csv", "py", "png")  # of files whose names begin as a setting does
 

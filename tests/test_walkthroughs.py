@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from fedpeft.config import Layer, RunConfig, merge, nest, parse_overrides, read_toml, resolve
+from fedpeft.config.layers import with_absolute_paths
 from fedpeft.simulations.plan import plan
 from fedpeft.simulations.simulate import simulate
 
@@ -32,13 +33,13 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def small(layer: Layer, base: Path, rows: Path, **settings: object) -> RunConfig:
-    own = {**SMALL, "model.name": str(base), "data.source": str(rows)}
+    own = {**SMALL, "model.name": str(base), "data.source": str(rows), "data.max_length": 64, "adapter.rank": 4}
     own |= {name.replace("__", "."): value for name, value in settings.items()}
     merged = merge([layer, nest({key: value for key, value in own.items() if value is not None})])
     for key in (key for key, value in own.items() if value is None):
         section, name = key.split(".")
         merged[section].pop(name, None)
-    return resolve([merged])
+    return with_absolute_paths(resolve([merged]))  # as the command line does
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)

@@ -205,9 +205,7 @@ def _conversations(
     for at, row in enumerate(zip(*cells.values(), strict=True)):
         try:
             made = make(dict(zip(cells, row, strict=True)))
-            text = json.dumps(
-                {"messages": made.messages, "completion": made.completion}, ensure_ascii=False, default=_plain
-            )
+            text = json.dumps({"messages": _plain(made.messages), "completion": made.completion}, ensure_ascii=False)
         except UnfitRowError as error:
             where = f"column '{choice.columns[error.key]}'"
             raise DataError(f"row {start + at + 1} of {place} {error.what} in {where}. {error.advice}") from None
@@ -219,11 +217,15 @@ def _conversations(
         yield text, made.dropped
 
 
-def _plain(value: object) -> str:
-    """Return what JSON has no word for, but which texts can say."""
+def _plain(value: object) -> object:
+    """Return a value with texts in place of what JSON has no word for, but which texts can say."""
+    if isinstance(value, Mapping):
+        return {key: _plain(held) for key, held in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(held) for held in value]
     if isinstance(value, datetime.date | datetime.time | datetime.timedelta | decimal.Decimal):
         return str(value)
-    raise TypeError
+    return value
 
 
 def made_up(asked: Sequence[str], told: Sequence[str], *, layout: str | None) -> dict[str, list[str]]:

@@ -25,7 +25,7 @@ def test_words_are_completed_key_by_key_and_then_by_their_choices(
     (tmp_path / "my.toml").touch()
     assert complete_word("train.local") == ["train.local_epochs=", "train.local_steps="]
     assert complete_word("my") == ["my.toml"]
-    assert complete_word("train.optimizer=") == ["train.optimizer=adamw", "train.optimizer=sgd"]
+    assert complete_word("train.optimizer=adamw") == ["train.optimizer=adamw", "train.optimizer=adamw-8bit"]
     assert complete_word("data.truncate=p") == ["data.truncate=prompt"]
     assert complete_word("strategy.name=fedi") == ["strategy.name=fedit"]
     assert complete_word("nothing.at=") == []
