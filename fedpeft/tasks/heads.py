@@ -231,15 +231,16 @@ def pack_rows(model: nn.Module, length: int) -> None:
     ids = torch.randint(0, int(config.get_text_config().vocab_size), mask.shape, generator=draw)
     inputs = {"input_ids": ids.to(on), "attention_mask": mask.to(on)}
     parts = divided(model, inputs)
+    unfit = AdapterError(
+        f"data.packing = true: {type(inner_of(model)).__name__}, with this adapter, gives rows that lie behind "
+        "each other in a sequence other hidden states than rows by themselves. Set data.packing to false."
+    )
     try:
         fits = parts is not None and _keeps_rows_apart(parts, inputs)
-    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError):
-        fits = False
+    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        raise unfit from error  # a model's own code raises what it likes of positions that begin anew
     if not fits:
-        raise AdapterError(
-            f"data.packing = true: {type(inner_of(model)).__name__}, with this adapter, gives rows that lie behind "
-            "each other in a sequence other hidden states than rows by themselves. Set data.packing to false."
-        )
+        raise unfit
     vars(model)[packing.KEPT] = length
 
 

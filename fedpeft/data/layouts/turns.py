@@ -43,8 +43,8 @@ def says(turn: object, names: tuple[str, str]) -> bool:
 
 def are_turns(cell: object, names: Sequence[tuple[str, str]] = (OPENAI, SHAREGPT)) -> bool:
     """Say whether a cell holds turns under one of these pairs of names."""
-    turns = listed(cell)
-    return bool(turns) and any(says(turns[0], pair) and turns[0][pair[0]] is not None for pair in names)  # type: ignore
+    first = next(iter(listed(cell) or ()), None)
+    return isinstance(first, dict) and any(says(first, pair) and first[pair[0]] is not None for pair in names)
 
 
 def conversation(cell: object, key: str, system: object = None) -> Conversation:
