@@ -17,7 +17,8 @@ from fedpeft.errors import DeploymentError
 from fedpeft.privacy.canaries import canaries_of
 from fedpeft.privacy.levels import find_level
 from fedpeft.resident import Resident
-from fedpeft.tasks.encoding import encode_rows, encode_what_can_be
+from fedpeft.tasks.encoding import encode_rows
+from fedpeft.tasks.tolerant import encode_what_can_be
 
 PARTITION_ID, NUM_PARTITIONS, DATA, NODE_CLIENT_ID = "partition-id", "num-partitions", "data", "client-id"
 
@@ -122,7 +123,9 @@ def _own_rows(home: Resident, path: Path) -> tuple[EncodedSplit, int]:
     else:
         split, problems = encode_rows(home.config, home.folder, path, labels or ()), dict[int, str]()
     for note in split.notes:
-        log.warning("%s", note)
+        log.info("%s", note)
+    for caution in split.cautions:
+        log.warning("%s", caution)
     for row, what in problems.items():
         log.warning("row %d of '%s' cannot be encoded and counts as one with a gradient of zero: %s", row, path, what)
     return split, len(problems)

@@ -42,6 +42,8 @@ class Place:
         That of a hub id which has several.
     parts : tuple of str
         All splits of the source.
+    files : tuple of tuple
+        Of a place whose rows come from several files: how many rows stand before each, and its path in the folder.
     """
 
     name: str
@@ -50,9 +52,16 @@ class Place:
     part: str | None = None
     configuration: str | None = None
     parts: tuple[str, ...] = ()
+    files: tuple[tuple[int, str], ...] = ()
 
     def __str__(self) -> str:
         return f"'{self.name}'" if self.part is None else f"split '{self.part}' of '{self.name}'"
+
+    def row(self, number: int) -> str:
+        """Return what messages call a row, by its number from 1: of several files, that of its own."""
+        within, file = in_file(self.files, number)
+        place = str(self) if file is None else f"'{os.path.join(self.name, file)}'"
+        return f"row {within} of {place}"
 
     @property
     def others(self) -> tuple[str, ...]:
@@ -127,13 +136,33 @@ class Wanted:
         return f"Set {key} to one of them."
 
 
+def in_file(files: Sequence[tuple[int, str]], number: int) -> tuple[int, str | None]:
+    """Return a row's number within its file, and that file's name; None where there are no several.
+
+    Parameters
+    ----------
+    files : sequence of tuple
+        As `Place.files`.
+    number : int
+        The row, from 1, of all.
+    """
+    before, name = next(((start, name) for start, name in reversed(files) if start < number), (0, None))
+    return number - before, name
+
+
 def named(columns: Sequence[str]) -> str:
     """Name the first few columns, as far as a line has room."""
     short = [name if len(name) <= LONGEST else f"{name[: LONGEST - 3]}..." for name in columns[:SHOWN]]
     return ", ".join(short) + (", ..." if len(columns) > SHOWN else "")
 
 
-def refuse_missing(place: Place, column: str, missing: NDArray[np.bool_], what: str) -> None:
+def refuse_missing(
+    place: Place,
+    column: str,
+    missing: NDArray[np.bool_],
+    what: str,
+    advice: str = "Fill it in or remove the row.",
+) -> None:
     """Raise for the first row that a mask marks, if any.
 
     Raises
@@ -144,7 +173,7 @@ def refuse_missing(place: Place, column: str, missing: NDArray[np.bool_], what: 
     if missing.any():
         row = int(missing.argmax()) + 1
         more = f" (and {int(missing.sum()) - 1} more)" if missing.sum() > 1 else ""
-        raise DataError(f"row {row} of {place}{more} has {what} in column '{column}'. Fill it in or remove the row.")
+        raise DataError(f"{place.row(row)}{more} has {what} in column '{column}'. {advice}")
 
 
 def unreadable(what: object, error: OSError) -> DataError:

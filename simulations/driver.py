@@ -70,7 +70,9 @@ def drive(
 
     privacy, level = config.privacy, level_of(config.privacy)
     if not privacy.is_private:  # else what is told of rows would need noise
-        for problem in home.data.notes:
+        for message in home.data.notes:
+            note(message)
+        for problem in home.data.cautions:
             listener({"event": "warning", "round": 0, "message": problem})
     config, said = batched(with_prefix_cache(config, home, note), home)  # what is chosen here is fixed in config.toml
     clients = home.partition.client_ids

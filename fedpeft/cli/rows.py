@@ -40,6 +40,8 @@ def rows(
     facts = [row_facts(train, index, tokenizer) for index in range(min(number, len(train)))]
     for note in home.data.notes:
         print(f"note: {note}", file=sys.stderr)
+    for caution in home.data.cautions:
+        print(f"warning: {caution}", file=sys.stderr)
     if json_lines:
         from fedpeft.jsons import to_json
 
@@ -67,14 +69,17 @@ def row_facts(split: EncodedSplit, index: int, tokenizer: Any) -> dict[str, Any]
     Returns
     -------
     dict
-        ``row``, its place among those stored, from 1; ``tokens``, as the tokenizer calls them, and their ``ids``;
+        ``row``, its number in the source, from 1, or in its ``file`` where there are several; ``tokens``, as the
+        tokenizer calls them, and their ``ids``;
         ``counted``, a truth value each, all false where the loss is of a label; ``cut``, how many tokens were cut; and
         ``domain`` and ``client`` where rows have such.
     """
     batch, stored = split.batch([index]), int(split.indices_stored[index])
     ids = batch["input_ids"][0].tolist()
+    number, file = split.origin.of(stored)
     facts: dict[str, Any] = {
-        "row": stored + 1,
+        "row": number,
+        **({} if file is None else {"file": file}),
         "tokens": tokenizer.convert_ids_to_tokens(ids),
         "ids": ids,
         "counted": [False] * len(ids),
@@ -93,7 +98,8 @@ def _shown(row: dict[str, Any], tokenizer: Any, *, coloured: bool) -> Text:
     from rich.text import Text
 
     told = sum(row["counted"])
-    head = f"row {row['row']}: {len(row['ids'])} tokens, {told} count, {row['cut']} cut"
+    of_file = f" of {row['file']}" if "file" in row else ""
+    head = f"row {row['row']}{of_file}: {len(row['ids'])} tokens, {told} count, {row['cut']} cut"
     head += "".join(f", {name} {row[name]}" for name in ("domain", "client") if name in row)
     text = Text(f"{head}\n", style="bold")
     for counts, run in itertools.groupby(zip(row["ids"], row["counted"], strict=True), key=lambda each: each[1]):

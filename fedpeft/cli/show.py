@@ -30,6 +30,8 @@ def partition(
     table = partition_table(home.partition, home.data.train, home.data.labels)
     for note in home.data.notes:
         print(f"note: {note}", file=sys.stderr)
+    for caution in home.data.cautions:
+        print(f"warning: {caution}", file=sys.stderr)
     show(table, partition_view, json_lines)
     if plot is not None:
         from fedpeft.report.plots import plot_partition

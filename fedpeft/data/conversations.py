@@ -10,14 +10,17 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from fedpeft.config import DataConfig
 from fedpeft.data.columns import Column
 from fedpeft.data.formats import first_rows
-from fedpeft.data.formats.cells import blank, filled_text, stored, text_or_number
+from fedpeft.data.formats.cells import blank, plain_text, stored
 from fedpeft.data.formats.text_files import CHUNK_ROWS
 from fedpeft.data.layouts import (
+    FILL,
     LAYOUTS,
     LOOKED_AT,
     Chosen,
@@ -62,27 +65,20 @@ class Reading:
         """Read what `to_json` returned."""
         return cls(**{**held, "columns": tuple(held["columns"])})
 
-    def notes(self, place: Place, count: int) -> tuple[str, ...]:
-        """Say it in one line each.
-
-        Parameters
-        ----------
-        place : Place
-            Where the rows lie.
-        count : int
-            How many there are.
-        """
-        if self.layout is None:
+    def notes(self, place: Place) -> tuple[str, ...]:
+        """Say in one line each how the rows of a place were read."""
+        if self.layout is None or not self.detected:
             return ()
-        said = []
-        if self.detected:
-            said.append(f"rows of {place} are read as data.layout = '{self.layout}' ({', '.join(self.columns)})")
-        if self.dropped:
-            said.append(
-                f"of {count:,} rows of {place} {self.dropped:,} end with a turn that is not the assistant's: what "
-                "comes after the last answer teaches nothing, and is left out"
-            )
-        return tuple(said)
+        return (f"rows of {place} are read as data.layout = '{self.layout}' ({', '.join(self.columns)})",)
+
+    def cautions(self, place: Place, count: int) -> tuple[str, ...]:
+        """Say in one line each what of the rows of a place, `count` of them, was left out."""
+        if not self.dropped:
+            return ()
+        return (
+            f"of {count:,} rows of {place} {self.dropped:,} end with a turn that is not the assistant's: what "
+            "comes after the last answer teaches nothing, and is left out",
+        )
 
 
 def chosen(place: Place, data: DataConfig, columns: Sequence[Column]) -> Chosen | None:
@@ -134,8 +130,10 @@ def _detected(
     return Chosen(layout, layout.called(given, there))
 
 
-def normalised(place: Place, choice: Chosen, table: pa.Table) -> tuple[str, Any, Reading]:
-    """Return the name of the column that rows become, its cells, and how they were read.
+def normalised(
+    place: Place, choice: Chosen, table: pa.Table, *, skips: bool = False
+) -> tuple[str, pa.ChunkedArray, NDArray[np.bool_] | None, Reading]:
+    """Return the name of the column that rows become, its cells, which rows stay, and how they were read.
 
     Parameters
     ----------
@@ -145,6 +143,8 @@ def normalised(place: Place, choice: Chosen, table: pa.Table) -> tuple[str, Any,
         Their layout.
     table : pyarrow.Table
         Its columns, as read.
+    skips : bool
+        Leave out rows in which there is nothing to learn, rather than refuse them.
 
     Returns
     -------
@@ -152,6 +152,8 @@ def normalised(place: Place, choice: Chosen, table: pa.Table) -> tuple[str, Any,
         ``conversation`` or ``text``.
     pyarrow.ChunkedArray
         Texts, shape ``(n,)``: JSON of ``{"messages": [{"role", "content", ...}], "completion": k}``, or raw.
+    array of bool, shape (n,), or None
+        Which rows stay; all if None.
     Reading
         How they were read.
 
@@ -162,58 +164,67 @@ def normalised(place: Place, choice: Chosen, table: pa.Table) -> tuple[str, Any,
     """
     layout = choice.layout
     there = {key: column for key, column in choice.columns.items() if column in table.column_names}
-    if layout.conversation is None:
-        ((_, column),) = there.items()
-        return "text", filled_text(place, column, table[column]), Reading(layout.name, (column,))
     cells = {key: _cells(place, layout, key, column, table[column]) for key, column in there.items()}
+    empty = np.zeros(len(table), dtype=np.bool_)
+    for key in layout.required:
+        missing = _missing(cells[key])
+        if skips and key in layout.taught:
+            empty |= missing
+        else:
+            what = "no messages" if key == "messages" else "no text"
+            advice = FILL if key in layout.taught else "Fill it in or remove the row."
+            refuse_missing(place, there[key], missing, what, advice)
+    if layout.conversation is None:
+        ((key, column),) = there.items()
+        return "text", cells[key], ~empty if empty.any() else None, Reading(layout.name, (column,))
     texts: list[pa.Array] = []
     dropped = 0
     for start in range(0, len(table), CHUNK_ROWS):
         chunk = {key: column.slice(start, CHUNK_ROWS).to_pylist() for key, column in cells.items()}
-        done = list(_conversations(place, choice, chunk, start))
+        done = list(_conversations(place, choice, chunk, start, empty if skips else None))
         texts.append(pa.array([text for text, _ in done], pa.large_string()))
         dropped += sum(number > 0 for _, number in done)
-    return (
-        "conversation",
-        pa.chunked_array(texts, pa.large_string()),
-        Reading(layout.name, tuple(there.values()), dropped),
-    )
+    reading = Reading(layout.name, tuple(there.values()), dropped)
+    return "conversation", pa.chunked_array(texts, pa.large_string()), ~empty if empty.any() else None, reading
 
 
 def _cells(place: Place, layout: Layout, key: str, column: str, cells: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Return a column's cells as lists, objects or texts, of which none that must be there is missing."""
-    cells, needed = stored(place, column, cells), key in layout.required
-    what = "no messages" if key in layout.nested and key == "messages" else "no text"
-    if pa.types.is_nested(cells.type) and key in layout.nested:
-        if needed:
-            refuse_missing(place, column, cells.is_null().to_numpy(), what)
-        return cells
-    if needed and key != "messages":
-        return filled_text(place, column, cells)
-    text = text_or_number(place, column, cells).cast(pa.large_string())
-    if needed:
-        refuse_missing(place, column, blank(text), what)
-    return text
+    """Return a column's cells as lists, objects or texts."""
+    cells = stored(place, column, cells)
+    return cells if pa.types.is_nested(cells.type) and key in layout.nested else plain_text(place, column, cells)
+
+
+def _missing(cells: pa.ChunkedArray) -> NDArray[np.bool_]:
+    return cells.is_null().to_numpy() if pa.types.is_nested(cells.type) else blank(cells)
 
 
 def _conversations(
-    place: Place, choice: Chosen, cells: Mapping[str, Sequence[object]], start: int
-) -> Iterator[tuple[str, int]]:
-    """Yield rows as JSON, and the number of turns that each lost."""
+    place: Place,
+    choice: Chosen,
+    cells: Mapping[str, Sequence[object]],
+    start: int,
+    empty: NDArray[np.bool_] | None,
+) -> Iterator[tuple[str | None, int]]:
+    """Yield rows as JSON, and the number of turns that each lost; none of those that are `empty`, which it marks."""
     make = choice.layout.conversation
     assert make is not None
-    for at, row in enumerate(zip(*cells.values(), strict=True)):
+    for at, row in enumerate(zip(*cells.values(), strict=True), start):
+        if empty is not None and empty[at]:
+            yield None, 0
+            continue
         try:
             made = make(dict(zip(cells, row, strict=True)))
             text = json.dumps({"messages": _plain(made.messages), "completion": made.completion}, ensure_ascii=False)
         except UnfitRowError as error:
+            if empty is not None and error.empty:
+                empty[at] = True
+                yield None, 0
+                continue
             where = f"column '{choice.columns[error.key]}'"
-            raise DataError(f"row {start + at + 1} of {place} {error.what} in {where}. {error.advice}") from None
+            raise DataError(f"{place.row(at + 1)} {error.what} in {where}. {error.advice}") from None
         except TypeError:
             where = f"column '{next(iter(choice.columns.values()))}'"
-            raise DataError(
-                f"row {start + at + 1} of {place} holds bytes beside a turn in {where}. Leave them out."
-            ) from None
+            raise DataError(f"{place.row(at + 1)} holds bytes beside a turn in {where}. Leave them out.") from None
         yield text, made.dropped
 
 

@@ -76,7 +76,7 @@ def _made(
     made: list[Row] = []
     kept: list[int] = []
     for batch in plain_batches(rows, BATCH_ROWS):
-        names = [f"row {row} of {place}" for row in batch["row"]]
+        names = [place.row(row) for row in batch["row"]]
         for name, row in zip(names, encoder.rows(batch, names), strict=True):
             if row.counts:
                 kept.append(len(kept) + cuts["empty"])
@@ -86,7 +86,8 @@ def _made(
                 cuts["empty"] += 1
             else:
                 raise DataError(
-                    f"{name} becomes no tokens{' that the loss could count' if len(row.ids) else ''}. Remove it, or "
+                    row.why
+                    or f"{name} becomes no tokens{' that the loss could count' if len(row.ids) else ''}. Remove it, or "
                     "write it in other characters, or set data.empty = 'skip' to leave such rows out."
                 )
     if not made:

@@ -108,7 +108,7 @@ def label_ids(
         if _key(names[code], ids) not in ids:
             row = int((codes == code).argmax()) + 1
             raise DataError(
-                f"row {row} of {place} has the label '{_shown([names[code]])}', which is none of the {len(labels)} "
+                f"{place.row(row)} has the label '{_shown([names[code]])}', which is none of the {len(labels)} "
                 f"that data.labels, or else the training rows, have: {_shown(labels)}. Remove it, or name all labels "
                 "in data.labels."
             )

@@ -125,7 +125,7 @@ def broken_images(place: Place, rows: datasets.Dataset) -> DataError:
     more = f" and {len(found) - 1} more hold" if len(found) > 1 else " holds"
     named = f" ({listed([Path(name) for name in names], place.path.resolve())})" if names and place.path else ""
     return DataError(
-        f"row {found[0]} of {place}{more} no image that can be read{named}: {why}. Replace or remove what is broken."
+        f"{place.row(found[0])}{more} no image that can be read{named}: {why}. Replace or remove what is broken."
     )
 
 
@@ -198,10 +198,10 @@ def decode(place: Place, batch: Mapping[str, list[Any]], mode: str) -> list[Any]
             image = _opened(stored)
         except UNREADABLE as error:
             raise BrokenImageError(
-                f"row {row} of {place} holds no image that can be read: {_reason(error)}. Replace it or remove the row."
+                f"{place.row(row)} holds no image that can be read: {_reason(error)}. Replace it or remove the row."
             ) from None
         if image.mode[0] in "IF":  # would be cut off at 255, not scaled
-            raise DataError(f"row {row} of {place} holds an image of more than 8 bits a channel. Convert it to 8 bits.")
+            raise DataError(f"{place.row(row)} holds an image of more than 8 bits a channel. Convert it to 8 bits.")
         images.append(image.convert(mode))
     return images
 

@@ -16,7 +16,7 @@ from fedpeft.data.formats.hub import quiet
 from fedpeft.errors import DataError
 from fedpeft.places import Place, Wanted
 
-__all__ = ["Place", "Wanted", "notes", "plain_batches", "read"]
+__all__ = ["Place", "Wanted", "cautions", "notes", "plain_batches", "read"]
 
 
 def read(place: Place, wanted: Wanted) -> datasets.Dataset:
@@ -46,5 +46,10 @@ def plain_batches(rows: datasets.Dataset, size: int) -> Iterator[dict[str, list[
 
 
 def notes(place: Place) -> tuple[str, ...]:
-    """Say in one line each what in a place is no row, though it might be taken for one."""
+    """Say in one line each what the rows of a place are."""
     return FORMATS.find(place.kind).notes(place)
+
+
+def cautions(place: Place) -> tuple[str, ...]:
+    """Say in one line each what in a place is no row, though it might be taken for one."""
+    return FORMATS.find(place.kind).cautions(place)

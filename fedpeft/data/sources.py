@@ -44,12 +44,18 @@ class Table:
         they are configured and there; ``row``, the row's number in its source, from 1.
     labels : tuple of str
         Names in the order of their ids; empty for causal language modelling.
+    place : Place
+        Where they lie, for messages.
+    skipped : tuple of int
+        Numbers of rows that were left out, since there is nothing in them to learn.
     reading : Reading
         How rows for language models were read.
     """
 
     rows: datasets.Dataset
     labels: tuple[str, ...]
+    place: Place
+    skipped: tuple[int, ...] = ()
     reading: Reading = field(default_factory=Reading)
 
 
@@ -170,16 +176,22 @@ def read_rows(
     numbers = np.arange(1, len(raw) + 1)
     if only is not None:
         raw, numbers = raw.select(only), np.asarray(only, dtype=np.int64) + 1
+    elif (begun := FORMATS.find(place.kind).begun) is not None:
+        place = replace(place, files=begun(place, raw))
     kinds = {each.name: each.kind for each in columns if each.kind != "conversation"}
     cells, features, names = _normalised(place, wanted, kinds, raw, labels)
-    reading = Reading()
+    reading, kept = Reading(), None
     if layout is not None:
-        column, cells[column], reading = normalised(place, layout, raw.with_format("arrow")[:])
+        table = raw.with_format("arrow")[:]
+        column, cells[column], kept, reading = normalised(place, layout, table, skips=data.empty == "skip")
         reading = replace(reading, detected=not names_of(data))
         features[column] = datasets.Value("large_string")
     cells["row"], features["row"] = numbers, datasets.Value("int64")
+    rows, skipped = pa.table(cells), ()
+    if kept is not None:
+        rows, skipped = rows.filter(pa.array(kept)), tuple(numbers[~kept].tolist())
     info = datasets.DatasetInfo(features=datasets.Features(features))
-    return Table(datasets.Dataset(pa.table(cells), info=info), names, reading)
+    return Table(datasets.Dataset(rows, info=info), names, place, skipped, reading)
 
 
 def _normalised(
@@ -232,9 +244,7 @@ def _images(place: Place, column: str, cells: pa.ChunkedArray) -> pa.ChunkedArra
         paths = _resolved(place, cells.to_pylist())
         for row, path in enumerate(paths, start=1):
             if not os.path.isfile(path):
-                raise DataError(
-                    f"row {row} of {place} names the image '{path}', which is not a file. Correct the path."
-                )
+                raise DataError(f"{place.row(row)} names the image '{path}', which is not a file. Correct the path.")
         cells = pa.chunked_array([pa.array([str(path) for path in paths], pa.string())])
     refuse_missing(place, column, missing, "no image")
     try:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedpeft.data.columns import IGNORED
+from fedpeft.places import in_file
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,40 @@ class Normalisation:
     scale: float
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where rows stood in their source.
+
+    Parameters
+    ----------
+    files : tuple of tuple
+        As `fedpeft.places.Place.files`.
+    skipped : tuple of int
+        Numbers of rows of the source, from 1, that are not among the stored ones, ascending.
+    """
+
+    files: tuple[tuple[int, str], ...] = ()
+    skipped: tuple[int, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        return vars(self)
+
+    @classmethod
+    def from_json(cls, held: Mapping[str, Any]) -> Origin:
+        """Read what `to_json` returned."""
+        return cls(tuple((start, name) for start, name in held["files"]), tuple(held["skipped"]))
+
+    def of(self, stored: int) -> tuple[int, str | None]:
+        """Return the number of a stored row, from 1, in its source or its own file, and what that file is called."""
+        number = stored + 1
+        for skipped in self.skipped:
+            if skipped > number:
+                break
+            number += 1
+        return in_file(self.files, number)
 
 
 @dataclass(frozen=True)
@@ -78,8 +113,10 @@ class EncodedSplit:
         SHA-256 of the stored contents.
     rows : array of int64, optional
         Which of the stored rows these are; all if None.
-    notes : tuple of str
-        What whoever holds the rows should know of how they were read, in one line each.
+    notes, cautions : tuple of str
+        What whoever holds the rows should know, in one line each: how they were read, and what is amiss.
+    origin : Origin
+        Where the stored rows stood in their source.
     """
 
     task: str
@@ -90,6 +127,8 @@ class EncodedSplit:
     fingerprint: str = ""
     rows: NDArray[np.int64] | None = None
     notes: tuple[str, ...] = ()
+    cautions: tuple[str, ...] = ()
+    origin: Origin = field(default_factory=Origin)
 
     def __len__(self) -> int:
         return len(self.indices_stored)
@@ -263,5 +302,10 @@ class EncodedData:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What should be known of how the rows were read; no record of a private run may hold it."""
+        """How the rows were read, in one line each; no record of a private run may hold it."""
         return tuple(dict.fromkeys([*self.train.notes, *self.test.notes]))
+
+    @property
+    def cautions(self) -> tuple[str, ...]:
+        """What is amiss with the rows, in one line each; no record of a private run may hold it."""
+        return tuple(dict.fromkeys([*self.train.cautions, *self.test.cautions]))

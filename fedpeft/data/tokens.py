@@ -97,10 +97,10 @@ def _check_rows(
     """Raise DataError for a row of which no tokens are left, or that has not so many of the end token."""
     for row, whole in zip(rows, ids, strict=True):
         if not whole:
-            raise DataError(f"row {row} of {place} becomes no tokens. Remove it, or write it in other characters.")
+            raise DataError(f"{place.row(row)} becomes no tokens. Remove it, or write it in other characters.")
         if ends is not None and whole.count(ends[0]) != ends[1]:
             raise DataError(
-                f"row {row} of {place} holds an end token ({tokenizer.convert_ids_to_tokens(ends[0])!r}) in its "
+                f"{place.row(row)} holds an end token ({tokenizer.convert_ids_to_tokens(ends[0])!r}) in its "
                 "own text, and the model takes its scores from the last one of each row. Remove it from the text."
             )
 

@@ -10,7 +10,7 @@ import hashlib
 import importlib.metadata
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,24 +29,24 @@ from fedpeft.data.chat.notes import Cuts, cut_notes, no_cuts
 from fedpeft.data.chat.templates import chosen
 from fedpeft.data.columns import Column
 from fedpeft.data.conversations import Reading
-from fedpeft.data.readers import Place, notes
+from fedpeft.data.readers import Place, cautions, notes
 from fedpeft.data.sources import (
     CLIENT,
     DOMAIN,
+    Table,
     digest,
     hold_out,
     locate,
     places,
-    raw_rows,
     read_rows,
     test_place,
     wanted_columns,
 )
-from fedpeft.data.splits import EncodedData, EncodedSplit, Normalisation
+from fedpeft.data.splits import EncodedData, EncodedSplit, Normalisation, Origin
 from fedpeft.errors import DataError, ModelError
 from fedpeft.tasks.classes import inputs_of, max_length
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 # what the tensors depend on in a model's folder
 MODEL_FILES = (
     *("tokenizer*", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json", "*.model", "*.tiktoken"),
@@ -122,7 +122,7 @@ def encoded(config: RunConfig, train: Path, test: Path | None) -> EncodedData:
         There are no rows there.
     """
     task = tasks.named(config)
-    opened = [None if folder is None else _open(folder, task) for folder in (train, test)]
+    opened = [None if folder is None else open_entry(folder, task) for folder in (train, test)]
     if opened[0] is None or (test is not None and opened[1] is None):
         raise DataError(f"the cache entry '{train}' cannot be read. Remove the folder and run again.")
     split, labels, *_ = opened[0]
@@ -193,8 +193,9 @@ def encode_table(
         As `encode`.
     """
     with tempfile.TemporaryDirectory() as folder:
-        _make(config, model_dir, Place("rows in memory", "json", None), rows, labels, Path(folder) / "rows")
-        found = _open(Path(folder) / "rows", tasks.named(config))
+        table = Table(rows, tuple(labels), Place("rows in memory", "json", None))
+        make_entry(config, model_dir, table, Path(folder) / "rows")
+        found = open_entry(Path(folder) / "rows", tasks.named(config))
         assert found is not None
         split = found[0]
         return replace(split, tensors={name: tensor.clone() for name, tensor in split.tensors.items()})
@@ -211,15 +212,15 @@ def _entry(
     """Open the entry of one table of rows, making it where there is none; also return its label names."""
     task = tasks.of(config)
     folder = _folder(config, model_dir, place, labels, client_column, optional)
-    if (found := _open(folder, task.name)) is not None:
+    if (found := open_entry(folder, task.name)) is not None:
         return _noted(config, model_dir, place, found)
     with locked(folder):
-        if (found := _open(folder, task.name)) is None:  # another process may have been first
+        if (found := open_entry(folder, task.name)) is None:  # another process may have been first
             table = read_rows(
                 place, config.data, task.columns, labels=labels, client_column=client_column, optional=optional
             )
-            _make(config, model_dir, place, table.rows, table.labels, folder, table.reading)
-            found = _open(folder, task.name)
+            make_entry(config, model_dir, table, folder)
+            found = open_entry(folder, task.name)
     if found is None:
         raise DataError(f"the cache entry '{folder}' was written but cannot be read. Remove the folder and run again.")
     return _noted(config, model_dir, place, found)
@@ -236,7 +237,7 @@ def _folder(
     """Return where the entry of one table of rows is, or would be."""
     task = tasks.of(config)
     wanted = wanted_columns(config.data, task.columns, client_column, optional)
-    key = _key(
+    key = entry_key(
         task=task.name,
         rows=digest(place, config.data, task.columns),
         columns=dict(wanted.columns),
@@ -266,13 +267,15 @@ def _noted(
     config: RunConfig, model_dir: Path, place: Place, found: tuple[EncodedSplit, tuple[str, ...], Cuts, Reading]
 ) -> tuple[EncodedSplit, tuple[str, ...]]:
     split, labels, cuts, reading = found
-    said = reading.notes(place, len(split) + cuts["empty"])
+    count = len(split) + cuts["empty"]
+    amiss = cautions(place) + reading.cautions(place, count)
     if any(cuts.values()):
-        said += cut_notes(config, place, len(split) + cuts["empty"], cuts, max_length(config, model_dir))
-    return replace(split, notes=notes(place) + said), labels
+        amiss += cut_notes(config, place, count, cuts, max_length(config, model_dir))
+    return replace(split, notes=notes(place) + reading.notes(place), cautions=amiss), labels
 
 
-def _key(**parts: Any) -> str:
+def entry_key(**parts: Any) -> str:
+    """Return the name of the entry that depends on these parts."""
     text = json.dumps({"format": FORMAT_VERSION, **parts}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:40]
 
@@ -298,7 +301,7 @@ def _model_fields(model_dir: Path) -> dict[str, Any]:
         raise ModelError(f"'{model_dir / 'config.json'}' cannot be read: {error}. Save the model again.") from None
 
 
-def _open(folder: Path, task: str) -> tuple[EncodedSplit, tuple[str, ...], Cuts, Reading] | None:
+def open_entry(folder: Path, task: str) -> tuple[EncodedSplit, tuple[str, ...], Cuts, Reading] | None:
     """Map an entry into memory; None where there is none, or a damaged one."""
     try:
         meta = json.loads((folder / _META).read_text(encoding="utf-8"))
@@ -313,6 +316,7 @@ def _open(folder: Path, task: str) -> tuple[EncodedSplit, tuple[str, ...], Cuts,
             meta["pad_token_id"],
             scaling and Normalisation(scaling["scale"], tuple(scaling["mean"]), tuple(scaling["std"])),
             meta["fingerprint"],
+            origin=Origin.from_json(meta["origin"]),
         )
         reading = Reading.from_json(meta["reading"])
         return split, tuple(meta["labels"]), no_cuts() | meta["cuts"], reading
@@ -320,26 +324,40 @@ def _open(folder: Path, task: str) -> tuple[EncodedSplit, tuple[str, ...], Cuts,
         return None
 
 
-def _make(
+def make_entry(
     config: RunConfig,
     model_dir: Path,
-    place: Place,
-    rows: datasets.Dataset,
-    labels: Sequence[str],
+    table: Table,
     folder: Path,
-    reading: Reading | None = None,
 ) -> None:
+    """Encode normalised rows and write them as an entry.
+
+    Parameters
+    ----------
+    config, model_dir
+        As for `encode`.
+    table : Table
+        The rows.
+    folder : Path
+        The entry.
+    """
     task = tasks.of(config)
-    encoding = task.encode(config, model_dir, inputs_of(config, model_dir), place, rows)
-    tensors, names = _columns(rows if encoding.kept is None else rows.select(encoding.kept), task.columns)
+    encoding = task.encode(config, model_dir, inputs_of(config, model_dir), table.place, table.rows)
+    rows, cuts, skipped = table.rows, dict(encoding.cuts), set(table.skipped)
+    if skipped:
+        cuts["empty"] = cuts.get("empty", 0) + len(skipped)
+    if encoding.kept is not None:
+        skipped |= set(rows["row"]) - set(rows.select(encoding.kept)["row"])
+        rows = rows.select(encoding.kept)
+    tensors, names = _columns(rows, task.columns)
     tensors |= encoding.tensors
     scaling, write_pixels = encoding.normalisation, encoding.write_pixels
     meta = {
-        "labels": list(labels),
+        "labels": list(table.labels),
         "names": names,
         "pad_token_id": encoding.pad_token_id,
-        "cuts": dict(encoding.cuts),
-        "reading": (reading or Reading()).to_json(),
+        "cuts": cuts,
+        "reading": table.reading.to_json(),
         "pixels": write_pixels is not None,
         "normalisation": scaling and {"scale": scaling.scale, "mean": scaling.mean, "std": scaling.std},
     }
@@ -351,8 +369,11 @@ def _make(
         for path in sorted(draft.iterdir()):
             with path.open("rb") as file:
                 contents.update(hashlib.file_digest(file, "sha256").digest())
-        text = json.dumps(meta | {"fingerprint": contents.hexdigest()})
-        (draft / _META).write_text(text, encoding="utf-8")
+        told = {
+            "fingerprint": contents.hexdigest(),
+            "origin": Origin(table.place.files, tuple(sorted(skipped))).to_json(),
+        }
+        (draft / _META).write_text(json.dumps(meta | told), encoding="utf-8")
 
 
 def _columns(rows: datasets.Dataset, columns: Sequence[Column]) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
@@ -361,8 +382,11 @@ def _columns(rows: datasets.Dataset, columns: Sequence[Column]) -> tuple[dict[st
     names: dict[str, list[str]] = {}
     kept: dict[str, str] = {column.name: column.kind for column in columns if column.kind in ("label", "number")}
     kept |= {"domain": "code", "client": "code"}
-    table = rows.select_columns([name for name in rows.column_names if name in kept])
-    for column, cells in zip(table.column_names, table.with_format("arrow")[:].columns, strict=True):
+    there = [name for name in rows.column_names if name in kept]
+    if not there:  # of which the library cannot take a part
+        return tensors, names
+    table = rows.select_columns(there).with_format("arrow")[:]
+    for column, cells in zip(there, table.columns, strict=True):
         if kept[column] != "code":
             values = torch.tensor(cells.to_numpy())
             tensors |= {"labels": values} if kept[column] == "label" else {"targets": values.float()}
@@ -371,88 +395,3 @@ def _columns(rows: datasets.Dataset, columns: Sequence[Column]) -> tuple[dict[st
         tensors[f"{column}s"] = torch.tensor(pc.index_in(cells, value_set=distinct).to_numpy())
         names[f"{column}s"] = distinct.to_pylist()
     return tensors, names
-
-
-# --- rows of which some cannot be encoded ------------------------------------------------------------------------
-
-_LEFT_OUT = "left_out.json"
-_TRIED_AT_ONCE = 64  # rows; where one of them fails, each is tried alone
-
-
-def encode_what_can_be(
-    config: RunConfig, model_dir: Path, source: str | Path, labels: Sequence[str] = ()
-) -> tuple[EncodedSplit, dict[int, str]]:
-    """Encode the rows of a source that can be encoded, where a failure must not be seen from outside.
-
-    Parameters
-    ----------
-    config, model_dir, source, labels
-        As for `encode_rows`.
-
-    Returns
-    -------
-    EncodedSplit
-        The rows that can be encoded.
-    dict of int to str
-        By number, from 1, what is wrong with each of the others.
-
-    Raises
-    ------
-    DataError, ModelError
-        As `encode_rows`, where not a single row can be encoded or the source cannot be read at all.
-    """
-    try:
-        return encode_rows(config, model_dir, source, labels), {}
-    except (DataError, ModelError) as error:
-        place, whole = locate(source).train, error
-    names, task = tuple(labels) or config.data.label_names, tasks.of(config)
-    raw: datasets.Dataset | None = None
-
-    def table(only: Sequence[int]) -> datasets.Dataset:
-        return read_rows(place, config.data, task.columns, labels=names, optional=DOMAIN, only=only, raw=raw).rows
-
-    key = _key(
-        tolerant=True,
-        task=task.name,
-        rows=digest(place, config.data, task.columns),
-        data=config.data.model_dump(mode="json"),
-        labels=names,
-        model=model_digest(model_dir),
-        versions=[importlib.metadata.version(name) for name in LIBRARIES],
-    )
-    folder = cache_dir() / "encoded" / key
-    with locked(folder):
-        found, noted = _open(folder, task.name), folder / _LEFT_OUT
-        if found is None or not noted.is_file():
-            raw = raw_rows(place, config.data, task.columns, DOMAIN)
-            left_out = _problems(
-                place, len(raw), lambda only: encode_table(config, model_dir, table(only), names or ())
-            )
-            if len(left_out) in (0, len(raw)):
-                raise whole
-            good = [row for row in range(len(raw)) if row + 1 not in left_out]
-            _make(config, model_dir, place, table(good), names or (), folder)
-            noted.write_text(json.dumps(left_out), encoding="utf-8")
-            found = _open(folder, task.name)
-        assert found is not None, "just written"
-        told = json.loads(noted.read_text(encoding="utf-8"))
-    return found[0], {int(row): what for row, what in told.items()}
-
-
-def _problems(place: Place, count: int, try_: Callable[[Sequence[int]], object]) -> dict[int, str]:
-    """Return what is wrong with each row that is wrong, by its number from 1."""
-
-    def problem(only: Sequence[int]) -> str | None:
-        try:
-            try_(only)
-        except (DataError, ModelError) as error:
-            return str(error).replace(f"row 1 of {place}", f"row {only[0] + 1} of {place}")  # counted among `only`
-        return None
-
-    problems: dict[int, str] = {}
-    for start in range(0, count, _TRIED_AT_ONCE):
-        some = range(start, min(count, start + _TRIED_AT_ONCE))
-        if problem(some) is not None:
-            tried = {row: problem([row]) for row in some}
-            problems |= {row + 1: what for row, what in tried.items() if what is not None}
-    return problems

@@ -32,6 +32,23 @@ def test_rows_are_shown_with_what_counts(tiny_llama: Path, pairs_jsonl: Path) ->
     assert "0 cut" in shown
 
 
+def test_rows_keep_their_numbers_where_some_are_skipped_before_or_after_reading(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    answer = {"role": "assistant", "content": "w2"}
+    good = {"messages": [{"role": "user", "content": "w1"}, answer]}
+    silent = {"messages": [{"role": "user", "content": "w1"}, {**answer, "weight": 0}]}
+    path = tmp_path / "rows.jsonl"
+    rows = [{"messages": []}, good, silent, silent, good, {"messages": None}, good]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = (f"model.name={tiny_llama}", f"data.source={path}", f"data.test={path}", "data.empty=skip", "--json")
+    told = CliRunner().invoke(app, ["rows", *words, "data.template=chatml", "data.max_length=99"])
+    assert told.exit_code == 0, told.output
+    assert [row["row"] for row in json.loads(told.stdout)["rows"]] == [2, 5, 7]
+    assert "\nwarning: 4 rows of" in told.stderr
+    assert told.stderr.startswith("note: rows of")
+
+
 def test_of_rows_to_classify_no_token_counts_and_long_ones_say_what_they_lost(text_csv: Path, tiny_bert: Path) -> None:
     words = (f"model.name={tiny_bert}", f"data.source={text_csv}", "data.max_length=4", "--show", "3", "--json")
     rows = json.loads(printed(*words))["rows"]

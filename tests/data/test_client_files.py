@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -83,3 +84,35 @@ def test_a_client_of_two_files_or_of_test_rows_alone_is_refused(folder: Path) ->
 def test_a_folder_with_files_named_train_and_test_is_what_it_was(folder: Path) -> None:
     write(folder / "train.jsonl", "w1")
     assert locate(folder).train.kind == "json"
+
+
+WRONG = {
+    "a turn": {"messages": [{"role": "narrator", "content": "w1"}], "topic": "t"},
+    "no turns": {"messages": None, "topic": "t"},
+    "no domain": {**chat("w1"), "topic": ""},
+    "too long": {"messages": [{"role": "user", "content": ""}, *chat("w1")["messages"]], "topic": "t"},
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_is_wrong_with_a_row_names_its_own_file(tmp_path: Path, tiny_llama: Path, what: str) -> None:
+    good = {**chat("w1"), "topic": "t"}
+    for name, rows in {"ann": [good] * 3, "bob": [good, WRONG[what]]}.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = config_of(tmp_path, **{"model.name": str(tiny_llama), "data.domain": "topic"})
+    with pytest.raises(DataError, match=f"^row 2 of '{re.escape(str(tmp_path / 'bob.jsonl'))}' "):
+        encode(config, tiny_llama)
+
+
+def test_rows_that_are_left_know_their_place_in_their_own_file(folder: Path, tiny_llama: Path) -> None:
+    rows = [chat("w1"), {"messages": None}, chat("w2")]
+    (folder / "bob.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = config_of(folder, **{"model.name": str(tiny_llama), "data.empty": "skip"})
+    for _ in range(2):  # from the cache as well
+        train = encode(config, tiny_llama).train
+        known = [train.origin.of(at) for at in range(len(train))]
+        cy = "cy/train.jsonl"
+        assert known == [(1, "ann.parquet"), (1, "bob.jsonl"), (3, "bob.jsonl"), (1, cy), (2, cy), (3, cy)]
+        assert train.clients == ("ann", "bob", "bob", "cy", "cy", "cy")
+        (caution,) = train.cautions
+        assert caution.startswith(f"1 rows of split 'train' of '{folder}' have no token that the loss counts")

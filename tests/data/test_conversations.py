@@ -15,9 +15,8 @@ from fedpeft import tasks
 from fedpeft.config import DataConfig, configure
 from fedpeft.data.formats import hub
 from fedpeft.data.layouts import LAYOUTS
-from fedpeft.data.sources import Table, digest, locate, raw_rows, read_rows
+from fedpeft.data.sources import Table, digest, locate, read_rows
 from fedpeft.errors import ConfigError, DataError
-from fedpeft.tasks.encoding import encode_what_can_be
 
 COLUMNS = tasks.find("causal-lm").columns
 TURNS: list[Any] = [{"role": "user", "content": "hé"}, {"role": "assistant", "content": "yo"}]
@@ -141,7 +140,8 @@ def test_what_else_is_said_of_a_turn_stays_and_texts_in_parts_are_joined(tmp_pat
         {"role": "tool", "content": "", "tool_call_id": "1"},
         TURNS[1],
     ]
-    read, dropped = table.reading.notes(locate(tmp_path / "rows.jsonl").train, 1)
+    place = locate(tmp_path / "rows.jsonl").train
+    (read,), (dropped,) = table.reading.notes(place), table.reading.cautions(place, 1)
     assert read.endswith("are read as data.layout = 'messages' (messages)")
     assert "1 end with a turn that is not the assistant's" in dropped
 
@@ -196,16 +196,46 @@ def test_a_few_other_rows_change_no_layout_and_the_cache_knows_what_is_named(tmp
     assert digest(place, DataConfig(), ()) == digest(place, DataConfig(layout="messages"), ())
 
 
-def test_where_failures_must_not_be_seen_a_bad_row_is_named_and_left_out(tmp_path: Path, tiny_llama: Path) -> None:
-    good = {"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]}
-    path = lines(tmp_path / "rows.jsonl", {"messages": WRONG["narrator"][0]}, good, good)
-    with path.open("a") as file:
-        file.write("{damaged}\n")
-    config = configure({"model.name": str(tiny_llama), "model.task": "causal-lm", "data.max_length": 16})
-    split, problems = encode_what_can_be(config, tiny_llama, path)
-    assert (len(split), sorted(problems)) == (2, [1, 4])
-    assert problems[1].startswith(f"row 1 of '{path}' has a turn 1 of the unknown role")
-    assert len(raw_rows(locate(path).train, config.data, COLUMNS, frozenset())) == 4
+EMPTY = {
+    "no answer": ("messages", {"messages": TURNS[:1]}),
+    "no turns": ("messages", {"messages": []}),
+    "nothing": ("messages", {"messages": None}),
+    "an empty answer": ("messages", {"messages": [TURNS[0], {"role": "assistant", "content": " "}]}),
+    "a system alone": ("messages", {"messages": [{"role": "system", "content": "s"}]}),
+    "an empty output": ("alpaca", {"instruction": "do", "output": " "}),
+    "an empty completion": ("completion", {"prompt": "a", "completion": None}),
+    "an empty text": ("text", {"text": ""}),
+}
+GOOD = {
+    "messages": {"messages": TURNS},
+    "alpaca": {"instruction": "do", "output": "done"},
+    "completion": {"prompt": "a", "completion": "b"},
+    "text": {"text": "t"},
+}
+
+
+@pytest.mark.parametrize("what", EMPTY)
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_row_with_nothing_to_learn_is_refused_or_skipped_by_number(tmp_path: Path, what: str, kind: str) -> None:
+    layout, empty = EMPTY[what]
+    rows = [{**row, "topic": "x"} for row in (GOOD[layout], empty, GOOD[layout], empty, GOOD[layout])]
+    path = tmp_path / f"rows.{kind}"
+    if kind == "jsonl":
+        lines(path, *rows)
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    with pytest.raises(DataError, match=r"^row 2 of .*data\.empty = 'skip' to leave such rows out\.$"):
+        load(path, layout=layout)
+    table = load(path, layout=layout, empty="skip", domain="topic")
+    assert (table.rows["row"][:], table.skipped) == ([1, 3, 5], (2, 4))
+    assert table.rows["domain"][:] == ["x"] * 3
+
+
+def test_a_missing_number_is_no_input(tmp_path: Path) -> None:
+    rows = {"instruction": ["do", "do"], "input": [float("nan"), 2.0], "output": ["x", "y"]}
+    pq.write_table(pa.table(rows), tmp_path / "rows.parquet")
+    first, second = said(load(tmp_path / "rows.parquet"))
+    assert [each["messages"][0]["input"] for each in (first, second)] == ["", "2"]
 
 
 def test_a_hub_set_is_read_by_configuration_and_split(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,9 +89,9 @@ def config_of(exchanges: dict[str, object], **more: object) -> RunConfig:
 def test_rows_that_are_cut_are_counted(exchanges: dict[str, object], way: str | None, told: str) -> None:
     config = config_of(exchanges, **({} if way is None else {"data__truncate": way}))
     for _ in range(2):  # from the cache as well
-        _, note = encode(config, Path(str(exchanges["model.name"]))).notes
+        (note,) = encode(config, Path(str(exchanges["model.name"]))).cautions
         assert note.startswith(f"of 12 rows of '{exchanges['data.source']}' {told}, cut to data.max_length = 10 with ")
-    assert len(encode(config_of(exchanges, data__max_length=60), Path(str(exchanges["model.name"]))).notes) == 1
+    assert encode(config_of(exchanges, data__max_length=60), Path(str(exchanges["model.name"]))).cautions == ()
 
 
 def test_a_run_and_its_plan_say_first_what_is_cut_and_a_private_run_keeps_it_to_itself(
@@ -102,7 +102,7 @@ def test_a_run_and_its_plan_say_first_what_is_cut_and_a_private_run_keeps_it_to_
     assert read.endswith("are read as data.layout = 'completion' (prompt, completion)")
     events: list[dict[str, object]] = []
     simulate(config, tmp_path / "run", listener=events.append)
-    assert [event["message"] for event in events[:2]] == [read, note]
+    assert [(event["event"], event["message"]) for event in events[:2]] == [("note", read), ("warning", note)]
     assert "lose the" not in (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8")
     events.clear()
     private = config_of(exchanges, privacy__level="record", privacy__noise_multiplier=1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,8 +17,11 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _ASSISTANT, _SYSTEM, _USER = "assistant", "system", "user"
 _PROBE = "\ue000\ue001"  # of Unicode's private use: no template and hardly a row writes it
 # some templates write today's date: the same rows would become other tokens tomorrow, so they get Llama 3's own default
-_DATE = "26 Jul 2024"
-_STILL = "{% macro strftime_now(format) %}" + _DATE + "{% endmacro %}"
+_THEN = datetime.datetime(2024, 7, 26)
+_DATE = _THEN.strftime("%d %b %Y")
+_MARKS = "".join(f" | replace('%{mark}', '{_THEN.strftime('%' + mark)}')" for mark in "YymdBbAaHMSIpjfe")
+# the line break belongs to the macro: the template begins on a line of its own, as it does without one
+_STILL = "{% macro strftime_now(format) %}{{ format" + _MARKS + " }}{% endmacro %}\n"
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,17 @@ def words_of(message: Message) -> str:
     return ""
 
 
+def calls_of(message: Message) -> list[str]:
+    """Return the names of what an answer calls."""
+    calls = message.get("tool_calls") or message.get("function_call")
+    found = []
+    for call in calls if isinstance(calls, list) else [calls]:
+        called = call.get("function", call) if isinstance(call, Mapping) else None
+        if isinstance(called, Mapping) and isinstance(called.get("name"), str):
+            found.append(called["name"])
+    return found
+
+
 class Renderer:
     """Writes conversations by a tokenizer's chat template.
 
@@ -62,7 +77,13 @@ class Renderer:
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        template = tokenizer.get_chat_template()
+        try:
+            template = tokenizer.get_chat_template()
+        except ValueError:  # it has several, of which none is the default
+            raise ModelError(
+                "the tokenizer has several chat templates, of which none is called default. Save it with one, or set "
+                "data.template."
+            ) from None
         self._template = _STILL + template
         self._names = {**tokenizer.special_tokens_map, "date_string": _DATE}
         self.marked = bool(_GENERATION.search(template))
@@ -71,11 +92,12 @@ class Renderer:
             (written,) = self.texts([exchange])
         except _Refused as error:
             raise ModelError(
-                f"the tokenizer's chat template refuses a user's and an assistant's turn: {error}. Save another one, "
-                "or set data.template."
+                f"the chat template refuses a user's and an assistant's turn: {error}. Save another one with the "
+                "tokenizer, or set data.template."
             ) from None
         _, found, after = written.rpartition(_PROBE)
         self.ending: str = after.rstrip() if found else ""
+        self._opens = self._opening_of(exchange[:1])
         added = set(tokenizer.get_added_vocab().values()) | {tokenizer.eos_token_id}
         ids = tokenizer(self.ending, add_special_tokens=False)["input_ids"] if self.ending else []
         self.stops: tuple[int, ...] = tuple(token for token in ids if token in added)
@@ -96,7 +118,6 @@ class Renderer:
     def _written(
         self, conversations: Sequence[Sequence[Message]], *, opened: bool = False, marks: bool = False
     ) -> tuple[list[str], list[list[tuple[int, int]]]]:
-        from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
@@ -107,7 +128,7 @@ class Renderer:
                 return_assistant_tokens_mask=marks,
                 **self._names,
             )
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except Exception as error:  # a template is code of others, which raises whatever it likes
             raise _Refused(first_line(error).rstrip(".")) from None
         return texts, marked
 
@@ -152,6 +173,7 @@ class Renderer:
             else:
                 (text,) = self.texts([turns])
                 spans = self._sought(turns, text, where)
+            self._refuse_uncalled(turns, text, spans, where)
         except _Refused as error:
             raise DataError(
                 f"{where} is a conversation that the chat template refuses: {error}. Change the row, or data.template."
@@ -184,15 +206,17 @@ class Renderer:
         for at, turn in enumerate(turns):
             if turn.get("role") != _ASSISTANT:
                 continue
-            (head,) = self.texts([turns[:at]], opened=True)
+            head = self._head(turns[:at])
             words = words_of(turn).strip()
-            start = len(head) if text.startswith(head) else -1
-            if start < 0 and at == len(turns) - 1 and len(turns) == 2:
+            start = len(head) if head is not None and text.startswith(head) else -1
+            if start < 0 and head is not None and at == len(turns) - 1 and len(turns) == 2:
                 start = _shared(head, text)
             after = -1
             if start >= 0 and words:
                 begin = start + len(text[start:]) - len(text[start:].lstrip())
                 after = begin + len(words) if text.startswith(words, begin) else -1
+            if calls_of(turn):  # which stand before or behind the words
+                after = self._called(turns[: at + 1], text, after)
             if after < 0:
                 first, after = self._replaced(turns, at, text, where)
                 if not (0 <= start <= first):
@@ -203,12 +227,45 @@ class Renderer:
             spans.append(Span(at, start, max(start, end)))
         return spans
 
-    def _opening(self, before: Sequence[Message], head: str, text: str, first: int) -> int:
-        """Return where an answer starts whose words start at `first`, by what the template opens answers with."""
+    def _head(self, before: Sequence[Message]) -> str | None:
+        """Return what is written before an answer, and to open it; None where the template does not write it so."""
+        if not before:  # many templates look at a first turn
+            return None
+        try:
+            return self.texts([before], opened=True)[0]
+        except _Refused:
+            return None
+
+    def _opening_of(self, before: Sequence[Message]) -> str:
+        """Return what opens an answer behind some turns; empty where nothing does."""
         (closed,) = self.texts([before])
-        opening = head[len(closed) :] if head.startswith(closed) else ""
+        head = self._head(before) or ""
+        return head[len(closed) :] if head.startswith(closed) else ""
+
+    def _opening(self, before: Sequence[Message], head: str | None, text: str, first: int) -> int:
+        """Return where an answer starts whose words start at `first`, by what the template opens answers with."""
+        opening = self._opens if head is None else self._opening_of(before)
         at = text.rfind(opening, 0, first) if opening else -1
         return at + len(opening) if at >= 0 else first
+
+    def _called(self, upto: Sequence[Message], text: str, after: int) -> int:
+        """Return where the calls of the last of some turns end, if the template writes these turns alone alike."""
+        (alone,) = self.texts([upto])
+        ended = alone.rstrip()
+        if not text.startswith(ended):
+            return after
+        return len(ended.removesuffix(self.ending.lstrip()))
+
+    def _refuse_uncalled(self, turns: Sequence[Message], text: str, spans: Sequence[Span], where: str) -> None:
+        """Raise for an answer that calls something of which the template writes nothing: it would be taught silence."""
+        for span in spans:
+            said = text[span.start : span.end].removesuffix(self.ending.lstrip())
+            for name in calls_of(turns[span.turn]):
+                if name not in said:
+                    raise DataError(
+                        f"{where} calls '{name[:40]}' in an answer, and the chat template has no words for calls. Set "
+                        "data.template to a file that writes tool_calls, or write the call as the answer's content."
+                    )
 
     def _replaced(self, turns: Sequence[Message], at: int, text: str, where: str) -> tuple[int, int]:
         """Return where the words of a turn begin and end in the text: what differs if it says something else."""

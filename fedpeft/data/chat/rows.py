@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,8 @@ class Row:
         What, of `LOSSES`.
     folded : bool
         Whether a system's turn stands in the first user's, since the template has no place for it.
+    why : str
+        Why nothing is left of it, where nothing is: a line that names the row.
     """
 
     ids: NDArray[np.int32]
@@ -50,6 +52,7 @@ class Row:
     cut: int = 0
     lost: frozenset[str] = frozenset()
     folded: bool = False
+    why: str = ""
 
     @property
     def counts(self) -> bool:
@@ -156,10 +159,12 @@ class RowEncoder:
             ids, counted = self._told(read, tokens)
             return Row(ids, counted, answer, reference, folded=folded)
         lost: set[str] = set()
-        if not self._room(read).fits and (first := self._later(read)):
+        tokens = _up_to_answer(read, tokens)
+        if not self._room(read, tokens).fits and (first := self._later(read)):
             lost.add("turns")
             read = read.from_turn(*first)
             (tokens,) = self._written([read])
+            tokens = _up_to_answer(read, tokens)
             answer = _answer(read, tokens)
         ids, counted = self._told(read, tokens)
         room = room_for(self.limits, answer, len(ids) - answer)
@@ -170,10 +175,12 @@ class RowEncoder:
             lost.add("prompt")
         ids, counted = np.delete(ids, gone), np.delete(counted, gone)
         if answer >= self.limits.max_length:
-            raise DataError(
+            why = (
                 f"{read.where}: data.max_length = {self.limits.max_length}, but what the chat template writes around "
-                f"the turns is {answer} tokens by itself. Set it to more than that."
+                f"the turns is {answer} tokens by itself. Set it to more than that, or data.empty = 'skip' to leave "
+                "such rows out."
             )
+            return Row(ids[:0], counted[:0], 0, reference, length, folded=folded, why=why)
         if len(ids) > self.limits.max_length:
             lost.add("completion" if read.last >= 0 else "text")
             ids, counted = ids[: self.limits.max_length], counted[: self.limits.max_length]
@@ -182,10 +189,15 @@ class RowEncoder:
     def _later(self, read: _Read) -> tuple[int, int] | None:
         """Return at which turn to begin, and how many system turns to keep before it."""
         roles = [str(turn.get("role")) for turn in read.turns]
-        return without_early(roles, read.last, lambda first, kept: self._room(read.from_turn(first, kept)).fits)
 
-    def _room(self, read: _Read) -> Room:
-        (tokens,) = self._written([read])
+        def fits(first: int, kept: int) -> bool:
+            rest = read.from_turn(first, kept)
+            (tokens,) = self._written([rest])
+            return self._room(rest, _up_to_answer(rest, tokens)).fits
+
+        return without_early(roles, read.last, fits)
+
+    def _room(self, read: _Read, tokens: Written) -> Room:
         answer = _answer(read, tokens)
         return room_for(self.limits, answer, self._length(read, tokens) - answer)
 
@@ -203,8 +215,11 @@ class RowEncoder:
         told = [answer for answer in tokens.answers if self._tells(read, answer.turn)]
         if self.train_on == "all":
             counted[:] = True
-        elif self.train_on == "completion" and told:
-            counted[told[0].start : tokens.answers[-1].end] = True
+        elif self.train_on == "completion" and told:  # what other roles say within it too, as TRL has it
+            counted[told[0].start : told[-1].end] = True
+            for answer in tokens.answers:
+                if not self._tells(read, answer.turn):
+                    counted[answer.start : answer.end] = False
         else:
             for answer in told:
                 counted[answer.start : answer.end] = True
@@ -215,11 +230,11 @@ class RowEncoder:
 
     def _tells(self, read: _Read, turn: int) -> bool:
         """Tell whether an answer's tokens count; OpenAI's rows may say of single ones that they do not."""
+        if read.turns[turn].get("weight") == 0:
+            return False
         if self.train_on == "last":
             return turn == read.last
-        if self.train_on == "completion":
-            return turn >= len(read.turns) - read.completion
-        return read.turns[turn].get("weight") != 0
+        return self.train_on != "completion" or turn >= len(read.turns) - read.completion
 
     # --- without a template ----------------------------------------------------------------------------------------
 
@@ -238,11 +253,11 @@ class RowEncoder:
             for part in (heads, [head + tail for head, tail in zip(heads, tails, strict=True)], tails)
         )
         return [
-            self._completed(head, text, tail, row.reference)
-            for head, text, tail, row in zip(before, whole, after, read, strict=True)
+            self._completed(row, head, text, tail)
+            for row, head, text, tail in zip(read, before, whole, after, strict=True)
         ]
 
-    def _completed(self, head: list[int], whole: list[int], tail: list[int], reference: str) -> Row:
+    def _completed(self, read: _Read, head: list[int], whole: list[int], tail: list[int]) -> Row:
         # a model that answers sees the prompt alone: where a token would span the border, both are tokenised apart
         rest = whole[len(head) :] if whole[: len(head)] == head and len(whole) > len(head) else tail
         before, rest = [*self._start, *head], [*rest, *self._end]
@@ -254,11 +269,13 @@ class RowEncoder:
             "completion": len(told) < len(rest),
         }
         counted = np.arange(len(kept) + len(told)) >= (0 if self.train_on == "all" else len(kept))
+        if self.train_on != "all" and not self._tells(read, read.last):
+            counted[:] = False
         return Row(
             np.array([*kept, *told], dtype=np.int32),
             counted,
             len(kept),
-            reference,
+            read.reference,
             len(before) + len(rest) - len(kept) - len(told),
             frozenset(name for name, is_so in lost.items() if is_so),
         )
@@ -273,6 +290,14 @@ class RowEncoder:
             cut = len(whole) - len(kept)
             rows.append(Row(kept, np.ones(len(kept), dtype=np.bool_), cut=cut, lost=frozenset({"text"} if cut else ())))
         return rows
+
+
+def _up_to_answer(read: _Read, tokens: Written) -> Written:
+    """Return a row without what its template writes behind the last answer: the first to go, as nobody reads it."""
+    if not tokens.answers or tokens.answers[-1].turn != len(read.turns) - 1:
+        return tokens
+    end = tokens.answers[-1].end
+    return replace(tokens, ids=tokens.ids[:end], starts=tokens.starts[:end], ends=tokens.ends[:end])
 
 
 def _parsed(cell: str) -> tuple[tuple[Message, ...], int]:

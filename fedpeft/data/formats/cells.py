@@ -71,12 +71,23 @@ def filled_text(place: Place, column: str, cells: pa.ChunkedArray) -> pa.Chunked
     DataError
         One is, or they are neither texts nor numbers.
     """
+    text = plain_text(place, column, cells)
+    refuse_missing(place, column, blank(text), "no text")
+    return text
+
+
+def plain_text(place: Place, column: str, cells: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return cells as text, some of which may be missing.
+
+    Raises
+    ------
+    DataError
+        They are neither texts nor numbers.
+    """
     cells = text_or_number(place, column, cells)
     if pa.types.is_floating(cells.type):
         cells = pc.if_else(pc.is_nan(cells), None, cells)  # pandas' word for a missing cell
-    text = cells.cast(pa.large_string())
-    refuse_missing(place, column, blank(text), "no text")
-    return text
+    return cells.cast(pa.large_string())
 
 
 def blank(text: pa.ChunkedArray) -> NDArray[np.bool_]:
@@ -101,7 +112,7 @@ def _decoded(place: Place, column: str, cells: pa.ChunkedArray) -> pa.ChunkedArr
             _ = value is None or value.decode()
         except UnicodeDecodeError as error:
             raise DataError(
-                f"row {row} of {place} holds bytes in column '{column}' that are not UTF-8 text "
+                f"{place.row(row)} holds bytes in column '{column}' that are not UTF-8 text "
                 f"(0x{value[error.start]:02x} at {error.start}). Save the column as text."
             ) from None
     raise not_read(place, column, cells.type, "texts or numbers")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,8 +100,8 @@ def _read(place: Place, wanted: Wanted) -> datasets.Dataset:
     tables: list[pa.Table] = []
     for client, own in _places(place):
         table = formats[own.kind].read(own, inner).with_format("arrow")[:]
-        if COLUMN in wanted.columns.values():
-            table = table.append_column(COLUMN, pa.array([client] * len(table), pa.large_string()))
+        # asked for or not: it tells which file a row is of
+        table = table.append_column(COLUMN, pa.array([client] * len(table), pa.large_string()))
         tables.append(table.replace_schema_metadata(None))
     if len({table.schema for table in tables}) > 1:  # files of several formats, or with other types
         tables = [_as_text(table, wanted.nested_columns) for table in tables]
@@ -124,6 +125,18 @@ def _as_text(table: pa.Table, nested: frozenset[str]) -> pa.Table:
         else:
             columns[name] = cells.cast(pa.large_string())
     return pa.table(columns)
+
+
+def _begun(place: Place, rows: datasets.Dataset) -> tuple[tuple[int, str], ...]:
+    import pyarrow.compute as pc
+
+    counts = {each["values"]: each["counts"] for each in pc.value_counts(rows.data[COLUMN]).to_pylist()}
+    begun: list[tuple[int, str]] = []
+    before = 0
+    for client, own in _places(place):
+        begun.append((before, os.path.relpath(own.name, place.name)))
+        before += counts.get(client, 0)
+    return tuple(begun)
 
 
 def _first(place: Place, encoding: str, count: int) -> list[dict[str, Any]]:
@@ -150,5 +163,6 @@ CLIENT_FILES = Format(
     splits=_splits,
     notes=_notes,
     first=_first,
+    begun=_begun,
     files=lambda place: [own.path for _, own in _places(place) if own.path is not None],
 )

@@ -62,7 +62,7 @@ def _is_text(name: str) -> bool:
     return not any("\ud800" <= letter < "\ue000" for letter in name)
 
 
-def _notes(place: Place) -> tuple[str, ...]:
+def _cautions(place: Place) -> tuple[str, ...]:
     """Say in one line each what in a folder of images is no row."""
     base = place.path
     assert base is not None
@@ -153,5 +153,5 @@ IMAGE_FOLDER = Format(
     splits=_splits,
     implies={"image": "image"},
     may_link=lambda place, column: False,
-    notes=_notes,
+    cautions=_cautions,
 )

@@ -41,13 +41,15 @@ class Format:
         Keys of the section `data`, and which columns they name where the user names none.
     may_link : callable
         Of a place and a column: whether its cells may be paths of images, without looking at all rows.
-    notes : callable
-        What whoever holds the rows of a place should know of them, in one line each.
+    notes, cautions : callable
+        What whoever holds the rows of a place should know of them, in one line each: what they are, and what is amiss.
     first : callable, optional
         Of a place, an encoding and a number: so many of its first rows or fewer, as objects with all their columns and
         cells as they are, which need not be all well; by them the layout of rows is found.
     files : callable, optional
         Of a place that is a folder: the files that its rows lie in; all below it, if not given.
+    begun : callable, optional
+        Of a place whose rows come from several files, and its rows as read: `Place.files`.
     fingerprint : callable, optional
         What changes whenever the rows of a place do, if they are in no file here.
     """
@@ -63,6 +65,8 @@ class Format:
     implies: Mapping[str, str] = field(default_factory=dict)
     may_link: Callable[[Place, str], bool] = lambda place, column: True
     notes: Callable[[Place], tuple[str, ...]] = lambda place: ()
+    cautions: Callable[[Place], tuple[str, ...]] = lambda place: ()
     first: Callable[[Place, str, int], list[dict[str, Any]]] | None = None
     files: Callable[[Place], list[Path]] | None = None
+    begun: Callable[[Place, datasets.Dataset], tuple[tuple[int, str], ...]] | None = None
     fingerprint: Callable[[Place], str] | None = None

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from fedpeft.data.layouts.alpaca import ALPACA
 from fedpeft.data.layouts.completion import COMPLETION
 from fedpeft.data.layouts.messages import MESSAGES
+from fedpeft.data.layouts.record import FILL as FILL
 from fedpeft.data.layouts.record import Conversation as Conversation
 from fedpeft.data.layouts.record import Layout as Layout
 from fedpeft.data.layouts.record import UnfitRowError as UnfitRowError

@@ -55,5 +55,6 @@ ALPACA = Layout(
     },
     optional=frozenset({"input", "system", "history"}),
     nested=frozenset({"history"}),
+    taught=frozenset({"completion"}),
     conversation=_conversation,
 )

@@ -34,5 +34,6 @@ COMPLETION = Layout(
     {"prompt": ("prompt",), "completion": ("completion",)},
     keys=("prompt", "completion"),
     nested=frozenset({"prompt", "completion"}),
+    taught=frozenset({"completion"}),
     conversation=_conversation,
 )

@@ -20,5 +20,6 @@ MESSAGES = Layout(
     optional=frozenset({"system"}),
     nested=frozenset({"messages"}),
     looks=lambda cells: are_turns(cells["messages"], [OPENAI]),
+    taught=frozenset({"messages"}),
     conversation=_conversation,
 )

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+SKIPPED = "remove the row, or set data.empty = 'skip' to leave such rows out"
+FILL = f"Fill it in, {SKIPPED}."
+
 
 class UnfitRowError(Exception):
     """A row of which nothing can be made.
@@ -17,11 +20,13 @@ class UnfitRowError(Exception):
         What is wrong with it, to stand after "row N of X".
     advice : str
         What to do.
+    empty : bool
+        Whether there is nothing in it to learn, so that it may be left out where the configuration says so.
     """
 
-    def __init__(self, key: str, what: str, advice: str = "Correct or remove the row.") -> None:
+    def __init__(self, key: str, what: str, advice: str = "Correct or remove the row.", *, empty: bool = False) -> None:
         super().__init__(what)
-        self.key, self.what, self.advice = key, what, advice
+        self.key, self.what, self.advice, self.empty = key, what, advice, empty
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,8 @@ class Layout:
         Keys whose column may be missing, or empty in a row.
     nested : frozenset of str
         Keys whose cells may be lists or objects; those of others are texts.
+    taught : frozenset of str
+        Keys whose cells hold what is learned: where one is empty, a row teaches nothing.
     looks : callable
         Of a row's cells by key, of which none that must be there is empty: whether they are as this layout has them.
     conversation : callable, optional
@@ -76,6 +83,7 @@ class Layout:
     keys: tuple[str, ...] = ()
     optional: frozenset[str] = frozenset()
     nested: frozenset[str] = frozenset()
+    taught: frozenset[str] = frozenset()
     looks: Callable[[Mapping[str, object]], bool] = field(default=lambda cells: True)
     conversation: Callable[[Mapping[str, object]], Conversation] | None = None
     implied: bool = True

@@ -21,5 +21,6 @@ SHAREGPT = Layout(
     optional=frozenset({"system"}),
     nested=frozenset({"messages"}),
     looks=lambda cells: are_turns(cells["messages"], [NAMES]),
+    taught=frozenset({"messages"}),
     conversation=_conversation,
 )

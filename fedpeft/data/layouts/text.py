@@ -9,5 +9,6 @@ TEXT = Layout(
     "one `text`, without turns",
     {"text": ("text",)},
     keys=("text",),
+    taught=frozenset({"text"}),
     implied=False,  # classifiers read the same column
 )

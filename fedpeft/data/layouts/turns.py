@@ -6,7 +6,7 @@ import ast
 import json
 from collections.abc import Mapping, Sequence
 
-from fedpeft.data.layouts.record import Conversation, UnfitRowError
+from fedpeft.data.layouts.record import FILL, SKIPPED, Conversation, UnfitRowError
 
 # what roles are called in the wild, and what they are
 ROLES: Mapping[str, tuple[str, ...]] = {
@@ -89,14 +89,17 @@ def last_answer(messages: Sequence[Mapping[str, object]], key: str) -> int:
         None is, or several are the system's.
     """
     if not messages:
-        raise UnfitRowError(key, "has no messages", "Fill it in or remove the row.")
+        raise UnfitRowError(key, "has no messages", FILL, empty=True)
     if (count := sum(each["role"] == "system" for each in messages)) > 1:
         raise UnfitRowError(key, f"has {count} system turns", "Join them into one.")
     for at in range(len(messages) - 1, -1, -1):
         if messages[at]["role"] == "assistant":
             return at
     raise UnfitRowError(
-        key, "has no turn of the assistant", "There is nothing to learn from it: add an answer, or remove the row."
+        key,
+        "has no turn of the assistant",
+        f"There is nothing to learn from it: add an answer, {SKIPPED}.",
+        empty=True,
     )
 
 
@@ -122,7 +125,13 @@ def _turn(turn: object, number: int, key: str) -> dict[str, object]:
         if role == "system":
             content = ""
         elif role != "tool" and not (role == "assistant" and calls):
-            raise UnfitRowError(key, f"has an empty turn {number} ({role})", "Fill it in or remove the row.")
+            answer = role == "assistant"
+            raise UnfitRowError(
+                key,
+                f"has an empty turn {number} ({role})",
+                FILL if answer else "Fill it in or remove it.",
+                empty=answer,
+            )
     return {"role": role, "content": content, **more}
 
 

@@ -130,41 +130,8 @@ def test_the_end_of_turn_is_taught_where_the_template_marks_the_words_alone() ->
     row = encoded(tokenizer, talk(2))
     assert told(tokenizer, row) == ["It is 0.\nSo it is.<|im_end|>", "yes 1, naïve<|im_end|>"]
     bare = letters("{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}")
-    assert told(bare, encoded(bare, talk(1))) == [" It is 0.\nSo it is.</s>"] or told(bare, encoded(bare, talk(1))) == [
-        "assistant: It is 0.\nSo it is.</s>"
-    ]
-
-
-@pytest.mark.parametrize("style", STYLES, ids=lambda style: style.name)
-@pytest.mark.parametrize("truncate", ["longest", "prompt", "completion"])
-def test_what_is_too_long_loses_early_turns_and_words_but_never_who_speaks(style: Style, truncate: Any) -> None:
-    tokenizer = letters(style.template, style.eos)
-    turns = talk(4, system=True)
-    whole = len(encoded(tokenizer, turns).ids)
-    opening = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "?"}], tokenize=False, add_generation_prompt=True
-    ).split("?")[-1]
-    kept = 0
-    for length in range(whole - 1, 20, -7):
-        try:
-            row = encoded(tokenizer, turns, length, truncate=truncate)
-        except DataError as error:
-            assert "what the chat template writes around the turns" in str(error)  # noqa: PT017
-            continue
-        kept += 1
-        assert len(row.ids) <= length
-        assert row.cut == whole - len(row.ids)
-        assert row.lost
-        before = tokenizer.decode(row.ids[: row.answer])
-        assert before.endswith(opening)
-        one = [turns[0], {"role": "user", "content": turns[-2]["content"]}, turns[-1]]
-        if "prompt" not in row.lost and "completion" not in row.lost:  # whole turns alone are gone
-            rest = row.reference and [turns[0], *turns[1 + 2 * (4 - len(told(tokenizer, row))) :]]
-            assert row.ids.tolist() == encoded(tokenizer, rest).ids.tolist()
-        elif truncate != "completion":
-            alone = tokenizer.decode(encoded(tokenizer, one).ids)
-            assert alone[: alone.index("B" if "Be" in alone else "W")] in before
-    assert kept > 5
+    # it opens no answers: a model must write who speaks as well
+    assert told(bare, encoded(bare, talk(2))) == ["assistant: It is 0.\nSo it is.", "assistant: yes 1, naïve</s>"]
 
 
 def test_a_row_without_a_template_is_prompt_line_break_completion() -> None:
@@ -190,6 +157,11 @@ def test_a_turn_of_weight_nought_is_not_taught() -> None:
     turns: list[Any] = talk(2)
     turns[1]["weight"] = 0
     assert told(tokenizer, encoded(tokenizer, turns)) == ["yes 1, naïve<|im_end|>"]
+    assert told(tokenizer, encoded(tokenizer, turns, completion=3, train_on="completion")) == ["yes 1, naïve<|im_end|>"]
+    turns[3]["weight"] = 0
+    assert not encoded(tokenizer, turns, train_on="last").counts
+    assert encoded(tokenizer, turns, train_on="all").counts
+    assert not encoded(letters(None), turns[2:]).counts
 
 
 def test_what_cannot_be_written_is_one_clear_line(tmp_path: Path) -> None:
@@ -209,13 +181,93 @@ def test_what_cannot_be_written_is_one_clear_line(tmp_path: Path) -> None:
         chosen(DataConfig(template="vicunia"))
     with pytest.raises(ConfigError, match=r"none\.jinja' cannot be read"):
         chosen(DataConfig(template=str(tmp_path / "none.jinja")))
-    (tmp_path / "own.jinja").write_text(MARKED)
+    (tmp_path / "own.jinja").write_text(" \n")
+    with pytest.raises(ConfigError, match=r"own\.jinja' is empty"):
+        chosen(DataConfig(template=str(tmp_path / "own.jinja")))
+    (tmp_path / "own.jinja").write_text(MARKED, encoding="utf-8-sig")
     found = chosen(DataConfig(template=str(tmp_path / "own.jinja")))
     assert found is not None
     assert found.text == MARKED
 
 
-def test_a_date_of_today_is_not_part_of_a_row() -> None:
-    template = "{{ strftime_now('%d %b %Y') }}" + STYLES[0].template
-    tokenizer = letters(template)
-    assert tokenizer.decode(encoded(tokenizer, talk(1)).ids).startswith("26 Jul 2024<|im_start|>user")
+@pytest.mark.parametrize(
+    ("format_", "date"), [("%d %b %Y", "26 Jul 2024"), ("%Y-%m-%d, a %A", "2024-07-26, a Friday"), ("%B", "July")]
+)
+def test_a_date_of_today_is_not_part_of_a_row(format_: str, date: str) -> None:
+    tokenizer = letters("{{ strftime_now('" + format_ + "') }}" + STYLES[0].template)
+    assert tokenizer.decode(encoded(tokenizer, talk(1)).ids).startswith(f"{date}<|im_start|>user")
+
+
+@pytest.mark.parametrize(
+    "start", ["\n{{ 'x' }}", "  {% if true %}{{ 'x' }}{% endif %}", "{%- if true %}\n\nx{% endif %}"]
+)
+def test_a_template_begins_as_it_does_in_transformers(start: str) -> None:
+    tokenizer = letters(start + STYLES[0].template)
+    theirs = tokenizer.apply_chat_template(talk(1), return_dict=False)
+    assert encoded(tokenizer, talk(1)).ids.tolist() == theirs[:-1]  # but for the line break behind the last turn
+
+
+CALL = [{"id": "1", "type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
+CALLING = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + (m.content or '') }}{% for c in m.tool_calls or [] %}"
+    "{{ '<call>' + c.function.name + (c.function.arguments | tojson) + '</call>' }}{% endfor %}{{ '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("words", ["", "let me see "])
+def test_an_answer_that_calls_is_taught_its_call_or_refused(words: str) -> None:
+    turns: list[Any] = [
+        {"role": "user", "content": "1 + 2?"},
+        {"role": "assistant", "content": words, "tool_calls": CALL},
+        {"role": "tool", "content": "3"},
+        {"role": "assistant", "content": "three"},
+    ]
+    tokenizer = letters(CALLING)
+    assert told(tokenizer, encoded(tokenizer, turns)) == [
+        words + '<call>add{"a": 1}</call><|im_end|>',
+        "three<|im_end|>",
+    ]
+    for template in (STYLES[0].template, TEMPLATES.find("chatml").text):
+        with pytest.raises(DataError, match="row 1 calls 'add' in an answer, and the chat template has no words for"):
+            encoded(letters(template), turns)
+
+
+@pytest.mark.parametrize("style", STYLES, ids=lambda style: style.name)
+def test_a_conversation_that_the_assistant_begins_is_read_where_the_template_writes_it(style: Style) -> None:
+    tokenizer = letters(style.template, style.eos)
+    turns = talk(2)[1:]
+    if style.name == "mistral":
+        with pytest.raises(DataError, match="roles must alternate"):
+            encoded(tokenizer, turns)
+        return
+    ids, mask = expected(tokenizer, style, turns)
+    if style.name == "llama-2":
+        mask[0] = False  # the space that joins it to a user's turn, of which there is none
+    row = encoded(tokenizer, turns)
+    assert (row.ids.tolist(), row.counted.tolist()) == (ids, mask)
+
+
+WILD = {
+    "division": "{{ 1 / 0 }}",
+    "a long loop": "{% for i in range(10 ** 9) %}x{% endfor %}",
+    "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "a way out of the sandbox": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "a file": "{% include '/etc/passwd' %}",
+    "no Jinja": "{% for m in messages %}",
+}
+
+
+@pytest.mark.parametrize("what", WILD)
+def test_a_template_that_raises_whatever_it_likes_is_one_line(what: str) -> None:
+    with pytest.raises(ModelError, match=r"^the chat template refuses a user's and an assistant's turn: ") as caught:
+        encoded(letters(WILD[what]), talk(1))
+    assert "\n" not in str(caught.value)
+
+
+def test_of_several_templates_the_default_is_taken() -> None:
+    several: Any = {"default": STYLES[0].template, "tool_use": "{{ 1 / 0 }}"}
+    assert told(letters(None), encoded(letters(several), talk(1))) == ["It is 0.\nSo it is.<|im_end|>"]
+    del several["default"]
+    with pytest.raises(ModelError, match="several chat templates, of which none is called default"):
+        encoded(letters(several), talk(1))

@@ -5,8 +5,6 @@ Nothing heavy is imported: a command may ask for names before anything is loaded
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from fedpeft.config import DataConfig
 from fedpeft.data.chat.templates.alpaca import ALPACA
 from fedpeft.data.chat.templates.chatml import CHATML
@@ -14,6 +12,7 @@ from fedpeft.data.chat.templates.none import NONE
 from fedpeft.data.chat.templates.record import ChatTemplate as ChatTemplate
 from fedpeft.data.chat.templates.vicuna import VICUNA
 from fedpeft.errors import ConfigError
+from fedpeft.places import at
 from fedpeft.registry import Registry
 
 TEMPLATES: Registry[ChatTemplate] = Registry("chat template", "fedpeft.templates", (ALPACA, VICUNA, CHATML, NONE))
@@ -38,10 +37,12 @@ def chosen(data: DataConfig) -> ChatTemplate | None:
     if not data.template.endswith(SUFFIXES):
         return TEMPLATES.find(data.template)
     try:
-        text = Path(data.template).read_text(encoding="utf-8")
+        text = at(data.template).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise ConfigError(
             f"data.template = '{data.template}' cannot be read: {reason}. Name a file of Jinja, or {choices()}."
         ) from None
+    if not text.strip():
+        raise ConfigError(f"data.template = '{data.template}' is empty. Write a chat template, or name {choices()}.")
     return ChatTemplate(data.template, text)

@@ -1,0 +1,23 @@
+"""Rows of which some cannot be encoded, where nobody may see which."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from fedpeft import tasks
+from fedpeft.config import configure
+from fedpeft.data.sources import locate, raw_rows
+from fedpeft.tasks.tolerant import encode_what_can_be
+
+
+def test_where_failures_must_not_be_seen_a_bad_row_is_named_and_left_out(tmp_path: Path, tiny_llama: Path) -> None:
+    good = {"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]}
+    bad = {"messages": [{"role": "narrator", "content": "x"}]}
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in (bad, good, good)) + "{damaged}\n")
+    config = configure({"model.name": str(tiny_llama), "model.task": "causal-lm", "data.max_length": 16})
+    split, problems = encode_what_can_be(config, tiny_llama, path)
+    assert (len(split), sorted(problems)) == (2, [1, 4])
+    assert problems[1].startswith(f"row 1 of '{path}' has a turn 1 of the unknown role")
+    assert len(raw_rows(locate(path).train, config.data, tasks.find("causal-lm").columns, frozenset())) == 4
