@@ -44,16 +44,25 @@ def of(config: RunConfig) -> Task:
     task = find(named(config))
     for key in ("template", "train_on", "empty"):
         if (value := getattr(config.data, key)) is not None and not task.continues:
-            raise ConfigError(f"data.{key} = '{value}' is for language models, but the task is '{task.name}'; drop it")
+            raise _for_others(config, f"data.{key} = '{value}'", task)
     if task.reads_conversations:
         candidates(names_of(config.data), config.data.layout)  # which refuses what contradicts itself
         return task
     for key, value in (("layout", config.data.layout), ("messages", config.data.messages)):
         if value is not None:
-            raise ConfigError(f"data.{key} = '{value}' is for language models, but the task is '{task.name}'; drop it")
+            raise _for_others(config, f"data.{key} = '{value}'", task)
     if config.data.truncate is not None:
         raise ConfigError(
             f"data.truncate = '{config.data.truncate}' is for prompts and completions, but the task is "
             f"'{task.name}'; drop it"
         )
     return task
+
+
+def _for_others(config: RunConfig, what: str, task: Task) -> ConfigError:
+    """Return the error for a setting that is of use to language models alone."""
+    said = f"{what} is for language models, but the task is '{task.name}'"
+    if config.model.task is not None:
+        return ConfigError(f"{said}; drop it")
+    other = next(each.name for each in TASKS.ours.values() if each.continues)
+    return ConfigError(f"{said}, since nothing in the columns says otherwise; drop it, or set model.task={other}")

@@ -116,3 +116,23 @@ def test_rows_that_are_left_know_their_place_in_their_own_file(folder: Path, tin
         assert train.clients == ("ann", "bob", "bob", "cy", "cy", "cy")
         (caution,) = train.cautions
         assert caution.startswith(f"1 rows of split 'train' of '{folder}' have no token that the loss counts")
+
+
+def test_files_that_are_no_clients_are_named_and_a_client_without_rows_is_refused(
+    folder: Path, tiny_llama: Path
+) -> None:
+    write(folder / "cy" / "more.jsonl", "w9")
+    write(folder / "dee" / "rows.jsonl", "w9")
+    (folder / "cy" / "notes.txt").write_text("x")
+    data = encode(config_of(folder, **{"model.name": str(tiny_llama)}), tiny_llama)
+    (caution,) = data.cautions
+    assert caution.startswith(f"2 files in '{folder}' are not read: cy/more.jsonl, dee/rows.jsonl.")
+    (folder / "eve.csv").write_text("messages\n")
+    with pytest.raises(DataError, match=r"eve\.csv' holds no rows\. Add some, or remove the file\."):
+        encode(config_of(folder, **{"model.name": str(tiny_llama)}), tiny_llama)
+
+
+def test_a_client_whose_rows_are_of_another_layout_is_named(folder: Path, tiny_llama: Path) -> None:
+    (folder / "dee.jsonl").write_text(json.dumps({"conversations": [{"from": "human", "value": "w1"}]}) + "\n")
+    with pytest.raises(DataError, match=r"dee\.jsonl' has no column 'messages' \(data\.messages\)\. It has: conv"):
+        encode(config_of(folder, **{"model.name": str(tiny_llama)}), tiny_llama)

@@ -124,7 +124,7 @@ def test_rows_that_a_classifier_reads_stay_its_own(tmp_path: Path) -> None:
 
 
 def test_what_else_is_said_of_a_turn_stays_and_texts_in_parts_are_joined(tmp_path: Path) -> None:
-    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    parts = [{"type": "text", "text": "a"}, {"type": "input_text", "text": "b"}]
     turns = [
         {"role": "system", "content": " "},
         {"role": "user", "content": parts, "name": "n"},

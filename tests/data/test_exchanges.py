@@ -59,6 +59,17 @@ def test_rows_without_a_token_that_counts_are_refused_or_skipped_by_name(folder:
         made(skipping, folder, UNANSWERED)
 
 
+def test_rows_that_the_template_alone_fills_are_refused_or_skipped_by_name(folder: Path) -> None:
+    short = [{"role": "user", "content": ""}, {"role": "assistant", "content": "yes"}]
+    tools = [{"role": "user", "content": ""}, *[{"role": "tool", "content": ""}] * 3, short[1]]
+    with pytest.raises(
+        DataError, match=r"^row 2 of .*: data\.max_length = 30, but what the chat template writes around"
+    ):
+        made(configured(data__max_length=30), folder, short, tools)
+    encoding = made(configured(data__max_length=30, data__empty="skip"), folder, short, tools)
+    assert (encoding.kept.tolist(), encoding.cuts["empty"]) == ([0], 1)  # type: ignore[union-attr]
+
+
 def test_prompts_and_references_are_those_of_the_last_answers(folder: Path) -> None:
     encoding = made(configured(), folder, talk(1), talk(3), talk(2))
     split = EncodedSplit("causal-lm", encoding.tensors, pad_token_id=encoding.pad_token_id)
@@ -77,7 +88,10 @@ def test_rows_that_were_cut_are_counted_by_what_they_lost(folder: Path) -> None:
     config = configured(data__max_length=200)
     encoding = made(config, folder, talk(1), talk(5, system=True))
     (note,) = cut_notes(config, PLACE, 2, dict(encoding.cuts), 200)
-    assert note.startswith("of 2 rows of 'rows.jsonl' 1 lose whole early turns, cut to data.max_length = 200")
+    assert note == (
+        "of 2 rows of 'rows.jsonl' 1 lose whole early turns, cut to data.max_length = 200 with data.truncate = "
+        "'longest'; set more of the one, or of the other 'prompt' or 'completion'"
+    )
     assert encoding.tensors["cut"].tolist()[0] == 0
     assert encoding.tensors["cut"].tolist()[1] > 0
 
@@ -95,5 +109,7 @@ def test_the_length_follows_from_task_and_model_where_it_is_not_set() -> None:
 @pytest.mark.parametrize("key", ["template", "train_on", "empty"])
 def test_what_is_for_turns_alone_is_refused_for_texts_to_classify(key: str) -> None:
     value = {"template": "alpaca", "train_on": "last", "empty": "skip"}[key]
-    with pytest.raises(ConfigError, match=rf"data\.{key} = '{value}' is for language models"):
+    with pytest.raises(ConfigError, match=rf"data\.{key} = '{value}' is for language models.*set model.task=causal-lm"):
         of(resolve([nest({f"data.{key}": value})]))
+    with pytest.raises(ConfigError, match=rf"data\.{key} = '{value}' is for language models.*'; drop it$"):
+        of(resolve([nest({f"data.{key}": value, "model.task": "sequence-classification"})]))

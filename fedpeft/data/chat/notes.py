@@ -44,10 +44,11 @@ def cut_notes(config: RunConfig, place: Place, count: int, cuts: Cuts, max_lengt
     if lost := [f"{cuts[name]:,} {words}" for name, words in _WORDS.items() if cuts[name]]:
         way = config.data.truncate or "longest"
         others = " or ".join(repr(name) for name in get_args(Truncate) if name != way)
-        said.append(
-            f"of {count:,} rows of {place} {', '.join(lost)}, cut to data.max_length = {max_length} with "
-            f"data.truncate = '{way}'; set more, or {others}"
-        )
+        told = f"of {count:,} rows of {place} {', '.join(lost)}, cut to data.max_length = {max_length}"
+        if cuts["text"]:
+            said.append(f"{told}; set more")
+        else:
+            said.append(f"{told} with data.truncate = '{way}'; set more of the one, or of the other {others}")
     if cuts["empty"]:
         said.append(
             f"{cuts['empty']:,} rows of {place} have no token that the loss counts and are skipped, as data.empty says"

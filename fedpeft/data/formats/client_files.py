@@ -100,6 +100,8 @@ def _read(place: Place, wanted: Wanted) -> datasets.Dataset:
     tables: list[pa.Table] = []
     for client, own in _places(place):
         table = formats[own.kind].read(own, inner).with_format("arrow")[:]
+        if not len(table):
+            raise DataError(f"{own} holds no rows. Add some, or remove the file.")
         # asked for or not: it tells which file a row is of
         table = table.append_column(COLUMN, pa.array([client] * len(table), pa.large_string()))
         tables.append(table.replace_schema_metadata(None))
@@ -150,6 +152,22 @@ def _first(place: Place, encoding: str, count: int) -> list[dict[str, Any]]:
     return rows
 
 
+def _cautions(place: Place) -> tuple[str, ...]:
+    """Name files that could be read, but are no client's: those in a client's folder that have other names."""
+    assert place.path is not None
+    known = _formats()
+    read = {path for parts in client_files(place.path, known).values() for paths in parts.values() for path in paths}
+    inside = [each for each in place.path.iterdir() if counts(each) and each.is_dir()]
+    files = sorted(path for each in inside for path in each.iterdir() if _stem(path, known) is not None)
+    left = [str(path.relative_to(place.path)) for path in files if path not in read]
+    if not left:
+        return ()
+    shown = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
+    return (
+        f"{len(left)} files in '{place.name}' are not read: {shown}. In a client's folder call them train and test.",
+    )
+
+
 def _notes(place: Place) -> tuple[str, ...]:
     own = _places(place)
     shown = ", ".join(client for client, _ in own[:3]) + (", ..." if len(own) > 3 else "")
@@ -162,6 +180,7 @@ CLIENT_FILES = Format(
     _read,
     splits=_splits,
     notes=_notes,
+    cautions=_cautions,
     first=_first,
     begun=_begun,
     files=lambda place: [own.path for _, own in _places(place) if own.path is not None],

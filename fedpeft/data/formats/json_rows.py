@@ -161,7 +161,9 @@ def _rows_within(place: Place, wanted: Wanted, value: object) -> Iterable[tuple[
     names = [name for name in dict.fromkeys(wanted.columns.values()) if name in value]
     # pandas writes a column as an object from index to cell
     columns: list[Any] = [_cells(place, name, value[name], value[names[0]]) for name in names]
-    if not names and any(isinstance(cells, dict | list) and cells not in ([], {}) for cells in value.values()):
+    # a file with an object a line may have one line, and then what it lacks is a column
+    of_lines = place.path is not None and not LINES.isdisjoint(place.path.suffixes)
+    if not names and not of_lines and any(isinstance(c, dict | list) and c not in ([], {}) for c in value.values()):
         raise DataError(f"{place} is one object in which no rows are found (it has: {named(list(value))}). {ADVICE}")
     if not names or not all(isinstance(column, list) for column in columns):
         return [] if list(value.values()) == [[]] else [("line 1", value)]

@@ -17,6 +17,7 @@ ROLES: Mapping[str, tuple[str, ...]] = {
 }
 ROLE_OF = {said: role for role, names in ROLES.items() for said in names}
 OPENAI, SHAREGPT = ("role", "content"), ("from", "value")
+WORDS = ("text", "input_text", "output_text")  # what parts of a turn that are texts say of themselves
 SHOWN = 40  # characters of a role that a message shows
 
 
@@ -145,7 +146,7 @@ def _content(content: object, number: int, key: str) -> str:
         raise UnfitRowError(key, f"holds a {kind} as the content of turn {number}", "Give a text.")
     texts: list[str] = []
     for part in parts:
-        text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
+        text = part.get("text") if isinstance(part, dict) and part.get("type", "text") in WORDS else part
         if not isinstance(text, str):
             part_type = part.get("type") if isinstance(part, dict) else None
             shown = f"a part of type '{part_type[:SHOWN]}'" if isinstance(part_type, str) else "a part that is no text"
