@@ -259,9 +259,7 @@ def _train(ready: Ready, penalty: Callable[[], Tensor] | None) -> LocalResult:
         )
 
 
-def _answer(
-    ready: Ready, update: Mapping[str, Tensor], result: LocalResult, claim: PrivacyClaim | None
-) -> TrainAnswer:
+def _answer(ready: Ready, update: Mapping[str, Tensor], result: LocalResult, claim: PrivacyClaim | None) -> TrainAnswer:
     """Return what a client sends back: under privacy neither its loss, nor how long it took.
 
     Where row counts are not public, all clients weigh alike.

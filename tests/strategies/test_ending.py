@@ -67,9 +67,7 @@ def test_a_run_that_gets_worse_ends_early_and_its_best_adapter_is_kept(text_conf
     assert events(shorter, "end")[-1] == end
 
 
-def test_the_best_adapter_may_be_the_last_one_and_stays_when_the_run_goes_on(
-    text_config: Make, tmp_path: Path
-) -> None:
+def test_the_best_adapter_may_be_the_last_one_and_stays_when_the_run_goes_on(text_config: Make, tmp_path: Path) -> None:
     settings = {"run__best": "loss", "train__learning_rate": 0.005}
     whole = simulate(text_config(federation__rounds=3, **settings), tmp_path / "whole").path
     best = events(whole, "end")[0]["best_round"]
