@@ -151,7 +151,7 @@ def prepare(message: Message, context: Context) -> Ready | ShortAnswer:
     if start.held_hash(adapted) != order.held_hash:
         return ShortAnswer.NEEDS_ARRAYS
     sent_back = [name for name in _trained(order, adapted) if name not in start.personal]
-    control = Control.of(order.control, {name: adapted.initial[name] for name in sent_back}, context.state)
+    control = Control.of(order, {name: adapted.initial[name] for name in sent_back}, context.state)
     rows = client_rows(home, context.node_config)
     permission, level = None, level_of(run.privacy)
     if level.clients_add_noise:
@@ -194,9 +194,7 @@ def finish(
     claim = None if permission is None else permission.claim
     if ready.control is not None:
         ready.control.keep(start.tensors, update, result.rate_sum, state)
-    else:
-        result = replace(result, rate_sum=0.0)  # nobody asks for it
-    return _answer(update, ready.run, ready.rows, result, claim).to_record()
+    return _answer(ready, update, result, claim).to_record()
 
 
 @dataclass(frozen=True)
@@ -261,15 +259,15 @@ def _train(ready: Ready, penalty: Callable[[], Tensor] | None) -> LocalResult:
         )
 
 
-def _answer(
-    update: Mapping[str, Tensor], run: RunConfig, rows: ClientRows, result: LocalResult, claim: PrivacyClaim | None
-) -> TrainAnswer:
+def _answer(ready: Ready, update: Mapping[str, Tensor], result: LocalResult, claim: PrivacyClaim | None) -> TrainAnswer:
     """Return what a client sends back: under privacy neither its loss, nor how long it took.
 
     Where row counts are not public, all clients weigh alike.
     """
-    level = level_of(run.privacy)
-    metrics = TrainMetrics(result.steps, spent=claim, rate_sum=result.rate_sum or None)
+    run, rows, control, level = ready.run, ready.rows, ready.control, level_of(ready.run.privacy)
+    metrics = TrainMetrics(result.steps, spent=claim)
+    if control is not None:
+        metrics = replace(metrics, rate_sum=result.rate_sum or None, control_lost=control.is_lost)
     if level.tells_metrics(run.privacy):
         metrics = replace(metrics, loss=result.loss, seconds=result.seconds)
     return TrainAnswer(to_record(update), rows.num_examples if level.weighs_rows(run.privacy) else 1, metrics)

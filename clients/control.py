@@ -7,6 +7,11 @@ rates lr_1 .. lr_K, from x to y, the client keeps
 
 the mean of the gradients g that it stepped along: option II of SCAFFOLD, see `fedpeft.strategies.scaffold`. It never
 leaves the client: what it changed by follows from x, y, c and the sum of the learning rates.
+
+The server's c is made of the c_i that it has counted. An answer that comes too late, or is refused, is not counted, and
+the client must go on from the c_i before it: each order says which one, by the round that it was made in, and the
+client keeps the last two. A client that does not hold the one it is asked for, as after a restart of its SuperNode,
+takes the round's steps uncorrected, and says so.
 """
 
 from __future__ import annotations
@@ -16,14 +21,15 @@ from dataclasses import dataclass
 from typing import Self
 
 import torch
-from flwr.app import ArrayRecord, RecordDict
+from flwr.app import ConfigRecord, RecordDict
 from torch import Tensor
 
 from fedpeft.clients.received import once_each
 from fedpeft.errors import MessageError
-from fedpeft.wire import CONTROL_RECORD, to_record, to_tensors
+from fedpeft.wire import CONTROL_RECORD, TrainOrder, to_record, to_tensors
 
-OWN_CONTROL = "control"  # record of a client's own state
+# records of a client's own state: c_i, the one before it, and the rounds that they were made in
+OWN_CONTROL, EARLIER, MADE_IN = "control", "control-earlier", "control-made-in"
 
 _decoded = once_each(to_tensors)
 
@@ -38,19 +44,28 @@ class Control:
         c.
     own : mapping of str to Tensor
         c_i.
+    made_in : int
+        The round that c_i was made in; 0 where it is zero.
+    server_round : int
+        The round that is.
+    is_lost : bool
+        Whether the client does not hold the c_i that the server counts; c stands in for it.
     """
 
     server: Mapping[str, Tensor]
     own: Mapping[str, Tensor]
+    made_in: int
+    server_round: int
+    is_lost: bool = False
 
     @classmethod
-    def of(cls, received: ArrayRecord | None, sent_back: Mapping[str, Tensor], state: RecordDict) -> Self | None:
-        """Read an order's control variate, and the client's own, zero before its first round; None for no such order.
+    def of(cls, order: TrainOrder, sent_back: Mapping[str, Tensor], state: RecordDict) -> Self | None:
+        """Read an order's control variate, and the client's own that it asks for; None for an order without one.
 
         Parameters
         ----------
-        received : flwr.app.ArrayRecord, optional
-            What the order brings.
+        order : TrainOrder
+            What the client is asked.
         sent_back : mapping of str to Tensor
             What the client is to send back, for names and shapes.
         state : flwr.app.RecordDict
@@ -61,14 +76,20 @@ class Control:
         MessageError
             Names or shapes that are not those of what is sent back.
         """
-        if received is None:
+        if order.control is None:
             return None
-        server = _decoded(received)
+        server = _decoded(order.control)
         for name in sorted(server.keys() | sent_back.keys()):
             if name not in server or name not in sent_back or server[name].shape != sent_back[name].shape:
                 raise MessageError(f"'{CONTROL_RECORD}' of the order does not fit what is trained: {name}")
-        kept = to_tensors(state.array_records[OWN_CONTROL]) if OWN_CONTROL in state else {}
-        return cls(server, {name: kept.get(name, torch.zeros_like(tensor)) for name, tensor in server.items()})
+        asked, now = order.control_made_in, order.server_round
+        if not asked:
+            return cls(server, {name: torch.zeros_like(tensor) for name, tensor in server.items()}, 0, now)
+        rounds = state.config_records.get(MADE_IN, ConfigRecord())
+        record = next((name for name in (OWN_CONTROL, EARLIER) if rounds.get(name) == asked), None)
+        if record is None:
+            return cls(server, server, 0, now, is_lost=True)
+        return cls(server, to_tensors(state.array_records[record]), asked, now)
 
     def correction(self) -> dict[str, Tensor]:
         """Return c - c_i."""
@@ -77,7 +98,7 @@ class Control:
     def keep(
         self, start: Mapping[str, Tensor], trained: Mapping[str, Tensor], rate_sum: float, state: RecordDict
     ) -> None:
-        """Put c_i+ into the client's state.
+        """Put c_i+ into the client's state, beside the c_i that it was made of.
 
         Parameters
         ----------
@@ -88,10 +109,16 @@ class Control:
         state : flwr.app.RecordDict
             The client's own.
         """
-        if rate_sum > 0:
-            state[OWN_CONTROL] = to_record(
-                {
-                    name: self.own[name] - c + (start[name].to(trained[name]) - trained[name]) / rate_sum
-                    for name, c in self.server.items()
-                }
-            )
+        if rate_sum == 0:
+            return
+        state[OWN_CONTROL] = to_record(
+            {
+                name: self.own[name] - c + (start[name].to(trained[name]) - trained[name]) / rate_sum
+                for name, c in self.server.items()
+            }
+        )
+        state[MADE_IN] = ConfigRecord({OWN_CONTROL: self.server_round, EARLIER: self.made_in})
+        if self.made_in:
+            state[EARLIER] = to_record(self.own)
+        else:
+            state.pop(EARLIER, None)

@@ -24,6 +24,7 @@ CLIENT_APP = "fedpeft.clients.app:app"
 # beside the sections of RunConfig in Flower's run config: where the server writes the run directory
 OUT = "deployment.out"
 APP_FILE = "pyproject.toml"
+PATHS = (("data", "source"), ("data", "test"), ("model", "name"), ("adapter", "start"), ("adapter", "init_data"))
 HEADER = """\
 # A Flower app written by `fedpeft deploy init`. It holds settings only: the code is the installed fedpeft.
 # Start it with `flwr run FOLDER CONNECTION`; --run-config "section.key=value" changes a key that stands below.
@@ -33,9 +34,9 @@ HEADER = """\
 def write_app(directory: Path, config: RunConfig, out: Path, labels: tuple[str, ...] | None) -> Path:
     """Write a folder that ``flwr run`` takes as it is.
 
-    Local paths (`data.source`, `data.test`, `model.name`, and `out`) are written as absolute ones, because server and
-    clients run in the working directories of their SuperLink and SuperNodes. Each must exist on every machine that
-    reads it.
+    Local paths (`data.source`, `data.test`, `model.name`, `adapter.start`, `adapter.init_data`, and `out`) are written as
+    absolute ones, because server and clients run in the working directories of their SuperLink and SuperNodes. Each
+    must exist on every machine that reads it.
 
     Parameters
     ----------
@@ -61,7 +62,7 @@ def write_app(directory: Path, config: RunConfig, out: Path, labels: tuple[str, 
     """
     if labels is not None:
         config = _update(config, "data", labels=_joined(labels))
-    for section, key in (("data", "source"), ("data", "test"), ("model", "name")):
+    for section, key in PATHS:
         value = getattr(getattr(config, section), key)
         if value is not None:
             config = _update(config, section, **{key: _absolute(value)})

@@ -32,11 +32,12 @@ CONTROL_RECORD = "control"  # of an order, where a method has control variates
 # keys of an order's config record
 ROUND, NUM_ROUNDS, SCALING, HELD_HASH, RANK, DRAW = "server-round", "num-rounds", "scaling", "held-hash", "rank", "draw"
 TRAINED, PERSONAL, KEPT = "trained", "personal", "kept"  # lists of roles
-ORDER_KEYS = (ROUND, NUM_ROUNDS, SCALING, HELD_HASH, RANK, DRAW, TRAINED, PERSONAL, KEPT)
+CONTROL_MADE_IN = "control-made-in"  # beside a control variate
+ORDER_KEYS = (ROUND, NUM_ROUNDS, SCALING, HELD_HASH, RANK, DRAW, TRAINED, PERSONAL, KEPT, CONTROL_MADE_IN)
 CLIENT_ID = "client-id"  # of an identity's config record
 # keys of an answer's metric record
 NUM_EXAMPLES, STEPS, TRAIN_LOSS, SECONDS = "num-examples", "steps", "train_loss", "seconds"
-RATE_SUM = "rate-sum"
+RATE_SUM, CONTROL_LOST = "rate-sum", "control-lost"
 NOISE_MULTIPLIER, SAMPLE_RATE, SPENT_STEPS = "noise-multiplier", "sample-rate", "spent-steps"  # all three or none
 
 FIRST_FORMAT = b"\x93NUMPY\x01\x00"  # of NumPy's, which all but strange types are written in
@@ -70,6 +71,8 @@ class TrainOrder:
     control : flwr.app.ArrayRecord, optional
         The server's control variate of each tensor that the client sends back, by the tensor's name; clients of a round
         are sent one object. The client then keeps one of its own, see `fedpeft.clients.control`.
+    control_made_in : int
+        Which of its own the client is to go on from, by the round that made it; 0 for zero.
     """
 
     arrays: ArrayRecord
@@ -84,6 +87,7 @@ class TrainOrder:
     kept: frozenset[Role] = frozenset()
     settings: Mapping[str, ConfigRecordValues] = field(default_factory=dict)
     control: ArrayRecord | None = None
+    control_made_in: int = 0
 
     def to_record(self) -> RecordDict:
         """Write the order as a message's content, over the very same arrays."""
@@ -94,9 +98,11 @@ class TrainOrder:
 
     def config_record(self) -> ConfigRecord:
         """Write what the order says besides its arrays."""
+        of_control = {} if self.control is None else {CONTROL_MADE_IN: self.control_made_in}
         return ConfigRecord(
             {
                 **self.settings,
+                **of_control,
                 ROUND: self.server_round,
                 NUM_ROUNDS: self.num_rounds,
                 SCALING: self.scaling,
@@ -135,6 +141,7 @@ class TrainOrder:
             kept=_roles(entries, KEPT),
             settings={key: value for key, value in entries.items() if key not in ORDER_KEYS},
             control=arrays.get(CONTROL_RECORD),
+            control_made_in=_whole(entries, CONTROL_MADE_IN, 0) if CONTROL_RECORD in arrays else 0,
         )
 
 
@@ -161,6 +168,7 @@ class TrainAnswer:
         metrics, spent = self.metrics, self.metrics.spent
         entries: dict[str, float | None] = {NUM_EXAMPLES: self.num_examples, STEPS: metrics.steps}
         entries |= {TRAIN_LOSS: metrics.loss, SECONDS: metrics.seconds, RATE_SUM: metrics.rate_sum}
+        entries |= {CONTROL_LOST: 1 if metrics.control_lost else None}
         if spent is not None:
             noise, rate = spent.noise_multiplier, spent.sample_rate
             entries |= {NOISE_MULTIPLIER: noise, SAMPLE_RATE: rate, SPENT_STEPS: spent.steps}
@@ -193,6 +201,7 @@ class TrainAnswer:
                 seconds=_number(entries, SECONDS, finite=False) if SECONDS in entries else None,
                 spent=spent,
                 rate_sum=_positive(entries, RATE_SUM) if RATE_SUM in entries else None,
+                control_lost=CONTROL_LOST in entries,
             ),
         )
 

@@ -144,6 +144,10 @@ class AdapterStrategy(Strategy):
         """
         return {}
 
+    def control_made_in(self, client: str) -> int:
+        """Return the round in which a client made the control variate that it is to go on from; 0 for zero."""
+        return 0
+
     @classmethod
     def step_size(cls, d_in: int, d_out: int, ranks: Sequence[int]) -> int:
         """Return how many numbers of a layer's last change of the base are sent, for clients of these ranks."""

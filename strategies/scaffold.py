@@ -26,7 +26,10 @@ What differs from the paper:
   the mean of the gradients after these. It needs plain gradient descent: y - x must be K lr times a mean of
   gradients, which it is not with momentum or with Adam, and these are refused. A learning rate for Adam is too small
   for it.
-- A client whose answer the server does not get, or refuses, has moved its c_i all the same.
+- Each order names the c_i that the server counts, so that a client whose answer came too late, or was refused, goes on
+  from the one before. Where a client has lost it (a SuperNode keeps it in memory, and a restart takes it), or counts
+  other rows than before, c cannot be the mean of the c_i any more, and would mislead all rounds to come: after that
+  round all of them begin again at zero.
 
 Under record-level privacy c_i follows from the x, y_i and c of earlier rounds, all of which the server has: it is
 made of what noise was added to already, and correcting by it costs nothing more. Client-level privacy is refused.
@@ -35,6 +38,7 @@ made of what noise was added to already, and correcting by it costs nothing more
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -47,7 +51,9 @@ from fedpeft.strategies.algebra.means import weighted_mean
 from fedpeft.strategies.base import AdapterStrategy, StrategyOptions
 from fedpeft.strategies.capabilities import LINEAR_KINDS, Capabilities, Merging
 
-TOTAL, HEARD = "total.", "heard"  # in a checkpoint
+TOTAL, HEARD, COUNTED = "total.", "heard", "counted"  # in a checkpoint
+
+log = logging.getLogger("flwr")
 
 
 class ScaffoldOptions(StrategyOptions):
@@ -77,6 +83,7 @@ class Scaffold(AdapterStrategy):
         super().__init__(**settings)
         self._total: dict[str, Tensor] = {}  # sum_i n_i c_i, float64
         self._heard: dict[str, int] = {}  # n_i of each client that has answered
+        self._counted: dict[str, int] = {}  # the round that made the c_i that is in the sum, of each client
 
     def control(self, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return c."""
@@ -86,23 +93,36 @@ class Scaffold(AdapterStrategy):
             for name, tensor in trained.items()
         }
 
+    def control_made_in(self, client: str) -> int:
+        """Return the round of the client's last answer that counts."""
+        return self._counted.get(client, 0)
+
     def aggregate(self, updates: Iterable[ClientUpdate], current: AdapterState, server_round: int = 1) -> AdapterState:
         """Average the cohort as it arrives, and take in how the control variates moved."""
         x = {name: t for name, t in current.adapter_tensors().items() if name not in self.terms.frozen}
         c = self.control(x)
-        total, heard = dict(self._total), dict(self._heard)
+        total, heard, counted = dict(self._total), dict(self._heard), dict(self._counted)
+        lost = list[str]()
 
         def noted() -> Iterator[ClientUpdate]:
             for update in updates:
-                heard[update.client_id] = update.num_examples
-                y, rates = AdapterState(update.factors, update.dense).adapter_tensors(), update.metrics.rate_sum or 0.0
-                for name in sorted(x.keys() & y.keys()) if rates else ():
-                    moved = (x[name].double() - y[name].double()) / rates - c[name].double()  # c_i+ - c_i
-                    total[name] = total.get(name, 0.0) + update.num_examples * moved
+                client, rows, rates = update.client_id, update.num_examples, update.metrics.rate_sum
+                if update.metrics.control_lost or heard.get(client, rows) != rows:
+                    lost.append(client)
+                heard[client] = rows
+                if rates:  # else the client keeps its c_i
+                    counted[client] = server_round
+                    y = AdapterState(update.factors, update.dense).adapter_tensors()
+                    for name in sorted(x.keys() & y.keys()):
+                        moved = (x[name].double() - y[name].double()) / rates - c[name].double()  # c_i+ - c_i
+                        total[name] = total.get(name, 0.0) + rows * moved
                 yield update
 
         mean = weighted_mean(noted(), current, self.trains_a)
-        self._total, self._heard = total, heard
+        if lost:
+            log.warning("client %s lost its control variate; all begin again at zero", ", ".join(lost))
+            total, counted = {}, {}
+        self._total, self._heard, self._counted = total, heard, counted
         rate = self.options.server_learning_rate
         if rate == 1.0:
             return mean
@@ -119,13 +139,19 @@ class Scaffold(AdapterStrategy):
         return sum(self._heard.values()) / len(self._heard) * max(self.clients, len(self._heard))
 
     def memory(self) -> dict[str, Tensor]:
-        """Return the sum of the control variates, and whose rows are known."""
+        """Return the sum of the control variates, which are in it, and whose rows are known."""
         if not self._heard:
             return {}
-        heard = torch.tensor(list(json.dumps(self._heard, ensure_ascii=False).encode()), dtype=torch.uint8)
-        return {HEARD: heard, **{TOTAL + name: tensor for name, tensor in self._total.items()}}
+        words = {HEARD: self._heard, COUNTED: self._counted}
+        texts = {
+            name: torch.tensor(list(json.dumps(of, ensure_ascii=False).encode()), dtype=torch.uint8)
+            for name, of in words.items()
+        }
+        return {**texts, **{TOTAL + name: tensor for name, tensor in self._total.items()}}
 
     def recall(self, memory: Mapping[str, Tensor]) -> None:
         """Take up what `memory` returned."""
         self._total = {name.removeprefix(TOTAL): tensor for name, tensor in memory.items() if name.startswith(TOTAL)}
-        self._heard = json.loads(bytes(memory[HEARD].tolist())) if HEARD in memory else {}
+        self._heard, self._counted = (
+            json.loads(bytes(memory[name].tolist())) if name in memory else {} for name in (HEARD, COUNTED)
+        )

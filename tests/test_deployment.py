@@ -110,6 +110,9 @@ def test_local_paths_become_absolute_and_ids_stay(tmp_path: Path, monkeypatch: p
     read, _ = split_run_config(flat_config(write_app(Path("other"), config, Path("out"), None)))
     assert read.model.name == str(tmp_path / "home" / "model")
     assert read.data.source == "preset:digits"
+    started = resolve([{"adapter": {"start": "./run/adapter"}}])
+    read, _ = split_run_config(flat_config(write_app(Path("warm"), started, Path("out"), None)))
+    assert read.adapter.start == str(tmp_path / "run" / "adapter")
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:

@@ -201,6 +201,8 @@ class TrainMetrics:
         Under record-level privacy with public counts.
     rate_sum : float, optional
         Sum of the learning rates of the steps, where a method has control variates.
+    control_lost : bool
+        Whether the client did not hold the control variate that it was asked to go on from.
     """
 
     steps: int | None = None
@@ -208,6 +210,7 @@ class TrainMetrics:
     seconds: float | None = None
     spent: PrivacyClaim | None = None
     rate_sum: float | None = None
+    control_lost: bool = False
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from fedpeft.config.section import Section
 Truncate = Literal["longest", "prompt", "completion"]
 TrainOn = Literal["assistant", "completion", "all", "last"]
 Empty = Literal["refuse", "skip"]
+TEMPLATE_SUFFIXES = (".jinja", ".jinja2", ".j2")
 
 
 class DataConfig(Section):
@@ -46,8 +47,9 @@ class DataConfig(Section):
     domain: str | None = Field(None, description="column by which test scores are also reported")
     template: str | None = Field(
         None,
-        description="how turns are written as one text: alpaca, vicuna, chatml, a FILE.jinja, or none: prompt, line "
-        "break, completion; the tokenizer's own chat template if unset",
+        description="how turns are written as one text: alpaca, vicuna, chatml, a FILE.jinja, whose text a run then "
+        "holds in place of its name, or none: prompt, line break, completion; the tokenizer's own chat template if "
+        "unset",
     )
     train_on: TrainOn | None = Field(
         None,
@@ -112,3 +114,8 @@ class DataConfig(Section):
         if (names := self.label_names) is not None and (len(names) < 2 or len(set(names)) < len(names)):
             raise ValueError(f"data.labels = '{self.labels}' must name two or more different labels")
         return self
+
+
+def is_template(text: str) -> bool:
+    """Tell the text of a chat template from the name of one, or of a file."""
+    return "{{" in text or "{%" in text

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from fedpeft.adapters.kinds import KINDS
 from fedpeft.config.adapter import AdapterConfig
+from fedpeft.config.data import TEMPLATE_SUFFIXES, is_template
 from fedpeft.config.run import RunConfig
 from fedpeft.config.values import Scalar, describe
 from fedpeft.data import layouts
@@ -133,7 +134,8 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     """Make paths of existing files and folders absolute, so that a saved configuration works from any folder.
 
     Where no column is named, those are that the format of the rows has, or their layout where such rows can be for
-    language models only; from either follows the task.
+    language models only; from either follows the task. A template's file gives way to its text, which then holds on
+    every machine, whatever becomes of the file.
     """
 
     def absolute(value: str | None) -> str | None:
@@ -159,11 +161,22 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
                 update={
                     "source": absolute(config.data.source),
                     "test": absolute(config.data.test),
-                    "template": absolute(config.data.template),
+                    "template": _text_of(config.data.template),
                 }
             ),
         }
     )
+
+
+def _text_of(template: str | None) -> str | None:
+    """Return the text of a template's file; what is no file, or cannot be read, is told by whoever uses it."""
+    if template is None or not template.endswith(TEMPLATE_SUFFIXES):
+        return template
+    try:
+        text = Path(template).expanduser().read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return template
+    return text if is_template(text) else template
 
 
 def _implied_layout(source: str | None, encoding: str) -> dict[str, str]:

@@ -48,6 +48,8 @@ class Method(Protocol):
 
     def control(self, trained: Mapping[str, Tensor]) -> dict[str, Tensor]: ...  # noqa: D102
 
+    def control_made_in(self, client: str) -> int: ...  # noqa: D102
+
     def memory(self) -> dict[str, Tensor]: ...  # noqa: D102
 
     def recall(self, memory: Mapping[str, Tensor]) -> None: ...  # noqa: D102

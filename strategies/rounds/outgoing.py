@@ -30,7 +30,8 @@ class Outgoing:
         self._views = {0: state}  # what clients of a rank get; rank 0 is the whole
         self._held: dict[int, Deliveries] = {}  # by rank
         self._records: dict[int, ArrayRecord] = {}
-        self._contents: dict[tuple[int, frozenset[str]], RecordDict] = {}
+        self._arrays: dict[tuple[int, frozenset[str]], ArrayRecord] = {}
+        self._contents: dict[tuple[int, frozenset[str], int], RecordDict] = {}
         self._asked: dict[str, int] = {}
         self._sent: dict[str, frozenset[str]] = {}
         self._config = ConfigRecord()
@@ -50,7 +51,7 @@ class Outgoing:
             The number of rounds, and whatever else every client is sent.
         """
         self._round, self._config = server_round, config
-        self._records, self._contents = {0: arrays}, {}
+        self._records, self._arrays, self._contents = {0: arrays}, {}, {}
         tensors = self.view(0).adapter_tensors()
         sent_up = self._exchange.sent_up(list(tensors), frozenset(self._terms.frozen))
         control = self._method.control({name: tensors[name] for name in sent_up})
@@ -60,13 +61,13 @@ class Outgoing:
         """Return what a client is sent; clients of a rank that lack the same share one object."""
         self._asked[client] = rank
         self._sent[client] = frozenset(self._held_by(rank).lacking(client, self._exchange))
-        return self._content_of(rank, self._sent[client])
+        return self._content_of(client)
 
     def everything(self, client: str) -> RecordDict:
         """Return all that a client can be sent, which turned out not to hold what it was believed to."""
         rank = self._asked[client]
         self._sent[client] = frozenset(self._held_by(rank).holds_others(client, self._exchange))
-        return self._content_of(rank, self._sent[client])
+        return self._content_of(client)
 
     def asked(self, client: str) -> int:
         """Return the rank that a client was sent in this round."""
@@ -113,14 +114,21 @@ class Outgoing:
             self._held[rank] = Deliveries(tensors, self._method.exchange(1), frozenset(self._terms.frozen))
         return self._held[rank]
 
-    def _content_of(self, rank: int, names: frozenset[str]) -> RecordDict:
-        if (rank, names) not in self._contents:
+    def _arrays_of(self, rank: int, names: frozenset[str]) -> ArrayRecord:
+        if (rank, names) not in self._arrays:
             if rank not in self._records:
                 self._records[rank] = to_record(self.view(rank).to_tensors())
-            sent = ArrayRecord({name: array for name, array in self._records[rank].items() if name in names})
+            sent = {name: array for name, array in self._records[rank].items() if name in names}
+            self._arrays[rank, names] = ArrayRecord(sent)
+        return self._arrays[rank, names]
+
+    def _content_of(self, client: str) -> RecordDict:
+        rank, names = self._asked[client], self._sent[client]
+        made_in = 0 if self._control is None else self._method.control_made_in(client)
+        if (rank, names, made_in) not in self._contents:
             exchange = self._exchange
             order = TrainOrder(
-                sent,
+                self._arrays_of(rank, names),
                 server_round=self._round,
                 num_rounds=int(self._config[NUM_ROUNDS]),  # type: ignore[arg-type]
                 scaling=self._terms.scaling_at(rank),
@@ -132,6 +140,7 @@ class Outgoing:
                 kept=exchange.kept,
                 settings={**self._config, **self._method.client_settings(rank)},
                 control=self._control,
+                control_made_in=made_in,
             )
-            self._contents[rank, names] = order.to_record()
-        return self._contents[rank, names]
+            self._contents[rank, names, made_in] = order.to_record()
+        return self._contents[rank, names, made_in]

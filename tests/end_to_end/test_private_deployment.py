@@ -50,5 +50,6 @@ def test_sites_keep_their_own_books_and_the_server_states_what_they_tell(
     assert 2.9 < facts["epsilon_max"] <= 3.0
     assert {found["steps"] for found in facts["clients"].values()} == {3}
     assert read_config(tmp_path / "deployed").privacy.rng == "secure"
+    assert read_config(tmp_path / "deployed").data.label_names == ("no", "yes")
     assert [len(Ledger(book).entries()) for book in books] == [1, 1]
     assert {entry.run for book in books for entry in Ledger(book).entries()} == {run.run_id}

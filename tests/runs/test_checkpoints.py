@@ -23,6 +23,7 @@ def write(run: Path, server_round: int) -> Path:
 
 def test_a_checkpoint_reads_as_it_was_written_in_its_own_order(tmp_path: Path) -> None:
     tensors = {"z": torch.randn(3, 2).T, "a": torch.arange(5, dtype=torch.float64), "scalar": torch.tensor(3)}
+    tensors["the same"], tensors["a part"] = tensors["a"], tensors["z"][1]
     write_checkpoint(tmp_path, Checkpoint(7, tensors, {"clip": 0.1 + 0.2, "client": {"é": [1, None]}}))
     read = read_checkpoint(tmp_path, 7)
     assert list(read.tensors) == list(tensors)

@@ -67,6 +67,18 @@ def test_a_run_that_gets_worse_ends_early_and_its_best_adapter_is_kept(text_conf
     assert events(shorter, "end")[-1] == end
 
 
+def test_the_best_adapter_may_be_the_last_one_and_stays_when_the_run_goes_on(text_config: Make, tmp_path: Path) -> None:
+    settings = {"run__best": "loss", "train__learning_rate": 0.005}
+    whole = simulate(text_config(federation__rounds=3, **settings), tmp_path / "whole").path
+    best = events(whole, "end")[0]["best_round"]
+    assert best >= 1
+    begun = simulate(text_config(federation__rounds=best, **settings), tmp_path / "begun").path
+    kept = (begun / "adapter-best" / ADAPTER).read_bytes()
+    assert kept == (begun / "adapter" / ADAPTER).read_bytes() == (whole / "adapter-best" / ADAPTER).read_bytes()
+    resume(begun, {"federation": {"rounds": 4}})
+    assert events(begun, "end")[-1]["best_round"] >= best
+
+
 def test_a_run_ends_before_the_round_that_its_budget_does_not_pay_for(text_config: Make, tmp_path: Path) -> None:
     free = plan(text_config(federation__rounds=1))
     megabytes = 2.5 * free.total_bytes / 1e6

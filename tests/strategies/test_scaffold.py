@@ -55,7 +55,8 @@ class Quadratic:
     def __call__(self, message: Message) -> Message:
         order = TrainOrder.from_record(message.content)
         start = to_tensors(order.arrays)
-        control = Control.of(order.control, start, self.state)
+        control = Control.of(order, start, self.state)
+        self.lost = control is not None and control.is_lost
         rates = [LR / (1 + step) for step in range(STEPS)]  # a schedule
         trained = {}
         correction = dict.fromkeys(start, torch.zeros(())) if control is None else control.correction()
@@ -65,7 +66,7 @@ class Quadratic:
             trained[name] = tensor
         if control is not None:
             control.keep(start, trained, sum(rates), self.state)
-        answer = TrainAnswer(to_record(trained), self.rows, TrainMetrics(rate_sum=sum(rates)))
+        answer = TrainAnswer(to_record(trained), self.rows, TrainMetrics(rate_sum=sum(rates), control_lost=self.lost))
         return Message(answer.to_record(), reply_to=message)
 
 
@@ -130,6 +131,62 @@ def test_clients_of_unequal_rows_settle_where_the_loss_over_all_rows_is_least() 
         assert (drifted[name] - best).norm() > 1e-2  # FedAvg settles elsewhere
 
 
+class Restarted(Quadratic):
+    """A client that loses all that it keeps, once."""
+
+    def __init__(self, client: int, rows: int, after: int) -> None:
+        super().__init__(client, rows)
+        self.after = after
+
+    def __call__(self, message: Message) -> Message:
+        if message.metadata.group_id == str(self.after):
+            self.state = RecordDict()
+        return super().__call__(message)
+
+
+class Unheard(Quadratic):
+    """A client that trains in each of some rounds, and whose answers of these rounds the server refuses."""
+
+    def __init__(self, client: int, rows: int, rounds: range) -> None:
+        super().__init__(client, rows)
+        self.rounds = rounds
+
+    def __call__(self, message: Message) -> Message:
+        reply = super().__call__(message)
+        if int(message.metadata.group_id) in self.rounds:
+            reply.content["arrays"] = to_record({A: torch.zeros(1)})
+        return reply
+
+
+@pytest.mark.parametrize("kind", ["restarted", "unheard"])
+def test_a_client_that_lost_its_variate_or_was_not_heard_moves_no_fixed_point(kind: str) -> None:
+    """With one that the server counts and no client holds, c would be off for ever, and the rounds end elsewhere."""
+    clients = {node: Quadratic(node - 1, 3) for node in range(1, 4)}
+    clients[2] = Restarted(1, 3, 5) if kind == "restarted" else Unheard(1, 3, range(4, 9))
+    strategy = Scaffold(client_ids=ids(3), scaling=2.0, measure_error=False, min_clients=2)
+    got = to_tensors(strategy.start(FunctionGrid({**clients}), to_record(begin()), 300).arrays)
+    for name, tensor in got.items():
+        best = sum(each.curvature * each.target[name] for each in clients.values()) / sum(
+            each.curvature for each in clients.values()
+        )
+        torch.testing.assert_close(tensor, best, rtol=1e-8, atol=1e-8)
+    if kind == "unheard":
+        assert not any(each.lost for each in clients.values())
+        own = [to_tensors(each.state.array_records["control"]) for each in clients.values()]
+        for name, tensor in strategy.control(got).items():
+            torch.testing.assert_close(tensor, sum(each[name] for each in own) / 3)
+
+
+def test_rows_that_a_client_has_more_of_from_some_round_on_begin_the_variates_anew() -> None:
+    clients = {node: Quadratic(node - 1, 3) for node in range(1, 4)}
+    strategy = Scaffold(client_ids=ids(3), scaling=2.0, measure_error=False)
+    strategy.start(FunctionGrid({**clients}), to_record(begin()), 1)
+    assert strategy.control_made_in("2") == 1
+    clients[1].rows = 4
+    strategy.start(FunctionGrid({**clients}), to_record(begin()), 1)
+    assert strategy.control_made_in("2") == 0
+
+
 def test_while_all_control_variates_are_zero_a_round_is_fedits() -> None:
     one = Scaffold(client_ids=ids(3)).start(FunctionGrid({n: Quadratic(n, n) for n in ids(3)}), to_record(begin()), 1)
     two = FedIt(client_ids=ids(3)).start(FunctionGrid({n: Quadratic(n, n) for n in ids(3)}), to_record(begin()), 1)
@@ -138,7 +195,8 @@ def test_while_all_control_variates_are_zero_a_round_is_fedits() -> None:
 
 def test_a_control_variate_that_does_not_fit_is_refused_by_name() -> None:
     with pytest.raises(MessageError, match="'control' of the order does not fit what is trained: b"):
-        Control.of(to_record({"a": torch.zeros(1)}), {"a": torch.zeros(1), "b": torch.zeros(1)}, RecordDict())
+        order = TrainOrder(to_record({}), 1, 1, 1.0, control=to_record({"a": torch.zeros(1)}))
+        Control.of(order, {"a": torch.zeros(1), "b": torch.zeros(1)}, RecordDict())
 
 
 def test_a_correction_is_added_to_every_step_after_clipping(text_config: Make) -> None:

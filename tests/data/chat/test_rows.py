@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import trl
 from transformers import PreTrainedTokenizerFast
 
-from fedpeft.config import DataConfig
+from fedpeft.config import DataConfig, configure, resolve
 from fedpeft.data.chat.rows import Row, RowEncoder
 from fedpeft.data.chat.templates import TEMPLATES, chosen
 from fedpeft.data.tokens import end_tokens
@@ -188,6 +189,18 @@ def test_what_cannot_be_written_is_one_clear_line(tmp_path: Path) -> None:
     found = chosen(DataConfig(template=str(tmp_path / "own.jinja")))
     assert found is not None
     assert found.text == MARKED
+
+
+def test_a_run_holds_the_text_of_its_templates_file_whatever_becomes_of_that(tmp_path: Path) -> None:
+    file = tmp_path / "own.jinja"
+    file.write_text(MARKED, encoding="utf-8")
+    config = configure({"data.template": str(file)})
+    file.unlink()
+    assert config.data.template == MARKED
+    again = chosen(resolve([tomllib.loads(config.to_toml())]).data)
+    assert again is not None
+    assert again.text == MARKED
+    assert configure({"data.template": str(file)}).data.template == str(file)  # told when it is used
 
 
 @pytest.mark.parametrize(

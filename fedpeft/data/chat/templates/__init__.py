@@ -6,6 +6,7 @@ Nothing heavy is imported: a command may ask for names before anything is loaded
 from __future__ import annotations
 
 from fedpeft.config import DataConfig
+from fedpeft.config.data import TEMPLATE_SUFFIXES, is_template
 from fedpeft.data.chat.templates.alpaca import ALPACA
 from fedpeft.data.chat.templates.chatml import CHATML
 from fedpeft.data.chat.templates.none import NONE
@@ -16,7 +17,6 @@ from fedpeft.places import at
 from fedpeft.registry import Registry
 
 TEMPLATES: Registry[ChatTemplate] = Registry("chat template", "fedpeft.templates", (ALPACA, VICUNA, CHATML, NONE))
-SUFFIXES = (".jinja", ".jinja2", ".j2")
 
 
 def choices() -> str:
@@ -25,7 +25,7 @@ def choices() -> str:
 
 
 def chosen(data: DataConfig) -> ChatTemplate | None:
-    """Return the template that `data.template` names; None where it is unset and the tokenizer's own counts.
+    """Return the template that `data.template` names or is; None where it is unset and the tokenizer's own counts.
 
     Raises
     ------
@@ -34,7 +34,9 @@ def chosen(data: DataConfig) -> ChatTemplate | None:
     """
     if data.template is None:
         return None
-    if not data.template.endswith(SUFFIXES):
+    if is_template(data.template):
+        return ChatTemplate("text", data.template)
+    if not data.template.endswith(TEMPLATE_SUFFIXES):
         return TEMPLATES.find(data.template)
     try:
         text = at(data.template).read_text(encoding="utf-8-sig")
