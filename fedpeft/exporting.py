@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from fedpeft.adapters.beyond import part_shared
 from fedpeft.adapters.export import ADAPTER_CONFIG
 from fedpeft.bases import describe_base, first_line
 from fedpeft.config import RunConfig
@@ -66,6 +67,7 @@ def export_merged(run: Path, out: Path, *, client: str | None = None, dtype: str
             f"adapter.kind = '{finished.config.adapter.kind}' puts virtual tokens before a prompt and changes no "
             "weights, so that nothing can be merged; use --adapter."
         )
+    part_shared(model)
     try:
         merged: Any = model.merge_and_unload(safe_merge=True)
     except (NotImplementedError, ValueError, AttributeError, RuntimeError, TypeError) as error:

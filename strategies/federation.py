@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from flwr.serverapp import Grid
 
 from fedpeft.adapters.adapted import AdaptedModel
-from fedpeft.adapters.state import AdapterState, num_bytes, role_of
+from fedpeft.adapters.state import AdapterState, Role, num_bytes, role_of
 from fedpeft.config import RunConfig
-from fedpeft.errors import BudgetSpentError, TooFewClientsError
+from fedpeft.errors import BudgetSpentError, ConfigError, TooFewClientsError
 from fedpeft.privacy.books import Books
 from fedpeft.privacy.levels import level_of
 from fedpeft.resident import Resident, resident
@@ -72,6 +72,12 @@ def build_strategy(config: RunConfig, home: Resident, client_ids: Mapping[int, s
     adapter, method = config.adapter, find(config.strategy.name)
     if method.capabilities.changes_base:
         home.adapted.check_movable(f"strategy.name = '{method.name}'")
+    tokens = [name for name in home.adapted.beside if name not in home.adapted.stacks]
+    if tokens and method.capabilities.trains == Role.B:
+        raise ConfigError(
+            f"strategy '{method.name}' trains B alone, and of an embedding, such as '{tokens[0]}', A begins at zero: "
+            "it would learn nothing. Leave it out of adapter.targets, or take another strategy."
+        )
     terms = RunTerms(
         fraction_train=config.federation.fraction,
         min_clients=config.federation.min_clients,

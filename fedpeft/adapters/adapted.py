@@ -9,12 +9,15 @@ from typing import cast
 import torch
 from peft import PeftModel, TaskType, get_peft_model_state_dict
 from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.lora import Embedding as LoraEmbedding
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from fedpeft import tasks
+from fedpeft.adapters import beyond, embeddings, expert_layers
 from fedpeft.adapters.base_change import BaseWeights, check_plain
+from fedpeft.adapters.beyond import expert_stacks, shared_weights
 from fedpeft.adapters.draws import draw_a, first_ranks
 from fedpeft.adapters.export import PEFT_PREFIX, write_adapter, write_labels
 from fedpeft.adapters.fused import fuse
@@ -40,12 +43,14 @@ def _tensors_of(model: PeftModel, kind: Kind) -> tuple[dict[str, Tensor], frozen
     live = {tensor.data_ptr(): tensor for tensor in [*model.parameters(), *model.buffers(), *aside.values()]}
     saved = get_peft_model_state_dict(model, save_embedding_layers=False)
     tensors = dict(kind.live(model)) if kind.live is not None else {}
+    for name, tensor in expert_layers.live(model).items():
+        tensors[name] = live.pop(tensor.data_ptr())
     for name in sorted(saved, key=lambda name: (name.count("."), name)):
         # RandLoRA names its one pair of projections for the model, and once more for every layer
         if (tensor := live.pop(saved[name].data_ptr(), None)) is not None:
             for part, called in kind.names.items():
                 name = name.replace(part, called)
-            tensors[name] = tensor
+            tensors[embeddings.named(name)] = tensor
     unsaved = {name: tensor for name, tensor in aside.items() if tensor.data_ptr() in live}
     return tensors | unsaved, frozenset(unsaved)
 
@@ -62,6 +67,14 @@ def _kept_aside(model: PeftModel) -> dict[str, Tensor]:
             if isinstance(tensor := values["default"], Tensor):
                 kept[f"{path}.{prefix}{attribute.removeprefix(prefix)}"] = tensor
     return kept
+
+
+def _rank_of(layer: LoraLayer) -> int:
+    if isinstance(layer, expert_layers.StackedExperts):
+        return layer.rank
+    if isinstance(layer, LoraEmbedding):
+        return len(layer.lora_embedding_A["default"])
+    return int(layer.lora_A["default"].weight.shape[0])
 
 
 class AdaptedModel:
@@ -85,7 +98,11 @@ class AdaptedModel:
     personal : tuple of str
         Those of `trained` that never leave their client: a local head.
     layers : tuple of str
-        Names of the adapted modules in the base.
+        Names of the adapted modules in the base, and of the parameters that hold adapted experts.
+    stacks : tuple of str
+        Those of `layers` that are such parameters.
+    beside : tuple of str
+        Those of `layers` that are no linear layers: such parameters, and embeddings.
     notes : tuple of str
         What a user should know of base and adapter, in words.
     offset : mapping of str to LoraFactors
@@ -97,26 +114,30 @@ class AdaptedModel:
         self.kind, self.init = adapter.facts, adapter.beginning
         self.base, self.task = base, tasks.of(config)
         self.scaling = adapter.scaling
-        targets = self._choose(config)
-        self.layers = tuple(targets)
+        self.layers = tuple(self._choose(config))
+        # the names of parameters change when PEFT puts a layer around their module
+        self.stacks = tuple(sorted(expert_stacks(base).keys() & {*self.layers})) if self.kind.beyond_linear else ()
+        tokens = beyond.embeddings(base).keys() & {*self.layers} if self.kind.beyond_linear else set()
+        self.beside = (*self.stacks, *sorted(tokens))
         common = {
             "task_type": self.task.peft and TaskType[self.task.peft],
             "modules_to_save": list(base.head) or None,
             "base_model_name_or_path": str(base.folder),
-            **({"target_modules": targets} if targets else {}),
+            **self._targets(),
         }
         labels = self._labels()
         scoring = scoring_layers(base.model, base.head, len(labels))  # before PEFT copies them
         # the last digits of a decomposition depend on the number of threads
         with seeded(config.run.seed, "adapter"), num_threads(1):
             self.peft_config, self.model = adapt(base, config, common)
+        expert_layers.part(self.model)
         self._tensors, self._unsaved = _tensors_of(self.model, self.kind)
         for tensor in self._tensors.values():
             if tensor.is_floating_point():
                 tensor.data = tensor.data.float()
         if adapter.start is not None:
             of_labels = {f"{PEFT_PREFIX}{name}.{part}" for name in scoring for part in ("weight", "bias")}
-            self.notes += begin(self._tensors, adapter, labels, of_labels)
+            self.notes += begin(self.model, self._tensors, adapter, labels, of_labels)
         if self.kind.moved(self.peft_config):
             self.notes += (
                 f"adapter.kind = '{self.kind.name}' begins at random values, equal at all clients, with which the "
@@ -141,7 +162,7 @@ class AdaptedModel:
     def _choose(self, config: RunConfig) -> list[str]:
         """Return the names of the modules to adapt, after a look at what the kind can do with them."""
         adapter, base = config.adapter, self.base
-        everything = tuple(adapter.targets or ()) == (ALL_LINEAR,)
+        everything = ALL_LINEAR in (adapter.targets or ())
         if self.kind.choose is not None:
             self.notes: tuple[str, ...] = tuple(base.notes)
             chosen = self.kind.choose(base.model, adapter.targets)
@@ -156,8 +177,16 @@ class AdaptedModel:
         needed = needed if self.kind.rank else 1
         targets = choose_targets(base, adapter.targets, needed, adapter.layers)
         check_layers(base, targets, adapter)
-        self.notes = (*base.notes, *(left_out(base, needed) if everything else ()))
+        aside = left_out(base, needed, targets) if everything else ()
+        self.notes = (*base.notes, *aside, *beyond.remarks(base, targets))
         return targets
+
+    def _targets(self) -> dict[str, list[str]]:
+        """Return PEFT's fields that say what is adapted."""
+        modules = [name for name in self.layers if name not in self.stacks]
+        if self.stacks:  # without a list of modules PEFT takes those that it knows for the model
+            return {"target_modules": modules, "target_parameters": list(self.stacks)}
+        return {"target_modules": modules} if modules else {}
 
     def _check_roles(self) -> None:
         """Raise AdapterError for a tensor that is neither the kind's own nor of the head."""
@@ -179,15 +208,31 @@ class AdaptedModel:
     def _weights_of_layers(self) -> BaseWeights:
         if not self.kind.resizable:  # whose base no method moves
             return BaseWeights({})
-        layers = {name: module for name, module in self.model.named_modules() if isinstance(module, LoraLayer)}
-        transposed = frozenset(name for name, layer in layers.items() if getattr(layer, "fan_in_fan_out", False))
-        weights = {name: cast(nn.Parameter, layer.get_base_layer().weight) for name, layer in layers.items()}
-        return BaseWeights(weights, transposed)
+        weights: dict[str, Tensor] = {}
+        transposed = set()
+        for name, layer in self.model.named_modules():
+            if isinstance(layer, expert_layers.StackedExperts):
+                found = {f"{name}#{number}": weight for number, weight in enumerate(layer.weights())}
+                transposed |= found.keys() if layer.is_transposed else set()
+            elif isinstance(layer, LoraLayer):
+                of_tokens = isinstance(layer, LoraEmbedding)
+                found = {name + embeddings.TOKENS * of_tokens: cast(Tensor, layer.get_base_layer().weight)}
+                transposed |= found.keys() if of_tokens or getattr(layer, "fan_in_fan_out", False) else set()
+            else:
+                continue
+            weights |= found
+        return BaseWeights(weights, frozenset(transposed))
 
     def check_movable(self, what: str) -> None:
         """Raise AdapterError if the adapted layers' weights cannot be changed as the setting `what` does."""
-        layers = {name: cast(LoraLayer, self.model.get_submodule(PEFT_PREFIX + name)) for name in self.layers}
+        modules = self._targets().get("target_modules", [])
+        layers = {name: cast(LoraLayer, self.model.get_submodule(PEFT_PREFIX + name)) for name in modules}
         check_plain({name: layer.get_base_layer() for name, layer in layers.items()}, what)
+        if shared := shared_weights(self.base, modules):
+            raise AdapterError(
+                f"{what} moves the base's weights, and that of '{shared[0]}' is at once the embeddings' and the output "
+                "layer's (tie_word_embeddings). Leave it out of adapter.targets, or take another strategy."
+            )
 
     def _split(self, config: RunConfig) -> None:
         head = {name for name in self._tensors if role_of(name) is Role.HEAD}
@@ -265,7 +310,7 @@ class AdaptedModel:
             else:
                 live.data = tensor.detach().to(live.device, live.dtype, copy=True)
         for layer in self._layers:
-            layer.r["default"] = layer.lora_A["default"].weight.shape[0]
+            layer.r["default"] = _rank_of(layer)
             layer.scaling["default"] = scaling
 
     def save(self, directory: Path, state: AdapterState, labels: Sequence[str]) -> None:

@@ -57,13 +57,13 @@ class BaseWeights:
 
     Parameters
     ----------
-    weights : mapping of str to torch.nn.Parameter
-        By layer, ``(d_out, d_in)``, or ``(d_in, d_out)`` for those in `transposed`.
+    weights : mapping of str to Tensor
+        By layer, written to in place, ``(d_out, d_in)``, or ``(d_in, d_out)`` for those in `transposed`.
     transposed : collection of str
         Layers that hold their weight the other way round (transformers' Conv1D).
     """
 
-    def __init__(self, weights: Mapping[str, nn.Parameter], transposed: frozenset[str] = frozenset()) -> None:
+    def __init__(self, weights: Mapping[str, Tensor], transposed: frozenset[str] = frozenset()) -> None:
         self._weights = weights
         self._transposed = transposed
         self._originals: dict[str, Tensor] = {}

@@ -8,12 +8,16 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from fedpeft.adapters.embeddings import is_embedding
 from fedpeft.adapters.state import Role, role_of
 from fedpeft.seeds import generator
 
 
 def draw_a(seed: int, draw: int, layer: str, rank: int, d_in: int) -> Tensor:
-    """Draw A of one layer as PEFT draws it by default, uniform in +-1/sqrt(d_in).
+    """Draw A of one layer as PEFT draws it by default, uniform in +-1/sqrt(d_in), and of an embedding in +-1.
+
+    An embedding's input has a single 1 among d_in zeros: so drawn, A makes of it numbers of the size that it makes of
+    a linear layer's.
 
     Parameters
     ----------
@@ -31,7 +35,7 @@ def draw_a(seed: int, draw: int, layer: str, rank: int, d_in: int) -> Tensor:
     Tensor
         ``(rank, d_in)``, float32.
     """
-    bound = 1 / math.sqrt(d_in)
+    bound = 1.0 if is_embedding(layer) else 1 / math.sqrt(d_in)
     return torch.from_numpy(generator(seed, "draw", draw, layer).uniform(-bound, bound, (rank, d_in))).float()
 
 

@@ -29,7 +29,12 @@ def is_stack(layer: str, config: Mapping[str, Any]) -> bool:
 
 def pattern_names(layer: str, config: Mapping[str, Any]) -> list[str]:
     """Return the names that PEFT looks for in its patterns: the layer's, or those of a module's targeted parameters."""
-    return _parameters(layer, config) or [layer]
+    return _parameters(layer, config) or [bare(layer)]
+
+
+def bare(layer: str) -> str:
+    """Return a layer's name in the base, without the mark of an expert or an embedding."""
+    return layer.partition("#")[0]
 
 
 def _parameters(layer: str, config: Mapping[str, Any]) -> list[str]:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fedpeft.adapters import experts
+from fedpeft.adapters import embeddings, experts
 from fedpeft.adapters.lora_fields import problems_of
 from fedpeft.adapters.state import A_SUFFIX, B_SUFFIX, AdapterState, LoraFactors
 from fedpeft.errors import AdapterError
@@ -47,7 +47,7 @@ def write_adapter(directory: Path, peft_config: Mapping[str, Any], state: Adapte
     written = {**peft_config, **_ranks(factors, peft_config), "inference_mode": True}
     text = to_json(written, indent=2, sort_keys=True) + "\n"
     whole = AdapterState(experts.join(factors), state.dense)
-    tensors = {name: tensor.contiguous() for name, tensor in sorted(whole.to_tensors().items())}
+    tensors = {embeddings.saved_name(name): tensor.contiguous() for name, tensor in sorted(whole.to_tensors().items())}
     directory.mkdir(parents=True, exist_ok=True)
     (directory / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
     save_file(tensors, directory / ADAPTER_TENSORS, metadata={"format": "pt"})
@@ -98,8 +98,8 @@ class SavedAdapter:
     config : mapping
         PEFT's configuration.
     state : AdapterState
-        Factors with each layer's own scaling, those of a stack of experts one by one; and all other saved tensors,
-        such as a head.
+        Factors with each layer's own scaling, those of a stack of experts one by one, those of an embedding as of a
+        linear layer; and all other saved tensors, such as a head.
     labels : list of str or None
         From labels.json, which fedpeft writes.
     """
@@ -159,20 +159,20 @@ def _read_tensors(directory: Path) -> dict[str, Tensor]:
         tensors = load_file(file)
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"cannot read '{file}': {error}") from None
-    return {name: tensor for name, tensor in tensors.items() if TRAINING_AID not in name}
+    return {embeddings.named(name): tensor for name, tensor in tensors.items() if TRAINING_AID not in name}
 
 
 def _check_tensor(
     directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str, tensor: Tensor
 ) -> None:
     """Raise AdapterError for a tensor that is no factor of a linear layer, and that no field of `config` explains."""
-    shown = f"'{directory}': tensor {name} of shape {tuple(tensor.shape)}"
+    shown = f"'{directory}': tensor {embeddings.saved_name(name)} of shape {tuple(tensor.shape)}"
     if ".lora_" in name:
         stem = name.removesuffix(A_SUFFIX).removesuffix(B_SUFFIX)
         if stem == name or stem + A_SUFFIX not in tensors or stem + B_SUFFIX not in tensors or tensor.ndim != 2:
             raise AdapterError(
-                f"{shown} is no factor of a linear layer; only LoRA on linear layers can be read, not on embeddings or "
-                "convolutions, and without magnitudes and biases of its own."
+                f"{shown} is no factor of a linear layer or an embedding, or the other one is not there; only LoRA on "
+                "these can be read, not on convolutions, and without magnitudes and biases of its own."
             )
     elif not _explained(name, config):
         raise AdapterError(

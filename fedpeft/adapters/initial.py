@@ -74,9 +74,9 @@ def adapt(base: BaseModel, config: RunConfig, common: Mapping[str, Any]) -> tupl
         start = Start(base.model, settings, loss, batches, rows, seed, _first_step(train))
         prepared = None if init.prepare is None else init.prepare(start)
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", "lora with eva init|fan_in_fan_out is set to False"
-            )  # PEFT sets it itself
+            # PEFT sets the second itself; the third is told as a note
+            said = "lora with eva init|fan_in_fan_out is set to False|Model has `tie_word_embeddings=True`"
+            warnings.filterwarnings("ignore", said)
             model = cast(PeftModel, get_peft_model(cast(Any, base.model), settings))
     except (ValueError, TypeError) as error:
         raise AdapterError(f"adapter.kind = '{kind.name}': PEFT cannot make it here: {error}") from error

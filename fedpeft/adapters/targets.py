@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NoReturn, cast
 
 import torch
 from peft import LoraConfig
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fedpeft.adapters.base_change import check_plain
+from fedpeft.adapters.beyond import check_beyond, embeddings, expert_stacks, in_head
 from fedpeft.adapters.kinds import INITS, KINDS
 from fedpeft.adapters.stacks import within
 from fedpeft.config import AdapterConfig
@@ -51,17 +52,8 @@ def output_layer(base: BaseModel) -> dict[str, tuple[int, int]]:
     if not isinstance(output, nn.Linear):
         return {}
     shape = (output.out_features, output.in_features)
-    outside = [n for n, module in model.named_modules() if module is output and not _in_head(n, base)]
+    outside = [n for n, module in model.named_modules() if module is output and not in_head(base, n)]
     return dict.fromkeys(outside, shape)
-
-
-def _in_head(name: str, base: BaseModel) -> bool:
-    return any(name == head or name.startswith(f"{head}.") for head in base.head)
-
-
-def _is_tied(base: BaseModel) -> bool:
-    model: Any = base.model
-    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
 def adaptable_modules(base: BaseModel) -> dict[str, tuple[int, int]]:
@@ -78,7 +70,7 @@ def linear_modules(base: BaseModel) -> dict[str, tuple[int, int]]:
     model: Any = base.model  # a transformers model, which has this method
     output = model.get_output_embeddings()
     for name, module in base.model.named_modules():
-        if module is output or _in_head(name, base):
+        if module is output or in_head(base, name):
             continue
         if isinstance(module, nn.Linear) or held_as(module) is not None:
             found[name] = (cast(int, module.out_features), cast(int, module.in_features))
@@ -121,7 +113,7 @@ def _computes_as_linear(module: nn.Module) -> bool:
 
 
 def choose_targets(base: BaseModel, targets: Sequence[str] | None, rank: int, layers: str | None = None) -> list[str]:
-    """Return the full names of the modules to adapt.
+    """Return the full names of the modules to adapt, and of the parameters that hold experts' weights.
 
     Parameters
     ----------
@@ -129,7 +121,8 @@ def choose_targets(base: BaseModel, targets: Sequence[str] | None, rank: int, la
         The model whose real module names count.
     targets : sequence of str or None
         Module names, or their last parts, ``all-linear``, or ``re:`` and a regular expression of whole names; None
-        takes the attention's query and value projections. Only a name or an expression reaches the output layer.
+        takes the attention's query and value projections. Only a name or an expression reaches the output layer, only
+        a name embeddings, and experts' parameters only a name with that of their module, ``experts.down_proj``.
     rank : int
         Must not exceed the smaller side of any target.
     layers : str, optional
@@ -166,42 +159,59 @@ def choose_targets(base: BaseModel, targets: Sequence[str] | None, rank: int, la
         largest = max(min(shape) for shape in modules.values())
         raise AdapterError(f"adapter.rank = {rank} is larger than every layer of '{base.folder}'; at most {largest}.")
     chosen = _named(base, targets, modules, layers)
-    for name in chosen:
-        if rank > min(modules[name]):
-            raise AdapterError(
-                f"adapter.rank = {rank} is larger than layer '{name}' of shape {modules[name]}; "
-                f"at most {min(modules[name])} is allowed here."
-            )
-    return chosen
+    whole = ALL_LINEAR in targets
+    for name, shape in list(chosen.items()):
+        if rank <= min(shape):
+            continue
+        if whole and not any(_matches(target, name) for target in targets):
+            del chosen[name]  # see `left_out`
+            continue
+        raise AdapterError(
+            f"adapter.rank = {rank} is larger than layer '{name}' of shape {shape}; "
+            f"at most {min(shape)} is allowed here."
+        )
+    return list(chosen)
 
 
 def _named(
-    base: BaseModel, targets: Sequence[str], modules: dict[str, tuple[int, int]], layers: str | None
-) -> list[str]:
-    """Return the modules that names or a regular expression match; the output layer is added to `modules` if it is."""
-    output = output_layer(base)
-    every = {**modules, **output}
+    base: BaseModel, targets: Sequence[str], modules: Mapping[str, tuple[int, int]], layers: str | None
+) -> dict[str, tuple[int, int]]:
+    """Return what names, ``all-linear`` or a regular expression match, with ``(d_out, d_in)``; `modules` are linear."""
+    linear = {**modules, **output_layer(base)}
+    stacks = expert_stacks(base)
+    beside = {**embeddings(base), **stacks}
+    beside = {name: beside[name] for name in within(base.model, base.head, beside, layers)}
+
+    def reaches(target: str, name: str) -> bool:
+        if target == ALL_LINEAR:
+            return name in modules
+        if name in beside and (target.startswith(PATTERN) or (name in stacks and "." not in target)):
+            return False
+        return _matches(target, name)
+
+    every = {**linear, **beside}
     for target in targets:
-        if any(_matches(target, name) for name in every):
-            continue
-        if embedding := next((n for n, m in base.model.named_modules() if _embeds(m) and _matches(target, n)), None):
-            raise AdapterError(
-                f"adapter.targets: '{target}' is an embedding ('{embedding}'), whose factors are stored the other way "
-                "round, and which no method merges. Name linear layers, such as all-linear."
-            )
-        raise AdapterError(
-            f"adapter.targets: '{target}' matches no linear module of '{base.folder}' that PEFT "
-            f"adapts{_among(layers)}. {nearest(target, {name.rpartition('.')[2] for name in every})}"
+        if not any(reaches(target, name) for name in every):
+            _refuse(base, target, linear, beside, layers)
+    return {name: shape for name, shape in every.items() if any(reaches(target, name) for target in targets)}
+
+
+def _refuse(
+    base: BaseModel, target: str, linear: Collection[str], beside: Collection[str], layers: str | None
+) -> NoReturn:
+    """Raise AdapterError for a target that matches nothing, and say what would."""
+    if meant := next((name for name in beside if _matches(target, name)), None):
+        how = (
+            "an expression reaches linear layers alone" if target.startswith(PATTERN) else "experts go by their module"
         )
-    chosen = [name for name in every if any(_matches(target, name) for target in targets)]
-    if tied := [name for name in chosen if name in output and _is_tied(base)]:
         raise AdapterError(
-            f"adapter.targets: '{tied[0]}' shares its weight with the embeddings of '{base.folder}' "
-            "(tie_word_embeddings): merged into the base, its update would change those too. Leave it out, a regular "
-            "expression's by (?!lm_head)."
+            f"adapter.targets: '{target}' matches no linear module of '{base.folder}' that PEFT adapts"
+            f"{_among(layers)}, but '{meant}': {how}, so name it: adapter.targets={'.'.join(meant.split('.')[-2:])}."
         )
-    modules |= output
-    return chosen
+    raise AdapterError(
+        f"adapter.targets: '{target}' matches no linear module of '{base.folder}' that PEFT "
+        f"adapts{_among(layers)}. {nearest(target, {name.rpartition('.')[2] for name in (*linear, *beside)})}"
+    )
 
 
 def _matches(target: str, name: str) -> bool:
@@ -210,25 +220,26 @@ def _matches(target: str, name: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
-def _embeds(module: nn.Module) -> bool:
-    return isinstance(module, nn.Embedding)
-
-
 def _among(layers: str | None) -> str:
     return "" if layers is None else f", within adapter.layers = '{layers}'"
 
 
-def left_out(base: BaseModel, rank: int) -> list[str]:
+def left_out(base: BaseModel, rank: int, chosen: Collection[str]) -> list[str]:
     """Say what ``all-linear`` does not adapt: layers smaller than the rank, and weights that are no linear layers.
 
     A gate or router that is a linear layer is adapted like any other, as PEFT does it.
+
+    Parameters
+    ----------
+    base : BaseModel
+        The base.
+    rank : int
+        The layers'.
+    chosen : collection of str
+        What is adapted.
     """
-    small = [name for name, shape in adaptable_modules(base).items() if rank > min(shape)]
-    blocks = sorted(
-        name
-        for name, tensor in base.model.named_parameters()
-        if not any(name.startswith(f"{head}.") for head in base.head) and tensor.ndim == 3 and _of_experts(name)
-    )
+    small = [name for name, shape in adaptable_modules(base).items() if rank > min(shape) and name not in chosen]
+    blocks = sorted(expert_stacks(base).keys() - {*chosen})
     said = []
     if unfit := unfit_modules(base):
         said.append(
@@ -243,13 +254,10 @@ def left_out(base: BaseModel, rank: int) -> list[str]:
     if blocks:
         said.append(
             f"all-linear leaves out the experts, which are {_counted(blocks, 'tensor')} of all experts together "
-            f"({', '.join(sorted({name.rpartition('.')[2] for name in blocks}))}) and no linear layers"
+            f"({', '.join(sorted({name.rpartition('.')[2] for name in blocks}))}) and no linear layers; to adapt "
+            f"them too, add {','.join(sorted({'.'.join(name.split('.')[-2:]) for name in blocks}))} to adapter.targets"
         )
     return said
-
-
-def _of_experts(name: str) -> bool:
-    return "experts" in name.split(".")
 
 
 def _counted(names: Sequence[str], what: str) -> str:
@@ -261,7 +269,9 @@ def check_layers(base: BaseModel, targets: Sequence[str], adapter: AdapterConfig
     from transformers.pytorch_utils import Conv1D
 
     kind, init = adapter.facts, adapter.beginning
-    modules = [(name, base.model.get_submodule(name)) for name in targets]
+    beside = {**embeddings(base), **expert_stacks(base)}
+    check_beyond(base, [name for name in targets if name in beside], adapter)
+    modules = [(name, base.model.get_submodule(name)) for name in targets if name not in beside]
     quantised = next((how for _, module in modules if (how := held_as(module)) is not None), None)
     if quantised is not None:
         adapter.check_quantised(quantised.name)

@@ -8,19 +8,24 @@ the saved one, and the new ranks can learn.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from pydantic import ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
-from fedpeft.adapters.experts import EXPERT
+from fedpeft.adapters.embeddings import is_embedding
+from fedpeft.adapters.experts import pattern_names
 from fedpeft.adapters.export import PEFT_PREFIX, SavedAdapter, read_adapter
 from fedpeft.adapters.kinds import KINDS
 from fedpeft.adapters.state import A_SUFFIX, B_SUFFIX, LoraFactors, fingerprint
 from fedpeft.config import AdapterConfig, describe
 from fedpeft.errors import AdapterError, ConfigError
+
+BESIDE = re.compile(r"\.(embed_tokens|lm_head|base_layer)\.(weight|bias)$")  # what PEFT saves of the base's own
 
 
 def followed(adapter: AdapterConfig) -> AdapterConfig:
@@ -45,7 +50,8 @@ def followed(adapter: AdapterConfig) -> AdapterConfig:
         raise ConfigError(f"adapter.rank = {adapter.rank}: {folder} has rank {widest.rank}; leave adapter.rank unset.")
     implied["rank"] = widest.rank
     if "targets" not in given and "layers" not in given:
-        implied["targets"] = sorted(layer.removeprefix(PEFT_PREFIX) for layer in factors)
+        layers = [layer.removeprefix(PEFT_PREFIX) for layer in factors]
+        implied["targets"] = sorted({name for layer in layers for name in pattern_names(layer, saved.config)})
     try:
         found = AdapterConfig.model_validate({**adapter.model_dump(exclude_unset=True), **implied})
         alpha = widest.scaling / found.facts.scaled(1.0, widest.rank)
@@ -60,10 +66,6 @@ def followed(adapter: AdapterConfig) -> AdapterConfig:
 def _read(adapter: AdapterConfig) -> SavedAdapter:
     folder = Path(str(adapter.start)).expanduser()
     saved = read_adapter(folder)
-    if any(EXPERT.match(layer) for layer in saved.state.factors):
-        raise AdapterError(
-            f"adapter.start = '{folder}' adapts experts (target_parameters), which no run trains; take another."
-        )
     if adapter.start_sha256 not in (None, fingerprint(saved.state.adapter_tensors())):
         raise AdapterError(
             f"adapter.start = '{folder}' is not the adapter that this run was made with (adapter.start_sha256); put "
@@ -73,12 +75,18 @@ def _read(adapter: AdapterConfig) -> SavedAdapter:
 
 
 def begin(
-    tensors: Mapping[str, Tensor], adapter: AdapterConfig, labels: Sequence[str], scoring: Collection[str]
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    adapter: AdapterConfig,
+    labels: Sequence[str],
+    scoring: Collection[str],
 ) -> tuple[str, ...]:
     """Write the adapter of ``adapter.start`` into the one that has just been drawn; return what a user should know.
 
     Parameters
     ----------
+    model : torch.nn.Module
+        Adapted by PEFT.
     tensors : mapping of str to Tensor
         All of the adapter, live, by PEFT's names; changed in place.
     adapter : AdapterConfig
@@ -93,7 +101,7 @@ def begin(
     AdapterError
         The folder's layers or their shapes are others than the run's.
     """
-    saved = _read(adapter)
+    saved = _without_base(_read(adapter), model, tensors)
     layers = {name.removesuffix(A_SUFFIX) for name in tensors if name.endswith(A_SUFFIX)}
     if others := sorted(layers ^ saved.state.factors.keys()):
         here = others[0] in layers
@@ -108,6 +116,27 @@ def begin(
     return _put_head(saved, {name: tensors[name] for name in sorted(heads)}, labels, scoring)
 
 
+def _without_base(saved: SavedAdapter, model: nn.Module, tensors: Collection[str]) -> SavedAdapter:
+    """Leave out what PEFT saves of the base beside adapted embeddings, which must be what the base holds."""
+    kept = {}
+    for name, tensor in saved.state.dense.items():
+        try:
+            held = None if name in tensors or BESIDE.search(name) is None else model.get_parameter(name)
+        except AttributeError:
+            held = None
+        if held is None:
+            kept[name] = tensor
+        elif held.shape != tensor.shape or not (
+            torch.equal(held.to(tensor.dtype).cpu(), tensor) or torch.equal(held.cpu(), tensor.to(held.dtype))
+        ):
+            raise AdapterError(
+                f"adapter.start = '{saved.path}' holds '{name}' of its own, {tuple(tensor.shape)}, where the base has "
+                f"{tuple(held.shape)} or other numbers: embeddings that were resized or trained. Give the base that "
+                "they are in."
+            )
+    return replace(saved, state=replace(saved.state, dense=kept))
+
+
 def _put(layer: str, f: LoraFactors, A: Tensor, B: Tensor, adapter: AdapterConfig) -> None:
     if f.rank > A.shape[0] or f.A.shape[1] != A.shape[1] or f.B.shape[0] != B.shape[0]:
         raise AdapterError(
@@ -117,7 +146,8 @@ def _put(layer: str, f: LoraFactors, A: Tensor, B: Tensor, adapter: AdapterConfi
     factor = 1.0 if math.isclose(f.scaling, adapter.scaling, rel_tol=1e-6) else f.scaling / adapter.scaling
     with torch.no_grad():
         A[: f.rank] = f.A.to(A)
-        B.zero_()
+        if not is_embedding(layer):  # whose A is drawn as zeros, so that B must not be
+            B.zero_()
         B[:, : f.rank] = f.B.to(B) * factor
 
 

@@ -7,7 +7,7 @@ by Poisson sampling, each row's gradient g_i over ALL trained tensors together (
 
 and what the optimizer gets is (sum_i of those + sigma C N(0, I)) / (q n), also where no row was drawn. Gradients of
 single rows come from Opacus's hooks, which are attached to a resident model once and sleep while nobody trains
-privately.
+privately. Where experts or embeddings are adapted, of which hooks see nothing, each row is a batch by itself.
 
 Three things that Opacus leaves to its caller. A row's loss must not depend on the other rows: the loss of a causal
 language model is a mean over all tokens of a batch, so here each row's own mean is taken. Clipping must bound ANY row:
@@ -239,6 +239,8 @@ class RowEngine:
         for name in adapted.trained:
             adapted.parameter(name).grad = None  # tells afterwards whether the loss depends on it at all
         hooks.rows = len(inputs["labels"])
+        if adapted.beside:
+            return self._one_by_one(inputs, precision)
         hooks.enable_hooks()
         try:
             losses, counted = batch_losses(adapted.task, adapted.model, inputs, precision, by_hooks=True)
@@ -252,6 +254,29 @@ class RowEngine:
             hooks.disable_hooks()
             hooks.strangers.clear()
         return float(loss.detach())
+
+    def _one_by_one(self, inputs: Mapping[str, Tensor], precision: str) -> float:
+        """Do what `backward` does without hooks: each row is a batch of its own, and its gradient the batch's.
+
+        Hooks see nothing of experts, whose layer is given the tokens of all rows together, nor of embeddings.
+        """
+        adapted, total = self.adapted, 0.0
+        every: list[Any] = [adapted.parameter(name) for name in adapted.trained]
+        trained = [parameter for parameter in every if parameter.requires_grad]
+        samples = [parameter.new_zeros((self._hooks.rows, *parameter.shape)) for parameter in trained]
+        for row in range(self._hooks.rows):
+            alone = {name: value[row : row + 1] for name, value in inputs.items()}
+            losses, counted = batch_losses(adapted.task, adapted.model, alone, precision)
+            loss = (losses / counted.clamp(min=1)).sum()
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+            for parameter, sample in zip(trained, samples, strict=True):
+                if parameter.grad is not None:
+                    sample[row] = parameter.grad
+                parameter.grad = None
+        for parameter, sample in zip(trained, samples, strict=True):
+            parameter.grad_sample, parameter.grad = sample, sample.sum(0)
+        return total
 
     def check(self, parameters: Sequence[nn.Parameter], rows: int) -> None:
         """Raise PrivacyError where hooks saw something else than one gradient a row."""

@@ -171,6 +171,8 @@ class Kind:
     quantised : bool
         Whether it computes on a quantised base as it does on the same weights as plain matrices; what it reads of these
         goes through `fedpeft.quantization.dense_weight`.
+    beyond_linear : bool
+        Whether it adapts embeddings and stacks of experts' weights too: it is PEFT's plain LoRA.
     prompts : bool
         Whether it puts ``num_virtual_tokens`` of PEFT's configuration before the tokens of a text.
     prefix : str
@@ -213,6 +215,7 @@ class Kind:
     merges: bool = True
     reads_base: bool = False
     quantised: bool = False
+    beyond_linear: bool = False
     prompts: bool = False
     prefix: str = "base_model.model."
     choose: Callable[[nn.Module, Sequence[str] | None], list[str]] | None = None

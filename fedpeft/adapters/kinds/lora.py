@@ -25,6 +25,7 @@ LORA = Kind(
     row_by_row=True,
     resizable=True,
     quantised=True,
+    beyond_linear=True,
 )
 RSLORA = replace(LORA, name="rslora", settings={"use_rslora": True, "use_dora": False}, scaled=by_root_of_rank)
 DORA = replace(
@@ -35,5 +36,6 @@ DORA = replace(
     settings={"use_rslora": False, "use_dora": True},
     inits=("default", "gaussian"),
     row_by_row=False,
+    beyond_linear=False,
     quantised=False,  # PEFT loses the scales of bitsandbytes' 8 bits as it norms the weight
 )

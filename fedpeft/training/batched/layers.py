@@ -105,11 +105,11 @@ def _factors(adapted: AdaptedModel) -> list[_Layer]:
     found = []
     names = {id(adapted.parameter(name)): name for name in adapted.initial}
     for module in adapted.model.modules():
-        if not isinstance(module, LoraLayer) or ADAPTER not in module.lora_A:
+        if not isinstance(module, LoraLayer) or not is_linear(module) or ADAPTER not in module.lora_A:
             continue
         variants = getattr(module, "lora_variant", {})
         a, b = (names.get(id(each[ADAPTER].weight), "") for each in (module.lora_A, module.lora_B))
-        plain = is_linear(module) and not variants
+        plain = not variants
         if plain and a.endswith(A_SUFFIX) and b.endswith(B_SUFFIX):
             found.append(_Layer(module, (a, b)))
     return found
