@@ -7,11 +7,17 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from typing import TYPE_CHECKING, Any
+
+from fedpeft.deferred import FLOWERS_OWN, defer
 
 # OpenMP reads this once, when torch is loaded. Threads that spin while they wait made an evaluation on two busy cores
 # take 43 times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+if FLOWERS_OWN & sys.modules.keys():
+    defer()
 
 if TYPE_CHECKING:
     from fedpeft.adapters.state import AdapterState, ClientUpdate, LoraFactors

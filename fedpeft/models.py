@@ -20,6 +20,7 @@ from fedpeft.attention import attention_for
 from fedpeft.bases import check_folder, describe_base, first_line
 from fedpeft.config import ModelConfig, RunConfig
 from fedpeft.data.tokens import load_tokenizer
+from fedpeft.deferred import need
 from fedpeft.dropout import configure_dropout, set_dropout
 from fedpeft.errors import ConfigError, DataError, ModelError
 from fedpeft.mapped import mapped_folder
@@ -161,6 +162,8 @@ def load_base(config: RunConfig, folder: Path, labels: Sequence[str]) -> BaseMod
     ModelError
         The folder does not hold a model for this task.
     """
+    if config.model.trust_remote_code:
+        need()  # whatever it imports
     bf16, on = config.train.precision == "bf16", device()
     dtype = dtype_on(on, config.train.precision)
     options: dict[str, Any] = {

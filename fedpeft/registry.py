@@ -11,6 +11,7 @@ from contextlib import suppress
 from importlib.metadata import EntryPoint, entry_points
 from typing import Generic, Protocol, TypeVar, cast
 
+from fedpeft.deferred import need
 from fedpeft.errors import ConfigError, nearest
 
 
@@ -84,6 +85,7 @@ class Registry(Generic[T]):
 
     def _loaded(self, entry: EntryPoint) -> T:
         wrong = ""
+        need()  # whatever others import is to be there
         try:
             thing = entry.load()
         except Exception as error:  # whatever the code of others raises as it is imported

@@ -16,11 +16,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from fedpeft.chatter import silence
 from fedpeft.config import RunConfig, nest, resolve
+from fedpeft.deferred import defer
 
 if TYPE_CHECKING:
     from fedpeft.simulations.grids.ray import RayGrid
 
 silence()
+defer()
 # how long an example takes says nothing on a machine that does other things too
 settings.register_profile("fedpeft", deadline=None)
 settings.load_profile("fedpeft")

@@ -23,7 +23,7 @@ FOLDERS = {"fedpeft": "", "strategies": "strategies", "clients": "clients", "sim
 # From low to high. A unit is a module or a package with all in it, the longest name counts, and `x.*` is what lies in x
 # but not x itself. An import goes to a lower row, or stays within its unit.
 UNITS: tuple[tuple[str, ...], ...] = (
-    ("errors", "seeds", "jsons", "rounding", "formats", "chatter"),
+    ("errors", "seeds", "jsons", "rounding", "formats", "chatter", "deferred"),
     ("places", "registry"),
     ("quantization",),
     ("adapters.kinds", "training.optimizers", "data.layouts"),  # what is known of each, before any configuration

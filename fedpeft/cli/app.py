@@ -23,6 +23,7 @@ from fedpeft.cli.privacy import privacy_app
 from fedpeft.cli.rows import rows
 from fedpeft.cli.show import env, partition, runs, strategies
 from fedpeft.cli.simulate import evaluate, simulate
+from fedpeft.deferred import defer
 from fedpeft.errors import ConfigError, FedpeftError
 
 app = typer.Typer(
@@ -79,6 +80,7 @@ THREADLESS = {"OPENBLAS_NUM_THREADS": "1", "ARROW_DEFAULT_MEMORY_POOL": "system"
 
 def main() -> None:
     """Run the command line; an error of the user's becomes one line and exit code 2."""
+    defer()
     output = secure()
     for name, value in THREADLESS.items():
         os.environ.setdefault(name, value)

@@ -184,14 +184,15 @@ def quiet(verbose: bool) -> None:
         silence()
 
 
-def prepare_workers(simulation: Mapping[str, Any]) -> None:
+def prepare_workers(sections: Mapping[str, Mapping[str, Any]]) -> None:
     """Begin to start Ray, and fork what workers on this machine are to be; call it before anything else is imported.
 
     Parameters
     ----------
-    simulation : mapping
-        What is known of the configuration's section. A guess that is wrong costs time and nothing else.
+    sections : mapping
+        What is known of the configuration. A guess that is wrong costs time and nothing else.
     """
+    simulation = sections.get("simulation", {})
     if simulation.get("workers") in (0, "0") or simulation.get("address") or os.environ.get("RAY_ADDRESS"):
         return
     if {"ray", "torch"} & sys.modules.keys():
@@ -199,7 +200,15 @@ def prepare_workers(simulation: Mapping[str, Any]) -> None:
     from fedpeft.simulations.grids import host
 
     host.begin()
+    from fedpeft.deferred import need
+    from fedpeft.quantization import QUANTIZATIONS
     from fedpeft.simulations.grids import nursery
+    from fedpeft.training.optimizers import OPTIMIZERS
+
+    method = QUANTIZATIONS.all().get(str(sections.get("model", {}).get("quantization")))
+    optimizer = OPTIMIZERS.all().get(str(sections.get("train", {}).get("optimizer")))
+    # forks have at once what is imported before them
+    need({method.library if method else "", str(optimizer.needs) if optimizer else ""})
 
     nursery.hatch()
 

@@ -58,7 +58,7 @@ def simulate(
 
     if out is not None:
         check_vacant(out)
-    prepare_workers(config.simulation.model_dump())
+    prepare_workers(config.model_dump())
     from fedpeft.strategies import with_typed_options
 
     config = with_typed_options(config)
@@ -81,8 +81,8 @@ def _go_on(run: Path, asked: Asked, json_lines: bool, verbose: bool) -> None:
 
     quiet(verbose)
     layer = merge(asked.layers())
-    if (section := _kept(run)) is not None:
-        prepare_workers({**section, **layer.get("simulation", {})})
+    if (sections := _kept(run)) is not None:
+        prepare_workers({name: {**sections.get(name, {}), **layer.get(name, {})} for name in sections | layer})
     from fedpeft.report.console import JsonListener
     from fedpeft.runs import PAGE
     from fedpeft.simulations.resuming import caution, is_complete, resuming
@@ -106,14 +106,14 @@ def _go_on(run: Path, asked: Asked, json_lines: bool, verbose: bool) -> None:
 
 
 def _kept(run: Path) -> dict[str, Any] | None:
-    """Return the section ``[simulation]`` of a run that seems worth a start of Ray."""
+    """Return the configuration of a run that seems worth a start of Ray."""
     from fedpeft.runs import CONFIG_FILE, PAGE
 
     try:
         written = tomllib.loads((run / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None  # which is told later
-    return None if (run / PAGE).exists() else written.get("simulation", {})
+    return None if (run / PAGE).exists() else {name: each for name, each in written.items() if isinstance(each, dict)}
 
 
 def _carry_out(

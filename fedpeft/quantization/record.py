@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fedpeft.deferred import installed
 from fedpeft.errors import ModelError
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class Quantization:
         by : str
             What asks for it, for the error.
         """
-        if importlib.util.find_spec(self.library) is None:
+        if not installed(self.library):
             raise ModelError(f"{by} needs the package {self.library}, which is not installed: pip install {self.pip}")
         if device not in self.devices:
             raise ModelError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from fedpeft.adapters.state import Role, role_of
 from fedpeft.config import TrainConfig
+from fedpeft.deferred import installed
 from fedpeft.errors import AdapterError
 from fedpeft.training.optimizers import OPTIMIZERS, SCHEDULES
 
@@ -84,7 +84,7 @@ def make_optimizer(train: TrainConfig, parameters: Mapping[str, nn.Parameter]) -
 def check_optimizer(train: TrainConfig, names: Iterable[str]) -> None:
     """Raise AdapterError, see `make_optimizer`, where these tensors cannot be trained as configured."""
     record, names = OPTIMIZERS.find(train.optimizer), list(names)
-    if record.needs and importlib.util.find_spec(record.needs) is None:
+    if record.needs and not installed(record.needs):
         raise AdapterError(
             f"train.optimizer = '{record.name}' needs {record.needs}, which is not installed: "
             f"pip install 'fedpeft[{record.extra}]'"

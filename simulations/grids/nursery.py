@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fedpeft import allocation
+from fedpeft.deferred import defer
 from fedpeft.simulations.grids import launcher
 
 TITLE = "fedpeft: what workers are forked from"
@@ -65,7 +66,7 @@ def executable(folder: Path, modules: Sequence[str], variables: Mapping[str, str
         Environment variables that must stand before.
     """
     spec: dict[str, Any] = {"folder": str(folder), "modules": list(modules), "variables": dict(variables)}
-    if _hatched is not None and tuple(modules) == PRELOADED:
+    if _hatched is not None and {*PRELOADED} <= {*modules}:  # what it has not imported, each fork does
         spec.update(hatched=str(_hatched), job=JOB["RAY_JOB_ID"])
     return shlex.join([sys.executable, "-I", "-S", str(launcher.__file__), json.dumps(spec)])
 
@@ -145,6 +146,7 @@ def main(path: Path, modules: Sequence[str]) -> None:
     """
     raylet = int(path.name.partition(".")[0])
     os.umask(0o077)
+    defer(besides=modules)
     _name()
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))

@@ -19,6 +19,7 @@ from flwr.app import ArrayRecord, Context, Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from ray import ObjectRef
 
+from fedpeft.deferred import needed
 from fedpeft.errors import SimulationError
 from fedpeft.simulations.grids.base import Answer, SimulationGrid
 from fedpeft.simulations.grids.bundles import Bundle, nodes_of
@@ -207,7 +208,7 @@ class RayGrid(SimulationGrid):
         forked: dict[str, Any] = {}
         folder = own_folder() if sys.platform == "linux" else None
         if folder and not gpus:  # a GPU that was looked at is no use to a fork
-            command = executable(folder, PRELOADED, variables)
+            command = executable(folder, (*needed(), *PRELOADED), variables)
             forked = {"runtime_env": {"py_executable": command}}
         actor = ray.remote(Worker).options(
             num_cpus=cpus_per_worker(workers, self._threads, gpus, grows=is_cluster),

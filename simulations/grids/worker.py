@@ -1,7 +1,7 @@
 """What runs inside a Ray worker.
 
 The settings of OpenMP and others count only if they stand before torch is loaded, and Ray imports this module before it
-makes a `Worker`; so the top of this file imports the standard library only.
+makes a `Worker`; so the top of this file imports nothing that imports it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import os
 import traceback
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from fedpeft.deferred import defer, need
 
 if TYPE_CHECKING:
     from flwr.app import ArrayRecord
@@ -69,6 +71,10 @@ class Worker:
 
     def __init__(self, app: str, threads: int, variables: Mapping[str, str]) -> None:
         os.environ.update(variables)
+        if app.partition(".")[0] == __name__.partition(".")[0]:  # that of others may import what it likes
+            defer()
+        else:
+            need()
         self._name = app
         self._threads = threads
         self._loaded: tuple[ClientApp, SharedRecords] | None = None  # what stays from message to message

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from fedpeft.chatter import silence
+from fedpeft.deferred import need
 from fedpeft.training.optimizers.record import Optimizer, OptimizerOptions
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def _builder(cls: str) -> Callable[[Mapping[str, torch.nn.Parameter], float, Pag
         parameters: Mapping[str, torch.nn.Parameter], learning_rate: float, options: PagedOptions
     ) -> torch.optim.Optimizer:
         silence()
+        need(["bitsandbytes"])
         import bitsandbytes
 
         warnings.filterwarnings("ignore", "Paged optimizers are not supported on CPU")  # which pages by itself

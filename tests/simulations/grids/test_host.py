@@ -23,7 +23,7 @@ from pathlib import Path
 from fedpeft.cli.app import THREADLESS
 os.environ.update(THREADLESS)
 from fedpeft.cli.options import prepare_workers
-prepare_workers({"workers": 1})
+prepare_workers({"simulation": {"workers": 1}})
 from fedpeft.simulations.grids import host, nursery
 from fedpeft.simulations.grids.ray import RayGrid
 assert {name: os.environ.get(name) for name in ("RAY_JOB_ID", "RAY_RAYLET_PID")} == dict.fromkeys(
