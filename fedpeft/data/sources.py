@@ -187,9 +187,8 @@ def read_rows(
         reading = replace(reading, detected=not names_of(data))
         features[column] = datasets.Value("large_string")
     cells["row"], features["row"] = numbers, datasets.Value("int64")
-    rows, skipped = pa.table(cells), ()
-    if kept is not None:
-        rows, skipped = rows.filter(pa.array(kept)), tuple(numbers[~kept].tolist())
+    rows = pa.table(cells) if kept is None else pa.table(cells).filter(pa.array(kept))
+    skipped = () if kept is None else tuple(numbers[~kept].tolist())
     info = datasets.DatasetInfo(features=datasets.Features(features))
     return Table(datasets.Dataset(rows, info=info), names, place, skipped, reading)
 
