@@ -187,10 +187,16 @@ def read_rows(
         reading = replace(reading, detected=not names_of(data))
         features[column] = datasets.Value("large_string")
     cells["row"], features["row"] = numbers, datasets.Value("int64")
-    rows = pa.table(cells) if kept is None else pa.table(cells).filter(pa.array(kept))
-    skipped = () if kept is None else tuple(numbers[~kept].tolist())
+    rows, skipped = _kept(pa.table(cells), numbers, kept)
     info = datasets.DatasetInfo(features=datasets.Features(features))
     return Table(datasets.Dataset(rows, info=info), names, place, skipped, reading)
+
+
+def _kept(
+    rows: pa.Table, numbers: NDArray[np.int64], kept: NDArray[np.bool_] | None
+) -> tuple[pa.Table, tuple[int, ...]]:
+    """Return the rows that stay, and the numbers of the others."""
+    return (rows, ()) if kept is None else (rows.filter(pa.array(kept)), tuple(numbers[~kept].tolist()))
 
 
 def _normalised(

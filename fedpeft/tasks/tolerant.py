@@ -46,7 +46,8 @@ def encode_what_can_be(
         As `encode_rows`, where not a single row can be encoded or the source cannot be read at all.
     """
     try:
-        return encode_rows(config, model_dir, source, labels), {}
+        split = encode_rows(config, model_dir, source, labels)
+        return split, _skipped(split)
     except (DataError, ModelError) as error:
         place, whole = locate(source).train, error
     names, task = tuple(labels) or config.data.label_names, tasks.of(config)
@@ -72,7 +73,8 @@ def encode_what_can_be(
             left_out = _problems(
                 place, len(raw), lambda only: encode_table(config, model_dir, table(only).rows, names or ())
             )
-            if len(left_out) in (0, len(raw)):
+            # a damaged row is read as an empty one, which may be among those to skip: then none is a problem alone
+            if len(left_out) == len(raw) or not (left_out or config.data.empty == "skip"):
                 raise whole
             good = [row for row in range(len(raw)) if row + 1 not in left_out]
             make_entry(config, model_dir, replace(table(good), labels=names or ()), folder)
@@ -80,7 +82,12 @@ def encode_what_can_be(
             found = open_entry(folder, task.name)
         assert found is not None, "just written"
         told = json.loads(noted.read_text(encoding="utf-8"))
-    return found[0], {int(row): what for row, what in told.items()}
+    return found[0], {int(row): what for row, what in told.items()} | _skipped(found[0])
+
+
+def _skipped(split: EncodedSplit) -> dict[int, str]:
+    """Return what is wrong with rows that `data.empty` leaves out: which these are may not be seen either."""
+    return dict.fromkeys(split.origin.skipped, "it has no token that the loss counts")
 
 
 def _problems(place: Place, count: int, try_: Callable[[Sequence[int]], object]) -> dict[int, str]:

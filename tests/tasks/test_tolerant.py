@@ -21,3 +21,14 @@ def test_where_failures_must_not_be_seen_a_bad_row_is_named_and_left_out(tmp_pat
     assert (len(split), sorted(problems)) == (2, [1, 4])
     assert problems[1].startswith(f"row 1 of '{path}' has a turn 1 of the unknown role")
     assert len(raw_rows(locate(path).train, config.data, tasks.find("causal-lm").columns, frozenset())) == 4
+
+
+def test_rows_that_are_skipped_are_counted_with_those_that_cannot_be_encoded(tmp_path: Path, tiny_llama: Path) -> None:
+    good = {"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]}
+    silent = {"messages": [good["messages"][0], {"role": "assistant", "content": "w2", "weight": 0}]}
+    path = tmp_path / "rows.jsonl"
+    for damaged in ("", "{damaged}\n"):
+        path.write_text("".join(json.dumps(row) + "\n" for row in ({"messages": []}, good, silent)) + damaged)
+        config = configure({"model.name": str(tiny_llama), "model.task": "causal-lm", "data.empty": "skip"})
+        split, problems = encode_what_can_be(config, tiny_llama, path)
+        assert (len(split), sorted(problems)) == (1, [1, 3, 4] if damaged else [1, 3])
