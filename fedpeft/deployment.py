@@ -34,8 +34,8 @@ HEADER = """\
 def write_app(directory: Path, config: RunConfig, out: Path, labels: tuple[str, ...] | None) -> Path:
     """Write a folder that ``flwr run`` takes as it is.
 
-    Local paths (`data.source`, `data.test`, `model.name`, `adapter.start`, `adapter.init_data`, and `out`) are written as
-    absolute ones, because server and clients run in the working directories of their SuperLink and SuperNodes. Each
+    Local paths (`data.source`, `data.test`, `model.name`, `adapter.start`, `adapter.init_data`, and `out`) are written
+    as absolute ones, because server and clients run in the working directories of their SuperLink and SuperNodes. Each
     must exist on every machine that reads it.
 
     Parameters

@@ -39,6 +39,33 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         option.numprocesses, option.dist, option.loadscopereorder = "logical", "loadfile", False
 
 
+# what takes longest, first: what begins last then ends soon after all else
+LONGEST = (
+    "end_to_end/test_deployment.py",
+    "end_to_end/test_kills.py",
+    "end_to_end/test_private_deployment.py",
+    "simulations/grids/test_nodes.py",
+    "simulations/grids/test_ray.py",
+    "simulations/grids/test_host.py",
+    "end_to_end/test_simulate.py",
+    "end_to_end/test_methods.py",
+    "simulations/test_batching.py",
+    "simulations/test_compare.py",
+    "simulations/test_charging.py",
+    "test_benchmarks.py",
+    "quantization/test_quantization.py",
+    "adapters/test_families.py",
+)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Begin with the longest files; workers take them one by one in this order."""
+    tests = Path(__file__).parent
+    places = {tests / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
 WORDS = [f"w{i}" for i in range(60)]
 
 

@@ -70,6 +70,11 @@ class SimulationConfig(Section):
     )
 
 
+def _true_or_false(value: object) -> object:
+    """Read what a command line says for true and false; any other text is a name."""
+    return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
+
+
 class RunSection(Section):
     """Name, seed and what is recorded."""
 
@@ -89,7 +94,7 @@ class RunSection(Section):
     patience: int | None = Field(
         None, ge=1, description="end the run after so many evaluated rounds without a better run.monitor"
     )
-    best: bool | str | None = Field(
+    best: Annotated[bool | str | None, BeforeValidator(_true_or_false)] = Field(
         None, description="true, or a metric: also write the adapter of the best evaluated round, to adapter-best/"
     )
     max_megabytes: float | None = Field(

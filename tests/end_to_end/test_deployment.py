@@ -46,7 +46,8 @@ def talks(draw: random.Random, count: int) -> str:
 
 
 TEMPLATE = """\
-{% for turn in messages %}{% if turn.role == "assistant" %}w1 {% generation %}{{ turn.content }} [EOS]{% endgeneration %}
+{% for turn in messages %}{% if turn.role == "assistant" %}w1 \
+{% generation %}{{ turn.content }} [EOS]{% endgeneration %}\
 {% else %}w0 {{ turn.content }} {% endif %}{% endfor %}{% if add_generation_prompt %}w1 {% endif %}"""
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from fedpeft.config import RunConfig
+from fedpeft.config import RunConfig, parse_overrides, resolve
 from fedpeft.errors import ConfigError
 from fedpeft.runs import read_events
 from fedpeft.runs.history import History
@@ -65,6 +65,11 @@ def test_a_run_that_gets_worse_ends_early_and_its_best_adapter_is_kept(text_conf
     for folder in ("adapter", "adapter-best"):
         assert (shorter / folder / ADAPTER).read_bytes() == (run / folder / ADAPTER).read_bytes()
     assert events(shorter, "end")[-1] == end
+
+
+@pytest.mark.parametrize(("word", "best"), [("true", True), ("True", True), ("false", False), ("loss", "loss")])
+def test_a_command_line_asks_for_the_best_adapter_by_true_or_by_a_metric(word: str, best: object) -> None:
+    assert resolve([parse_overrides([f"run.best={word}"])]).run.best == best
 
 
 def test_the_best_adapter_may_be_the_last_one_and_stays_when_the_run_goes_on(text_config: Make, tmp_path: Path) -> None:

@@ -194,8 +194,8 @@ def test_while_all_control_variates_are_zero_a_round_is_fedits() -> None:
 
 
 def test_a_control_variate_that_does_not_fit_is_refused_by_name() -> None:
+    order = TrainOrder(to_record({}), 1, 1, 1.0, control=to_record({"a": torch.zeros(1)}))
     with pytest.raises(MessageError, match="'control' of the order does not fit what is trained: b"):
-        order = TrainOrder(to_record({}), 1, 1, 1.0, control=to_record({"a": torch.zeros(1)}))
         Control.of(order, {"a": torch.zeros(1), "b": torch.zeros(1)}, RecordDict())
 
 
