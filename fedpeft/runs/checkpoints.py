@@ -58,6 +58,17 @@ def checkpoint_rounds(run: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdecimal())
 
 
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors of which no two share memory, as a file needs them: the best adapter may be the last one."""
+    apart: dict[str, Tensor] = {}
+    places = set[int]()
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        apart[name] = tensor.contiguous() if place not in places else tensor.clone().contiguous()
+        places.add(place)
+    return apart
+
+
 def write_checkpoint(run: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint, and return when it is on the disk.
 
@@ -73,7 +84,7 @@ def write_checkpoint(run: Path, checkpoint: Checkpoint) -> None:
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        save_file({name: tensor.contiguous() for name, tensor in checkpoint.tensors.items()}, partial / TENSORS_FILE)
+        save_file(_apart(checkpoint.tensors), partial / TENSORS_FILE)
         # the file orders its tensors by itself, and sums over them may not
         facts = {"round": checkpoint.round, **checkpoint.facts, "tensors": list(checkpoint.tensors)}
         (partial / STATE_FILE).write_text(to_json(facts) + "\n", encoding="utf-8")

@@ -67,6 +67,13 @@ def test_a_run_that_gets_worse_ends_early_and_its_best_adapter_is_kept(text_conf
     assert events(shorter, "end")[-1] == end
 
 
+def test_the_best_adapter_may_be_that_of_the_round_that_is_saved(text_config: Make, tmp_path: Path) -> None:
+    run = simulate(text_config(strategy__name="fedit", run__best="loss"), tmp_path / "run").path
+    (end,) = events(run, "end")
+    assert end["best_round"] == 2  # the last one, of which there is a checkpoint
+    assert (run / "adapter-best" / ADAPTER).read_bytes() == (run / "adapter" / ADAPTER).read_bytes()
+
+
 def test_a_run_ends_before_the_round_that_its_budget_does_not_pay_for(text_config: Make, tmp_path: Path) -> None:
     free = plan(text_config(federation__rounds=1))
     megabytes = 2.5 * free.total_bytes / 1e6
