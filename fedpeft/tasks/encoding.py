@@ -416,6 +416,7 @@ def encode_what_can_be(
         task=task.name,
         rows=digest(place, config.data, task.columns),
         data=config.data.model_dump(mode="json"),
+        **_chat(config),
         labels=names,
         model=model_digest(model_dir),
         versions=[importlib.metadata.version(name) for name in LIBRARIES],
