@@ -208,8 +208,10 @@ def card(finished: FinishedRun, client: str | None, *, merged: bool) -> str:
 
 
 def _scores(finished: FinishedRun, history: History) -> list[str]:
-    if finished.config.privacy.is_private and finished.home.holds_out_test_rows:
-        return ["Its scores are of rows that training was to protect, and are not told."]
+    if finished.config.privacy.is_private:
+        stated = read_statement(finished.path) or {}  # earlier versions' say nothing of scores
+        if stated.get("scores_tell_of_rows", finished.home.holds_out_test_rows):
+            return ["Its scores are of rows that training was to protect, and are not told."]
     last: Mapping[str, Any] = history.last or {}
     names = [name for name in history.metrics if last.get(name) is not None]
     if not names:

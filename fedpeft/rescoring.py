@@ -15,7 +15,7 @@ from fedpeft.errors import ConfigError, DataError
 from fedpeft.finished import FinishedRun, open_run
 from fedpeft.generation import answer, drawn_rows, judge, with_answers
 from fedpeft.models import load_base
-from fedpeft.privacy.overlap import shared_rows
+from fedpeft.privacy.overlap import shared_rows, test_rows_of_clients
 from fedpeft.resident import Resident
 from fedpeft.runs import Event
 from fedpeft.tasks.encoding import encode_rows
@@ -126,6 +126,8 @@ def _protected_rows(home: Resident, split: EncodedSplit, *, own: bool) -> int | 
     if own and home.holds_out_test_rows:
         return len(split)
     try:
+        if own and (owned := test_rows_of_clients(home)):
+            return owned
         return shared_rows(home.data.train, split)
     except DataError:  # the clients' rows need not be where the run is looked at
         return None

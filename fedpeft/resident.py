@@ -27,7 +27,7 @@ from fedpeft.config import (
     RunSection,
     TrainConfig,
 )
-from fedpeft.config.privacy import Level
+from fedpeft.config.privacy import LEVELS, Level
 from fedpeft.data.partition import Partition, partition
 from fedpeft.data.sources import places
 from fedpeft.data.splits import EncodedData, EncodedSplit
@@ -36,7 +36,8 @@ from fedpeft.models import base_folder, load_base
 from fedpeft.presets import PREFIX, is_preset, materialize
 from fedpeft.tasks.classes import max_length
 from fedpeft.tasks.encoding import encode, encode_rows, encoded
-from fedpeft.tasks.heads import pack_rows
+from fedpeft.tasks.heads import pack_rows, runs_whole
+from fedpeft.tasks.losses import needs_some_logits
 from fedpeft.training.batched.layers import OwnLayers
 from fedpeft.training.checkpointing import checkpoint_blocks
 from fedpeft.training.neftune import check_noise
@@ -232,6 +233,9 @@ class Resident:
             pack_rows(adapted.model, max_length(self.config, self.folder))
         if self.config.train.neftune_alpha:
             check_noise(adapted.model, reads_tokens=self.test.image_shape is None)
+        by_hooks = LEVELS[self.key.level].clients_add_noise
+        if needs_some_logits(adapted.task) and (why := runs_whole(adapted.model, by_hooks=by_hooks)):
+            adapted.notes += (f"logits of all positions are computed at once, in more memory: {why}",)
         give_back()
         return adapted
 

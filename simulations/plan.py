@@ -33,6 +33,8 @@ from fedpeft.strategies.ending import affordable, check_ending
 from fedpeft.strategies.federation import build_strategy, personal_names
 from fedpeft.strategies.rounds.report import require_enough
 from fedpeft.strategies.volume import volume
+from fedpeft.tasks.heads import runs_whole
+from fedpeft.tasks.losses import needs_some_logits
 
 
 @dataclass(frozen=True)
@@ -206,18 +208,20 @@ def plan(config: RunConfig) -> DryRun:
         ),
         sizing=planned(config, len(clients)),
         prefixing=decide(config, home),
-        memory=_memory(config, home),
+        memory=predicted(config, home),
         measured=measured(config),
         affordable=affordable(config, home),
     )
 
 
-def _memory(config: RunConfig, home: Resident) -> Prediction | None:
+def predicted(config: RunConfig, home: Resident) -> Prediction | None:
     """Predict a worker's peak; how long rows are is not told of a private run."""
     lengths = [] if config.privacy.is_private else [home.data.train.lengths, home.test.lengths]
     longest = max((int(each.max(initial=1)) for each in lengths), default=None)
     adapted = home.adapted
-    return predict(config, longest, sum(adapted.initial[name].numel() for name in adapted.trained))
+    by_hooks = level_of(config.privacy).clients_add_noise
+    whole = needs_some_logits(adapted.task) and bool(runs_whole(adapted.model, by_hooks=by_hooks))
+    return predict(config, longest, sum(adapted.initial[name].numel() for name in adapted.trained), whole=whole)
 
 
 def _on_precision(config: RunConfig, home: Resident) -> Iterator[str]:

@@ -23,13 +23,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fedpeft.config import RunConfig
+from fedpeft.config import RunConfig, TrainConfig
 from fedpeft.errors import FedpeftError
+from fedpeft.training.optimizers import OPTIMIZERS
 
 LIBRARIES = 690 * 10**6  # resident bytes of a process that has imported all and read a tokenizer and rows, on Linux
 STATES, WORKING = 16, 6  # numbers a token and unit of width: kept for the gradient, and held by one block that scores
 COPIES = 3  # of a block of logits at a time
-MOMENTS = 4  # numbers of each one trained: itself, its gradient, and an optimiser's two
+HELD = 2  # numbers of each one trained: itself and its gradient; an optimiser's come on top
+CLIPPED = 5  # at record level beside each row's gradient: the clipped sum, and noise and noised sum in float64
 LOGITS = 2**25  # bytes of a block of logits, see `fedpeft.tasks.heads`
 BITS = {"nf4": 4.5, "fp4": 4.5, "int8": 8.2}  # of a quantised weight, its scales included
 # what transformers' configurations call the sizes of a model
@@ -86,7 +88,9 @@ class _Sizes:
     image_tokens: int
 
 
-def predict(config: RunConfig, length: int | None = None, trained: int = 0) -> Prediction | None:
+def predict(
+    config: RunConfig, length: int | None = None, trained: int = 0, *, whole: bool = False
+) -> Prediction | None:
     """Predict the peak of a worker of a run, from the base's files alone.
 
     Parameters
@@ -97,6 +101,8 @@ def predict(config: RunConfig, length: int | None = None, trained: int = 0) -> P
         Tokens of the longest row; ``data.max_length`` if not given.
     trained : int
         Numbers that a client trains.
+    whole : bool
+        Whether logits are computed of all positions at once, see `fedpeft.tasks.heads.runs_whole`.
 
     Returns
     -------
@@ -121,11 +127,17 @@ def predict(config: RunConfig, length: int | None = None, trained: int = 0) -> P
     return Prediction(
         libraries=LIBRARIES,
         weights=_weights(config, sizes, number),
-        adapter=4 * trained * (MOMENTS + (rows if private else 0)),
-        training=_training(config, sizes, rows * tokens, tokens, number) + _logits(sizes, rows * tokens),
+        adapter=round(4 * trained * _of_each_trained(train, rows if private else 0)),
+        training=_training(config, sizes, rows * tokens, tokens, number) + _logits(sizes, rows * tokens, whole=whole),
         scoring=number * scored * (WORKING * sizes.width + (3 if sizes.gated else 2) * sizes.inner)
-        + _logits(sizes, scored),
+        + _logits(sizes, scored, whole=whole),
     )
+
+
+def _of_each_trained(train: TrainConfig, rows: int) -> float:
+    """Return the numbers that are held of each one trained, where so many rows have gradients of their own."""
+    anchor = 1 if train.proximal_mu else 0
+    return HELD + OPTIMIZERS.find(train.optimizer).state_floats + anchor + (rows + CLIPPED if rows else 0)
 
 
 def _weights(config: RunConfig, sizes: _Sizes, number: int) -> int:
@@ -146,8 +158,9 @@ def _training(config: RunConfig, sizes: _Sizes, all_tokens: int, tokens: int, nu
     return number * all_tokens * kept
 
 
-def _logits(sizes: _Sizes, positions: int) -> int:
-    return COPIES * min(4 * positions * sizes.vocabulary, LOGITS)
+def _logits(sizes: _Sizes, positions: int, *, whole: bool) -> int:
+    every = 4 * positions * sizes.vocabulary
+    return COPIES * (every if whole else min(every, LOGITS))
 
 
 def _sizes(folder: Path) -> _Sizes:

@@ -55,7 +55,12 @@ OWN_FILES = (
 )
 OWN_FOLDERS = (CHECKPOINTS, ADAPTER, ADAPTER_BEST, STATES, "faults", "plots")
 COUNT = ("fedpeft", "torch", "transformers", "peft", "opacus", "numpy")  # whose versions bytes may depend on
-STATED = (PRIVACY, f"{ADAPTER}/{PRIVACY}", PAGE)  # what a run says at its end that it spent
+STATED = (
+    PRIVACY,
+    f"{ADAPTER}/{PRIVACY}",
+    f"{ADAPTER_BEST}/{PRIVACY}",
+    PAGE,
+)  # what a run says at its end that it spent
 ALLOWED = f"{ROUNDS} (as many or more), {', '.join(FREE[1:-1])} and {FREE[-1]}"
 
 

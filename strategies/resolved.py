@@ -38,7 +38,7 @@ def with_typed_options(config: RunConfig, *, rng: Rng = "seeded") -> RunConfig:
     _check_kind(config, method)
     _check_ranks(config, method)
     method.check(parsed, config.adapter)
-    config = _with_own_optimizer(config, method)
+    config = _with_own_clipping(_with_own_optimizer(config, method))
     _check_quantised(config, method)
     if level_of(config.privacy).server_adds_noise:
         require_sums(method, parsed, config.adapter.ranks or (), able=available().values())
@@ -100,6 +100,14 @@ def _with_own_optimizer(config: RunConfig, method: type[AdapterStrategy]) -> Run
         )
     given = {key: getattr(train, key) for key in train.model_fields_set & type(train).model_fields.keys()}
     return config.model_copy(update={"train": TrainConfig.model_validate({**given, "optimizer": able[0]})})
+
+
+def _with_own_clipping(config: RunConfig) -> RunConfig:
+    """Choose the norm that whole gradients are clipped to by the task, where nobody says and no row's is clipped."""
+    if config.train.max_grad_norm is not None:
+        return config
+    norm = 0.0 if level_of(config.privacy).clients_add_noise else tasks.of(config).max_grad_norm
+    return config.model_copy(update={"train": config.train.model_copy(update={"max_grad_norm": norm})})
 
 
 def _check_quantised(config: RunConfig, method: type[AdapterStrategy]) -> None:

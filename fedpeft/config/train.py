@@ -52,7 +52,12 @@ class TrainConfig(Section):
     neftune_alpha: float = Field(
         0.0, ge=0, description="NEFTune: noise on tokens' embeddings while training, such as 5; 0 is off"
     )
-    max_grad_norm: float = Field(0.0, ge=0, description="clip the whole gradient to this norm; 0 is off")
+    max_grad_norm: float | None = Field(
+        None,
+        ge=0,
+        description="clip the whole gradient to this norm; 0 is off. If unset, 1 for language models and off for other "
+        "tasks, and off at record level, which clips each row's",
+    )
     proximal_mu: float = Field(0.0, ge=0, description="FedProx: mu/2 |w - w_global|^2")
     precision: Annotated[Literal["fp32", "bf16", "fp16", "auto"], AfterValidator(_fixed)] = Field(
         "fp32",

@@ -19,6 +19,7 @@ tells of, `fedpeft.privacy.independence` finds.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -32,6 +33,7 @@ from opacus.utils.tensor_utils import sum_over_all_but_batch_and_last_n
 from torch import Tensor, nn
 
 from fedpeft.adapters.adapted import AdaptedModel
+from fedpeft.config import TrainConfig
 from fedpeft.data.splits import EncodedSplit
 from fedpeft.errors import PrivacyError
 from fedpeft.privacy.mechanism import RecordMechanism
@@ -40,6 +42,7 @@ from fedpeft.tasks.losses import batch_losses
 from fedpeft.tasks.packing import packing_of
 from fedpeft.training.checkpointing import suit_hooks
 from fedpeft.training.local import batches
+from fedpeft.training.neftune import EmbeddingNoise
 
 Rows = NDArray[np.int64]
 FLOOR = 1e-6  # added to a norm before dividing by it; a clipped gradient stays below the bound
@@ -225,7 +228,7 @@ class RowEngine:
             parameter.grad_sample, parameter.summed_grad, parameter._forward_counter = None, None, 0
             vars(parameter).pop("_current_grad_sample", None)
 
-    def backward(self, inputs: Mapping[str, Tensor], precision: str) -> float:
+    def backward(self, inputs: Mapping[str, Tensor], precision: str, noise: EmbeddingNoise | None = None) -> float:
         """Leave each row's gradient in ``grad_sample`` of every tensor that is trained; return the sum of losses.
 
         Parameters
@@ -234,6 +237,8 @@ class RowEngine:
             Of b rows, see `fedpeft.data.splits.EncodedSplit.batch`.
         precision : str
             ``train.precision``.
+        noise : EmbeddingNoise, optional
+            Of the rows' tokens, each row's independent of all others.
         """
         adapted, hooks = self.adapted, self._hooks
         for name in adapted.trained:
@@ -243,7 +248,8 @@ class RowEngine:
             return self._one_by_one(inputs, precision)
         hooks.enable_hooks()
         try:
-            losses, counted = batch_losses(adapted.task, adapted.model, inputs, precision, by_hooks=True)
+            with contextlib.nullcontext() if noise is None else noise.of(inputs):
+                losses, counted = batch_losses(adapted.task, adapted.model, inputs, precision, by_hooks=True)
             self._see_rows_alone()
             loss = (losses / counted.clamp(min=1)).sum()  # each row's own mean, whatever the others are
             with warnings.catch_warnings():
@@ -372,8 +378,8 @@ class PrivateGradients:
         Over what is trained in this round; its steps are for the caller to make.
     physical : int
         Rows that are worked on at a time; larger batches are split, which changes no sum.
-    precision : str
-        ``train.precision``.
+    train : TrainConfig
+        Names the precision, and the noise of tokens' embeddings.
     """
 
     def __init__(
@@ -386,10 +392,12 @@ class PrivateGradients:
         optimizer: torch.optim.Optimizer,
         *,
         physical: int,
-        precision: str = "fp32",
+        train: TrainConfig | None = None,
     ) -> None:
+        train = train or TrainConfig()
         self._engine, self._split, self._rows, self._mechanism = engine, split, rows, mechanism
-        self._randomness, self._physical, self._precision = randomness, physical, precision
+        self._randomness, self._physical, self._precision = randomness, physical, train.precision
+        self._noise = EmbeddingNoise(engine.adapted.model, train.neftune_alpha)
         engine.reset()
         self._clipping = ClippingOptimizer(optimizer, mechanism, randomness)
 
@@ -441,7 +449,7 @@ class PrivateGradients:
         total = 0.0
         for start in range(0, len(batch), self._physical):
             chunk = batch[start : start + self._physical]
-            total += self._engine.backward(self._split.batch(chunk), self._precision)
+            total += self._engine.backward(self._split.batch(chunk), self._precision, self._noise)
             self._engine.check(clipping.params, len(chunk))
             clipping.clip_and_accumulate()
             for parameter in clipping.params:

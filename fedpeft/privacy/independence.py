@@ -45,6 +45,7 @@ from torch.overrides import TorchFunctionMode
 
 from fedpeft import tasks
 from fedpeft.adapters.adapted import AdaptedModel
+from fedpeft.config import TrainConfig
 from fedpeft.data.conversations import made_up
 from fedpeft.data.splits import EncodedSplit
 from fedpeft.data.tokens import load_tokenizer
@@ -57,6 +58,7 @@ from fedpeft.tasks.classes import max_length
 from fedpeft.tasks.encoding import encode_table
 from fedpeft.training.batched.layers import drop_rates
 from fedpeft.training.local import training_mode
+from fedpeft.training.neftune import EmbeddingNoise
 
 # relative to the norm of a row's gradient of one tensor, by train.precision
 EXACT = {"fp32": 1e-5, "bf16": 1e-2}
@@ -108,7 +110,7 @@ def prove_independence(home: Resident, engine: RowEngine) -> None:
     """
     adapted = engine.adapted
     with probing(adapted, home.config.run.seed):
-        trial = _Trial(engine, public_rows(home), home.config.train.precision)
+        trial = _Trial(engine, public_rows(home), home.config.train)
         whole = trial.gradients([0, 1, 2])
         trial.compare(whole, trial.gradients([0, 1, 2], seed=1), [0, 1, 2], [0, 1, 2], EXACT, RANDOM)
         for batch in ([3, 1, 2], [0, 3, 2], [4, 1, 2], [0, 1, 4]):
@@ -134,8 +136,9 @@ ELSEWHERE = "uses what is trained in another way than its layer is called, and r
 class _Trial:
     """Gradients of the probe's rows, and their comparison."""
 
-    def __init__(self, engine: RowEngine, rows: EncodedSplit, precision: str) -> None:
-        self.engine, self.rows, self.precision = engine, rows, precision
+    def __init__(self, engine: RowEngine, rows: EncodedSplit, train: TrainConfig) -> None:
+        self.engine, self.rows, self.precision = engine, rows, train.precision
+        self.noise = EmbeddingNoise(engine.adapted.model, train.neftune_alpha, by_place)
 
     def width(self, batch: Sequence[int]) -> int:
         """Return to how many tokens a batch is padded."""
@@ -148,7 +151,7 @@ class _Trial:
         parameters = [adapted.parameter(name) for name in adapted.trained]
         with torch_seed(seed):
             try:
-                engine.backward(self.rows.batch(batch), self.precision)
+                engine.backward(self.rows.batch(batch), self.precision, self.noise)
             except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
                 what = (str(error).strip().splitlines() or [""])[0][:200]
                 raise PrivacyError(
@@ -208,6 +211,12 @@ class _Trial:
                 f"privacy.level = 'record': '{adapted.base.folder}' {what} (seen at '{layer_of(found)}'), so that "
                 f"clipping does not bound what one row does to the sum. {advice(adapted, ())}"
             )
+
+
+def by_place(like: Tensor) -> Tensor:
+    """Return numbers in [-1, 1] for embeddings ``(b, t, d)``, drawn by nobody: the same for a row in any batch."""
+    tokens, width = (torch.arange(size, device=like.device, dtype=torch.float32) for size in like.shape[1:])
+    return torch.sin((1 + tokens[:, None]) * (1 + width)).expand(like.shape)
 
 
 def _norms(gradients: Tensor) -> Tensor:

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
+from fedpeft.config import RunConfig
 from fedpeft.data.splits import EncodedSplit
+from fedpeft.errors import FedpeftError
 from fedpeft.resident import Resident
+from fedpeft.runs import CONFIG_FILE, read_config
 from fedpeft.tasks.encoding import encode_rows
+
+LONGEST_CHAIN = 64  # runs of which each began with the adapter of the one before
+ABOVE = 3  # folders above an adapter in which its run may be: RUN/clients/NAME/adapter
 
 
 @dataclass(frozen=True)
@@ -23,11 +31,22 @@ class InTheClear:
         Test rows that are training rows too, and scored in the clear all the same, as far as that is known.
     begun : int
         Rows of ``adapter.init_data`` that are training rows too, likewise.
+    owned : int
+        Test rows that the source itself says are of the run's clients, and scored in the clear all the same.
+    started : str
+        The run on the same source whose adapter this one began with; empty where none is known of.
     """
 
     held_out: bool = False
     scored: int = 0
     begun: int = 0
+    owned: int = 0
+    started: str = ""
+
+    @property
+    def in_scores(self) -> bool:
+        """Whether scores and answers tell of what was to be protected."""
+        return bool(self.held_out or self.scored or self.owned)
 
 
 def in_the_clear(home: Resident) -> InTheClear:
@@ -36,7 +55,13 @@ def in_the_clear(home: Resident) -> InTheClear:
 
 
 def _in_the_clear(home: Resident) -> InTheClear:
-    return InTheClear(home.holds_out_test_rows, scored_training_rows(home), home.once(initial_training_rows))
+    return InTheClear(
+        home.holds_out_test_rows,
+        scored_training_rows(home),
+        home.once(initial_training_rows),
+        test_rows_of_clients(home),
+        home.once(run_begun_with),
+    )
 
 
 def scored_training_rows(home: Resident) -> int:
@@ -52,6 +77,49 @@ def initial_training_rows(home: Resident) -> int:
     if home.config.data.source is None or given is None:
         return 0
     return shared_rows(home.data.train, encode_rows(home.config, home.folder, given, home.labels))
+
+
+def test_rows_of_clients(home: Resident) -> int:
+    """Return how many test rows are of the run's clients by their own source, such as each client's own file.
+
+    Rows of ``data.test`` are not among them: who names them says that they may be public.
+    """
+    data = home.config.data
+    if data.source is None or data.test is not None or home.holds_out_test_rows or home.test.clients is None:
+        return 0
+    return sum(str(client) in home.partition.client_ids for client in home.test.clients)
+
+
+def run_begun_with(home: Resident) -> str:
+    """Return the run on the same source whose adapter this one begins with, also by others between; empty for none.
+
+    It is known by the folders that ``adapter.start`` lies in. An adapter that was copied elsewhere is not recognised.
+    """
+    source, start = home.key.data.source, home.config.adapter.start
+    for _ in range(LONGEST_CHAIN):
+        found = None if start is None else _run_of(Path(start).expanduser())
+        if found is None:
+            break
+        path, config = found
+        if source is not None and _is_same(source, config.data.source):
+            return str(path)
+        start = config.adapter.start
+    return ""
+
+
+def _run_of(adapter: Path) -> tuple[Path, RunConfig] | None:
+    adapter = adapter.resolve()
+    for path in (adapter, *adapter.parents[:ABOVE]):
+        if (path / CONFIG_FILE).is_file():
+            try:
+                return path, read_config(path)
+            except FedpeftError:  # of another program, or of a version to come
+                return None
+    return None
+
+
+def _is_same(source: str, other: str | None) -> bool:
+    return other is not None and (source == other or os.path.realpath(source) == os.path.realpath(other))
 
 
 def shared_rows(train: EncodedSplit, test: EncodedSplit) -> int:

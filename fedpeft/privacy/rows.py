@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fedpeft.privacy.canaries import canaries_of
 from fedpeft.privacy.levels import find_level
-from fedpeft.privacy.overlap import initial_training_rows
+from fedpeft.privacy.overlap import initial_training_rows, run_begun_with
 from fedpeft.resident import Resident
 
 
@@ -13,7 +13,8 @@ def check_rows(home: Resident) -> None:
     home.check()
     canaries_of(home)
     if find_level(home.key.level).unit:
-        home.once(initial_training_rows)  # the statement needs it in the end, when the file may be gone
+        for find in (initial_training_rows, run_begun_with):
+            home.once(find)  # the statement needs it in the end, when the file may be gone
 
 
 def public_counts(home: Resident) -> dict[str, int]:

@@ -22,7 +22,10 @@ PRIVACY = "privacy.json"  # in a run directory
 NOTHING = InTheClear()
 Facts = dict[str, Any]
 
-PUBLIC = ("base model", "tokenizer or image processor", "label set", "test rows", "configuration")
+PUBLIC = (
+    *("base model", "tokenizer or image processor", "label set", "columns and layout of the rows", "test rows"),
+    "configuration",
+)
 
 
 def void(privacy: PrivacyConfig) -> list[str]:
@@ -69,8 +72,7 @@ def state(
     largest : int, optional
         Rows of the client that has most, where they are known and not public: `examples` then holds none.
     """
-    privacy, level = config.privacy, level_of(config.privacy)
-    words = level.words(config)
+    privacy, level, words = config.privacy, level_of(config.privacy), level_of(config.privacy).words(config)
     by_client = {client: spent(each, privacy.delta, privacy.accountant) for client, each in charges.items()}
     trained = [by_client[client] for client, each in charges.items() if each]
     epsilons = [each.epsilon for each in trained]
@@ -86,6 +88,7 @@ def state(
         "computed_by": sorted({each.accountant for each in trained}),
         "guarantee": not reasons,
         "reasons": reasons,
+        "scores_tell_of_rows": clear.in_scores,
         "adjacency": words.adjacency,
         "adversary": level.adversary,
         "mechanism": words.mechanism,
@@ -131,6 +134,17 @@ def _uncovered(config: RunConfig, clear: InTheClear) -> list[str]:
             f"{clear.scored} test row{'s are training rows' if clear.scored > 1 else ' is a training row'} too, which "
             "are scored without noise and have no protection; give data.test with rows that may be public"
         )
+    if clear.owned:
+        which = "test rows are" if clear.owned > 1 else "test row is"
+        reasons.append(
+            f"{clear.owned} {which} the clients' own, by data.source, which are scored without noise and have no "
+            "protection; give data.test with rows that may be public"
+        )
+    if clear.started:
+        reasons.append(
+            f"adapter.start is of the run '{clear.started}', which trained on this data.source: what that adapter "
+            "tells of its rows comes on top, and epsilons of runs on the same rows add up"
+        )
     if clear.begun:
         which = (
             "rows of adapter.init_data are training rows"
@@ -171,8 +185,12 @@ def _clients(
 
 
 def _declared(config: RunConfig) -> list[str]:
-    given = config.adapter.init_data
-    return [] if given is None else [f"adapter.init_data ({Path(given).name})"]
+    adapter, declared = config.adapter, list[str]()
+    if adapter.init_data is not None:
+        declared.append(f"adapter.init_data ({Path(adapter.init_data).name})")
+    if adapter.start is not None:
+        declared.append(f"adapter.start ('{adapter.start}', sha256 {adapter.start_sha256})")
+    return declared
 
 
 def _warnings(config: RunConfig, level: Level, protected: int, population: str) -> list[str]:
@@ -184,6 +202,11 @@ def _warnings(config: RunConfig, level: Level, protected: int, population: str) 
         warnings.append(
             f"delta = {privacy.delta:g} is not below 1/n for {population}: releasing one {unit} in the clear would "
             f"satisfy it; set {smaller}"
+        )
+    if config.adapter.start is not None:
+        warnings.append(
+            f"adapter.start is taken to be public: had it been trained on rows that are protected here, this epsilon "
+            f"would not cover what it tells of the {unit}s that they are of"
         )
     warnings += level.warnings(config)
     if privacy.canaries:

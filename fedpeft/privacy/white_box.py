@@ -20,8 +20,8 @@ both figures are also expressed as epsilons: of a step that holds the row, and o
 step gave away as much.
 
 Weights are those that the run begins with, moved at random, since B is zero there and hides A; privacy has to hold at
-any weights. Dropout is off, as its masks would differ between S' and S. Noise of the run's own kind is drawn anew; that
-of the run itself is not looked at.
+any weights. Dropout and noise on embeddings are off, as they would differ between S' and S. Noise of the run's own kind
+is drawn anew; that of the run itself is not looked at.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class Auditor:
             randomness,
             torch.optim.SGD(self._parameters, lr=train.learning_rate),
             physical=home.physical_rows,
-            precision=train.precision,
+            train=train.model_copy(update={"neftune_alpha": 0.0}),
         )
 
     def pair(self, size: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:

@@ -19,4 +19,5 @@ TASK = Task(
     has_head=False,
     per_token=True,
     continues=True,
+    max_grad_norm=1.0,  # that of transformers' trainer, which FlowerTune and OpenFedLLM inherit
 )

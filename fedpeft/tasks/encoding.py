@@ -245,14 +245,14 @@ def _folder(
         encoding=config.data.encoding,
         max_length=None if task.reads_images else max_length(config, model_dir),
         truncate=config.data.truncate or "longest",
-        **_chat(config),
+        **chat_terms(config),
         model=model_digest(model_dir),
         versions=[importlib.metadata.version(name) for name in LIBRARIES],
     )
     return cache_dir() / "encoded" / key
 
 
-def _chat(config: RunConfig) -> dict[str, Any]:
+def chat_terms(config: RunConfig) -> dict[str, Any]:
     """Return what turns are written and counted by."""
     data, template = config.data, chosen(config.data)
     return {

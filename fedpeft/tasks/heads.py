@@ -7,7 +7,7 @@ trunk runs once, and what comes after it runs in blocks of positions.
 What comes after it stays the model's own code, whatever it does beside the product with the vocabulary (a bias, an
 adapter, a scale, a soft cap): for a block, the model's own forward runs with the block's states in place of what its
 trunk returns. Whether that gives the model's logits is tried on the model at hand, once; where it does not, the whole
-model runs.
+model runs, and the run says so (`runs_whole`).
 
 Under a frozen head, the forward pass takes each position's gradient by its hidden state at once, as the fused losses of
 Liger (arXiv 2410.10989) and CCE (arXiv 2411.09009) do: no block's logits outlive it, and none is computed twice. A head
@@ -209,6 +209,32 @@ def _gives(parts: DividedModel, inputs: Mapping[str, Tensor], whole: Tensor) -> 
         return False
 
 
+def runs_whole(model: nn.Module, *, by_hooks: bool) -> str:
+    """Say why a model computes the logits of all positions of a batch at once, in words; empty if it does not.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        With or without an adapter; it is tried on tokens that are made up, so that nothing depends on a row.
+    by_hooks : bool
+        Whether hooks will take gradients of single rows from its layers.
+    """
+    parts = divided(model, _made_up(model))
+    if parts is None:
+        return f"{type(inner_of(model)).__name__}, with this adapter, cannot be run in two parts"
+    if by_hooks and parts.head_is_adapted:
+        return "gradients of single rows need a head that is trained or adapted to see each row whole"
+    return ""
+
+
+def _made_up(model: nn.Module) -> dict[str, Tensor]:
+    """Return three short rows of tokens, drawn from a generator of their own."""
+    on, shape = next(model.parameters()).device, (len(SHORT), max(SHORT))
+    mask = (torch.arange(max(SHORT)) < torch.tensor(SHORT)[:, None]).long()  # (3, t)
+    ids = torch.randint(0, vocabulary_of(inner_of(model)), shape, generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids.to(on), "attention_mask": mask.to(on)}
+
+
 def pack_rows(model: nn.Module, length: int) -> None:
     """Let a model train on rows that lie behind each other in sequences, after a look at whether it keeps them apart.
 
@@ -224,12 +250,7 @@ def pack_rows(model: nn.Module, length: int) -> None:
     AdapterError
         Packed rows have other hidden states.
     """
-    config: Any = inner_of(model).config
-    on = next(model.parameters()).device
-    draw = torch.Generator().manual_seed(0)
-    mask = (torch.arange(max(SHORT)) < torch.tensor(SHORT)[:, None]).long()  # (3, t)
-    ids = torch.randint(0, int(config.get_text_config().vocab_size), mask.shape, generator=draw)
-    inputs = {"input_ids": ids.to(on), "attention_mask": mask.to(on)}
+    inputs = _made_up(model)
     parts = divided(model, inputs)
     unfit = AdapterError(
         f"data.packing = true: {type(inner_of(model)).__name__}, with this adapter, gives rows that lie behind "
@@ -325,7 +346,11 @@ class _FrozenHead(torch.autograd.Function):
     def forward(ctx: Any, states: Tensor, following: Tensor, head: Head, size: int) -> Tensor:
         """Return ``(n,)`` of states ``(n, d)``."""
         wanted = ctx.needs_input_grad[0]
-        losses, gradients = [], torch.empty_like(states) if wanted else None
+        # losses go where they stay: a small tensor that is kept between two blocks of logits stops glibc before 2.38
+        # from using the freed one again, which then costs as much memory as all logits do
+        exact = states.dtype == torch.float64
+        losses = states.new_empty(len(states), dtype=torch.float64 if exact else torch.float32)
+        gradients = torch.empty_like(states) if wanted else None
         for start in range(0, len(states), size):
             block = states[start : start + size].detach()
             with torch.set_grad_enabled(wanted):
@@ -333,9 +358,10 @@ class _FrozenHead(torch.autograd.Function):
                 found = nll(head(block[None])[0], following[start : start + size])
                 if gradients is not None:
                     (gradients[start : start + size],) = torch.autograd.grad(found.sum(), block)
-            losses.append(found.detach())
+            losses[start : start + size] = found.detach()
+            del block, found
         ctx.gradients = gradients
-        return torch.cat(losses) if losses else states.new_zeros(0, dtype=torch.float32)
+        return losses
 
     @staticmethod
     @torch.autograd.function.once_differentiable

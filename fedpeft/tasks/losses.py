@@ -93,6 +93,11 @@ def logits_of(model: nn.Module, batch: Mapping[str, Tensor], precision: str = "f
     return logits
 
 
+def needs_some_logits(task: Task) -> bool:
+    """Tell whether a task's losses are of next tokens, which need the logits of some positions alone."""
+    return task.per_token and task.losses is next_token_losses
+
+
 def batch_losses(
     task: Task, model: nn.Module, batch: Mapping[str, Tensor], precision: str = "fp32", *, by_hooks: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -120,7 +125,7 @@ def batch_losses(
         In nats, ``(b,)``, float64, and ``(b,)``, int64, on the model's device.
     """
     labels = batch["labels"].to(next(model.parameters()).device)
-    if task.per_token and task.losses is next_token_losses:
+    if needs_some_logits(task):
         from fedpeft.tasks.heads import divided, token_losses
 
         inputs = {name: value.to(labels.device) for name, value in batch.items() if name != "labels"}

@@ -60,6 +60,8 @@ class Task:
         Whether a token is predicted by those before it, so that a model must not see what comes after.
     reads_last_token : bool
         Whether models may take their scores from a row's last token, for which they must know what pads.
+    max_grad_norm : float
+        What whole gradients are clipped to where ``train.max_grad_norm`` is unset; 0 is off.
     """
 
     name: str
@@ -76,6 +78,7 @@ class Task:
     per_token: bool = False
     continues: bool = False
     reads_last_token: bool = False
+    max_grad_norm: float = 0.0
 
     @property
     def main_metric(self) -> str:

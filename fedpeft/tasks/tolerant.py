@@ -17,7 +17,16 @@ from fedpeft.data.readers import Place
 from fedpeft.data.sources import DOMAIN, Table, digest, locate, raw_rows, read_rows
 from fedpeft.data.splits import EncodedSplit
 from fedpeft.errors import DataError, ModelError
-from fedpeft.tasks.encoding import LIBRARIES, encode_rows, encode_table, entry_key, make_entry, model_digest, open_entry
+from fedpeft.tasks.encoding import (
+    LIBRARIES,
+    chat_terms,
+    encode_rows,
+    encode_table,
+    entry_key,
+    make_entry,
+    model_digest,
+    open_entry,
+)
 
 _LEFT_OUT = "left_out.json"
 _TRIED_AT_ONCE = 64  # rows; where one of them fails, each is tried alone
@@ -61,6 +70,7 @@ def encode_what_can_be(
         task=task.name,
         rows=digest(place, config.data, task.columns),
         data=config.data.model_dump(mode="json"),
+        **chat_terms(config),
         labels=names,
         model=model_digest(model_dir),
         versions=[importlib.metadata.version(name) for name in LIBRARIES],

@@ -4,12 +4,17 @@ N. Jain et al., "NEFTune: Noisy Embeddings Improve Instruction Finetuning", ICLR
 a row's embeddings gets alpha / sqrt(L d) times a draw from [-1, 1), where d is the width and L the row's length. L
 counts the row's own tokens here, as in the paper's text; transformers and TRL take the padded length, by which a row's
 noise would depend on the rows beside it.
+
+At record level that matters. Given its own tokens, the noise of a row has the same distribution whatever the other
+rows are, and is independent of theirs. So runs on neighbouring data can be coupled to give the rows that they share the
+same noise; under any such noise one row moves the sum of clipped gradients by the bound at most, and what holds of each
+holds of their mixture. Dropout's masks are covered by the same argument. Like them, the noise must not be known.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,9 +23,16 @@ from torch import Tensor, nn
 from fedpeft.errors import AdapterError
 from fedpeft.tasks.packing import packing_of
 
+Draw = Callable[[Tensor], Tensor]
+
+
+def uniform(like: Tensor) -> Tensor:
+    """Return numbers from [-1, 1) of this shape, from torch's generator."""
+    return torch.rand(like.shape, device=like.device) * 2 - 1
+
 
 class EmbeddingNoise:
-    """Noise for a model's embeddings, drawn from torch's generator.
+    """Noise for a model's embeddings.
 
     Parameters
     ----------
@@ -28,10 +40,12 @@ class EmbeddingNoise:
         With or without an adapter.
     alpha : float
         Of the noise; 0 is none, and draws nothing.
+    draw : callable
+        Makes numbers in [-1, 1], ``(b, t, d)``, for embeddings of that shape; from torch's generator if not given.
     """
 
-    def __init__(self, model: nn.Module, alpha: float) -> None:
-        self._model, self._alpha = model, alpha
+    def __init__(self, model: nn.Module, alpha: float, draw: Draw = uniform) -> None:
+        self._model, self._alpha, self._draw = model, alpha, draw
         self._lengths = torch.empty(0)
 
     @contextlib.contextmanager
@@ -58,7 +72,7 @@ class EmbeddingNoise:
             return embedded
         lengths = self._lengths.to(embedded.device)
         size = self._alpha / (lengths * embedded.shape[-1]).sqrt()  # (b,)
-        drawn = torch.rand(embedded.shape, device=embedded.device) * 2 - 1  # (b, t, d)
+        drawn = self._draw(embedded)  # (b, t, d)
         return embedded + (drawn * size[:, None, None]).to(embedded.dtype)
 
 

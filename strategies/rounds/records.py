@@ -19,7 +19,7 @@ from fedpeft.privacy.canaries import write_scores
 from fedpeft.privacy.overlap import in_the_clear
 from fedpeft.privacy.statement import PRIVACY
 from fedpeft.resident import Resident
-from fedpeft.runs import ADAPTER, CLIENTS, Event, Listener, RunDirectory, folder_name
+from fedpeft.runs import ADAPTER, ADAPTER_BEST, CLIENTS, Event, Listener, RunDirectory, folder_name
 from fedpeft.strategies.algebra.base_changes import exact_sum
 from fedpeft.strategies.rounds.ending import Best, EarlyEndError
 from fedpeft.strategies.rounds.method import Method
@@ -255,9 +255,10 @@ class Spending(Watcher):
             statement: Event = {"epsilon_max": None, "guarantee": False, "statement": problem}
         else:
             statement = {key: facts[key] for key in ("level", "epsilon_max", "delta", "guarantee", "statement")}
-            with contextlib.suppress(OSError):  # of use to whoever is handed the adapter alone; the run has it whole
-                text = to_json(statement, indent=2) + "\n"
-                (self.journal.directory.path / ADAPTER / PRIVACY).write_text(text, encoding="utf-8")
+            text = to_json(statement, indent=2) + "\n"
+            for folder in (ADAPTER, ADAPTER_BEST):  # of use to whoever is handed an adapter alone; the run has it whole
+                with contextlib.suppress(OSError):  # as where no best adapter is asked for
+                    (self.journal.directory.path / folder / PRIVACY).write_text(text, encoding="utf-8")
         self.journal.emit({"event": "privacy", "round": self.rounds, **statement})
 
 

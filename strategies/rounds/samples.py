@@ -79,7 +79,7 @@ class Samples(Watcher):
         if not self.scoring.config.privacy.is_private:
             return ""
         clear = in_the_clear(self.home)
-        if clear.held_out or clear.scored:
+        if clear.in_scores:
             return (
                 "test rows are of the clients' own source, whose texts this run protects; give data.test with rows "
                 "that may be public"

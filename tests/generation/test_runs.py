@@ -234,6 +234,8 @@ def test_a_private_run_withholds_answers_to_rows_that_it_protects(table_config: 
         ("record", InTheClear(), [], ""),
         ("record", InTheClear(held_out=True), [], "of the clients' own source"),
         ("record", InTheClear(scored=1), [], "of the clients' own source"),
+        ("client", InTheClear(owned=1), [], "of the clients' own source"),
+        ("record", InTheClear(begun=1, started="runs/a"), [], ""),
         ("record", InTheClear(), ["A"], "no noise covers"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,17 @@ from hypothesis import strategies as st
 from fedpeft.config import RunConfig, nest, resolve
 from fedpeft.errors import PrivacyError
 from fedpeft.privacy.dp_sgd import PrivateGradients, RowEngine
-from fedpeft.privacy.independence import row_engine
+from fedpeft.privacy.independence import probing, row_engine
+from fedpeft.privacy.levels import find_level
 from fedpeft.privacy.mechanism import RecordMechanism
 from fedpeft.privacy.randomness import secure, seeded
 from fedpeft.resident import Resident
 from fedpeft.training.local import Turn, train_locally
+from fedpeft.training.neftune import EmbeddingNoise, uniform
 
 TASKS = ("sequence-classification", "image-classification", "causal-lm")
 KINDS = ("lora", "ffa-lora", "rslora", "lora-xs")
+RECORD = find_level("record")
 
 
 @pytest.fixture(scope="module")
@@ -289,3 +293,59 @@ def test_norms_are_taken_in_float32_where_the_model_computes_in_bf16(homes: Call
     gradients.compute(np.array([3]))
     norm = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]).double().norm()
     assert float(norm) <= 0.01 * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_under_noise_on_embeddings_a_rows_gradient_is_that_of_the_row_alone_with_the_same_noise(
+    checkpointing: bool, tiny_llama: Path, pairs_jsonl: Path, tmp_path: Path
+) -> None:
+    rows = [json.loads(line) for line in pairs_jsonl.read_text().splitlines()[:3]]
+    rows[1]["completion"] = "w1"  # so that it is padded beside the others
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {
+        "model.name": str(tiny_llama),
+        "data.source": str(tmp_path / "rows.jsonl"),
+        "data.completion": "completion",
+    }
+    rest = {"train.gradient_checkpointing": checkpointing, "adapter.rank": 2, "federation.clients": 1}
+    home = Resident(resolve([nest({**given, **rest, "data.test": str(pairs_jsonl), "train.neftune_alpha": 30.0})]))
+    engine, adapted, train = row_engine(home), home.adapted, home.data.train
+    parameters: list[Any] = [adapted.parameter(name) for name in adapted.trained]
+    with probing(adapted, 3):
+
+        def gradients(batch: list[int], draw: Callable[[torch.Tensor], torch.Tensor], alpha: float = 30.0) -> list[Any]:
+            engine.reset()
+            engine.backward(train.batch(batch), "fp32", EmbeddingNoise(adapted.model, alpha, draw))
+            engine.check(parameters, len(batch))
+            return [parameter.grad_sample for parameter in parameters]
+
+        drawn: list[torch.Tensor] = []
+
+        def kept(like: torch.Tensor) -> torch.Tensor:
+            drawn.append(uniform(like))
+            return drawn[-1]
+
+        together, still = gradients([0, 1, 2], kept), gradients([0, 1, 2], kept, alpha=0.0)
+        assert len(drawn) == 1
+        assert any(not torch.allclose(one, other, rtol=0.1) for one, other in zip(together, still, strict=True))
+        for row in range(3):
+            noise = drawn[0][row : row + 1, : train.lengths[row]]
+            alone = gradients([row], lambda like, noise=noise: noise)  # type: ignore[misc]
+            for one, other in zip(together, alone, strict=True):
+                assert torch.allclose(one[row], other[0], rtol=1e-4, atol=1e-6)
+
+
+def test_a_private_round_draws_noise_on_embeddings_from_its_own_seed(tiny_llama: Path, pairs_jsonl: Path) -> None:
+    found = []
+    for alpha, seed in ((30.0, 1), (30.0, 1), (30.0, 2), (0.0, 1)):
+        given = {"model.name": str(tiny_llama), "data.source": str(pairs_jsonl), "data.completion": "completion"}
+        rest = {"train.neftune_alpha": alpha, "adapter.rank": 2, "federation.clients": 1, "train.local_steps": 2}
+        home = Resident(resolve([nest({**given, **rest})]))
+        rows, mechanism = np.arange(8), RecordMechanism(0.0, 1.0, 2, 8.0, 1e-3)
+        make = RECORD.gradients(home, home.data.train, rows, mechanism, seeded(0, "t"))
+        turn = Turn(0, "a", 1, 1, dropout_seed=seed)
+        train_locally(home.adapted, home.data.train, rows, home.config.train, turn, private=make)
+        found.append(torch.cat([home.adapted.parameter(name).detach().flatten() for name in home.adapted.trained]))
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+    assert not torch.equal(found[0], found[3])

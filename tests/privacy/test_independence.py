@@ -17,8 +17,9 @@ from torch import nn
 from fedpeft.config import nest, resolve
 from fedpeft.errors import PrivacyError
 from fedpeft.models import torch_seed
-from fedpeft.privacy.independence import probing, row_engine
+from fedpeft.privacy.independence import by_place, probing, row_engine
 from fedpeft.resident import Resident
+from fedpeft.training.neftune import EmbeddingNoise
 
 SIZES = {"vocab_size": 70, "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 24, "pad_token_id": 0}
 HEADS = {**SIZES, "num_attention_heads": 2, "max_position_embeddings": 64}
@@ -332,3 +333,16 @@ def test_a_trained_batch_normalisation_is_refused(make_home: MakeHome) -> None:
     for _ in range(2):
         with pytest.raises(PrivacyError, match=r"without gradients of single rows.*adapter\.head=frozen"):
             row_engine(home)
+
+
+def test_noise_on_embeddings_passes_and_noise_by_the_padded_length_is_found(
+    make_home: MakeHome, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row_engine(make_home("llama", train__neftune_alpha=5.0))
+
+    def padded(self: EmbeddingNoise, module: nn.Module, given: Any, embedded: torch.Tensor) -> torch.Tensor:
+        return embedded + by_place(embedded) * 5.0 / embedded[0].numel() ** 0.5  # as transformers' trainer has it
+
+    monkeypatch.setattr(EmbeddingNoise, "_add", padded)
+    with pytest.raises(PrivacyError, match="another gradient"):
+        row_engine(make_home("llama", train__neftune_alpha=5.0))

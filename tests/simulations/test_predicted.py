@@ -8,7 +8,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from fedpeft.config import RunConfig, nest, resolve
+from fedpeft.resident import Resident
 from fedpeft.simulations.plan import plan
 from fedpeft.simulations.predicted import LOGITS, predict
 from fedpeft.simulations.simulate import simulate
@@ -43,6 +46,38 @@ def test_checkpointing_and_smaller_batches_take_less_and_private_rows_more(text_
     assert working(train__gradient_checkpointing=True) < plain
     assert working(data__max_length=32) < plain
     assert working(privacy__level="record", privacy__noise_multiplier=1.0) > 2 * plain - 2**20
+
+
+def test_what_is_held_of_each_trained_number_follows_from_the_optimiser(text_config: Make) -> None:
+    def adapter(**settings: object) -> int:
+        found = predict(text_config(**settings), trained=10**6)
+        assert found is not None
+        return found.adapter
+
+    of = {name: adapter(train__optimizer=name) for name in ("sgd", "adafactor", "adamw-8bit", "lion", "adamw")}
+    assert of["sgd"] == of["adafactor"] == 8 * 10**6  # itself and its gradient
+    assert of["adamw-8bit"] - of["sgd"] == 2 * 10**6
+    assert of["lion"] - of["sgd"] == 4 * 10**6
+    assert of["adamw"] - of["sgd"] == 8 * 10**6
+    assert adapter(train__proximal_mu=0.1) - of["adamw"] == 4 * 10**6
+
+
+def test_a_model_that_computes_all_logits_at_once_is_said_and_predicted_to_take_them(
+    tiny_llama: Path, pairs_jsonl: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = {"model.name": str(tiny_llama), "data.source": str(pairs_jsonl), "data.completion": "completion"}
+    config = resolve([nest({**start, "adapter.rank": 2, "federation.clients": 2, "simulation.workers": 0})])
+    monkeypatch.setattr("fedpeft.simulations.predicted.LOGITS", 1000)
+    monkeypatch.setattr("fedpeft.simulations.plan.resident", Resident)  # whose own would remember
+    blocks = plan(config)
+    monkeypatch.setattr(heads, "_gives", lambda *_: False)
+    whole = plan(config)
+    said = [note for note in whole.notes if "logits of all positions are computed at once" in note]
+    assert len(said) == 1
+    assert not any("logits" in note for note in blocks.notes)
+    assert blocks.memory is not None
+    assert whole.memory is not None
+    assert whole.memory.training > blocks.memory.training
 
 
 def test_a_dry_run_tells_the_prediction_and_nothing_of_rows_where_they_are_private(text_config: Make) -> None:

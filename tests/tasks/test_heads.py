@@ -124,3 +124,14 @@ def test_a_trained_embedding_that_is_the_head_too_has_both_gradients() -> None:
     model.requires_grad_(False)
     model.lm_head.weight.requires_grad_(True)  # type: ignore[union-attr]
     check_same(model, batch_of())
+
+
+def test_a_model_that_runs_whole_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    frozen = LoraConfig(target_modules=["q_proj"], **LORA)
+    assert heads.runs_whole(get_peft_model(model_of("Llama"), frozen), by_hooks=True) == ""  # type: ignore[arg-type]
+    adapted = get_peft_model(model_of("Llama"), LoraConfig(target_modules=["q_proj", "lm_head"], **LORA))  # type: ignore[arg-type]
+    assert heads.runs_whole(adapted, by_hooks=False) == ""
+    assert "to see each row whole" in heads.runs_whole(adapted, by_hooks=True)
+    monkeypatch.setattr(heads, "_gives", lambda *_: False)
+    whole = get_peft_model(model_of("Llama"), frozen)  # type: ignore[arg-type]
+    assert "LlamaForCausalLM, with this adapter, cannot be run in two parts" in heads.runs_whole(whole, by_hooks=False)

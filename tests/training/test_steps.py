@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from fedpeft.config import RunConfig, TrainConfig
+from fedpeft.config import RunConfig, TrainConfig, from_flat, nest, resolve
 from fedpeft.errors import AdapterError, ConfigError
 from fedpeft.training.batched.together import why_not
 from fedpeft.training.optimizers import OPTIMIZERS
@@ -200,6 +200,30 @@ def test_fp16_is_refused_without_a_gpu_and_under_record_level_privacy(text_confi
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match=r"'fp16' is for GPUs, and there is none here. Allowed on a CPU: fp32"):
             _ = Resident(text_config(train__precision="fp16")).adapted
-    for settings in ({"train__precision": "fp16"}, {"train__neftune_alpha": 5}):
-        with pytest.raises(ConfigError, match=r"is not for privacy.level = 'record'"):
-            with_typed_options(text_config(privacy__level="record", privacy__epsilon=3, **settings))
+    with pytest.raises(ConfigError, match=r"is not for privacy.level = 'record'"):
+        with_typed_options(text_config(privacy__level="record", privacy__epsilon=3, train__precision="fp16"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "norm"),
+    [
+        ({"model.task": "causal-lm"}, 1.0),
+        ({"data.completion": "completion"}, 1.0),  # from which the task follows
+        ({"model.task": "causal-lm", "train.max_grad_norm": 0.0}, 0.0),
+        ({"model.task": "causal-lm", "train.max_grad_norm": 0.3}, 0.3),
+        ({"model.task": "causal-lm", "privacy.level": "record", "privacy.epsilon": 3.0}, 0.0),
+        ({"model.task": "causal-lm", "privacy.level": "client", "privacy.epsilon": 3.0}, 1.0),
+        ({"model.task": "causal-lm", "strategy.name": "scaffold"}, 1.0),
+        ({"model.task": "causal-lm", "train.proximal_mu": 0.1}, 1.0),
+        ({"model.task": "sequence-classification"}, 0.0),
+        ({"model.task": "image-classification"}, 0.0),
+    ],
+)
+def test_whole_gradients_of_language_models_are_clipped_at_one_unless_somebody_says_or_rows_are(
+    settings: dict[str, object], norm: float
+) -> None:
+    from fedpeft.strategies import with_typed_options
+
+    config = with_typed_options(resolve([nest({"strategy.name": "fedit", **settings})]))
+    assert config.train.max_grad_norm == norm
+    assert with_typed_options(from_flat(config.to_flat())) == config  # as a run that goes on reads it

@@ -58,11 +58,6 @@ class RecordLevel(Level):
             )
         if why := OPTIMIZERS.find(train.optimizer).not_private:
             raise ConfigError(f"train.optimizer = '{train.optimizer}' is not for privacy.level = 'record': {why}")
-        if train.neftune_alpha:
-            raise ConfigError(
-                f"train.neftune_alpha = {train.neftune_alpha:g} is not for privacy.level = 'record': that rows stay "
-                "independent was shown without noise on their embeddings. Leave it at 0, or privacy.level=client."
-            )
         if train.precision == "fp16":
             raise ConfigError(
                 "train.precision = 'fp16' is not for privacy.level = 'record': one row that overflows would scale all "
@@ -71,7 +66,7 @@ class RecordLevel(Level):
         if train.max_grad_norm:
             raise ConfigError(
                 f"train.max_grad_norm = {train.max_grad_norm:g} clips whole gradients; under privacy.level = 'record' "
-                "each row's is clipped: set privacy.max_grad_norm, and leave this at 0."
+                "each row's is clipped: set privacy.max_grad_norm, and leave this unset."
             )
         if not privacy.public_counts and train.local_steps is None:
             raise ConfigError(
@@ -127,7 +122,7 @@ class RecordLevel(Level):
             randomness,
             optimizer,
             physical=home.physical_rows,
-            precision=home.config.train.precision,
+            train=home.config.train,
         )
 
     def joint_gradients(
