@@ -123,7 +123,7 @@ def _samples(history: History) -> list[Text]:
     lines = [Text("sample answers:")]
     for sample in event.get("samples", ()):
         of = ", ".join(one_line(sample[name], 40) for name in ("domain", "client") if name in sample)
-        lines.append(Text(f"  {f'[{of}] ' if of else ''}{one_line(sample.get('prompt'), 300)}", "bold"))
+        lines.append(Text(f"  {f'[{of}] ' if of else ''}{one_line(sample.get('prompt'), 300, ending=True)}", "bold"))
         for name in ("reference", "before", "after"):
             lines.append(Text(f"    {name:<9} {one_line(sample.get(name), 300)}"))
     return lines
