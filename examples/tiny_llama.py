@@ -1,8 +1,9 @@
 """A language model to try things out with in seconds and without a hub: a tiny Llama that is taught capitals.
 
-    python examples/tiny_llama.py && fedpeft simulate capitals/run.toml
+    python examples/tiny_llama.py
+    cd capitals && fedpeft simulate run.toml --strategy fedit --out runs/capitals
 
-writes the base, the rows, a task for lm-eval and the settings into the folder ``capitals`` first.
+The first writes a base, rows, a task for lm-eval and settings into the folder ``capitals``.
 """
 
 from __future__ import annotations
@@ -134,7 +135,7 @@ def main() -> None:
     write_base(folder / "llama", write_rows(folder / "rows.jsonl"))
     (folder / "capitals.yaml").write_text(TASK, encoding="utf-8")
     (folder / "run.toml").write_text(SETTINGS, encoding="utf-8")
-    print("next: fedpeft simulate capitals/run.toml --strategy fedit --out runs/capitals")
+    print("next: cd capitals && fedpeft simulate run.toml --strategy fedit --out runs/capitals")
 
 
 if __name__ == "__main__":

@@ -41,8 +41,10 @@ def say_summary(
         What to type next; ``{run}`` stands for the run directory.
     """
     out.say(_ending(history, f"{history.done} of {config.federation.rounds} rounds in {duration(seconds)}"))
-    for name, value in [*_facts(history, config), *([("run directory", str(run))] if run is not None else [])]:
-        out.say(Text(f"  {name:<13} {value}"))
+    facts = [*_facts(history, config), *([("run directory", str(run))] if run is not None else [])]
+    width = max(13, *(len(name) for name, _ in facts))
+    for name, value in facts:
+        out.say(Text(f"  {name:<{width}} {value}"))
     for words in _samples(history):
         out.say(words)
     if statement := _statement(history, out.width):
