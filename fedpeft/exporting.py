@@ -14,11 +14,13 @@ from fedpeft.adapters.beyond import part_shared
 from fedpeft.adapters.export import ADAPTER_CONFIG
 from fedpeft.bases import describe_base, first_line
 from fedpeft.config import RunConfig
-from fedpeft.errors import AdapterError, ConfigError, ModelError
+from fedpeft.errors import AdapterError, ConfigError, FedpeftError, ModelError
 from fedpeft.finished import FinishedRun, open_run
 from fedpeft.formats import number
 from fedpeft.jsons import to_json
+from fedpeft.precision import dtype_of
 from fedpeft.presets import is_preset
+from fedpeft.privacy.overlap import in_the_clear
 from fedpeft.privacy.statement import read_statement
 from fedpeft.runs import check_vacant
 from fedpeft.runs.files import whole_folder
@@ -57,7 +59,7 @@ def export_merged(run: Path, out: Path, *, client: str | None = None, dtype: str
     """
     finished = open_run(run)
     check_vacant(out)
-    kind = dtype or ("bfloat16" if finished.config.train.precision == "bf16" else "float32")
+    kind = dtype or str(dtype_of(finished.config.train.precision)).removeprefix("torch.")
     if kind not in get_args(Dtype):
         raise ConfigError(f"--dtype '{kind}' is none of {', '.join(get_args(Dtype))}.")
     finished = _over_whole_weights(finished)
@@ -207,11 +209,20 @@ def card(finished: FinishedRun, client: str | None, *, merged: bool) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _tells_of_rows(finished: FinishedRun) -> bool:
+    """Tell whether scores of a private run may be of rows that it protects; as they may where the rows are gone."""
+    try:
+        clear = in_the_clear(finished.home)
+    except FedpeftError:
+        return True
+    return clear.held_out or clear.scored > 0
+
+
 def _scores(finished: FinishedRun, history: History) -> list[str]:
     if finished.config.privacy.is_private:
-        stated = read_statement(finished.path) or {}  # earlier versions' say nothing of scores
-        if stated.get("scores_tell_of_rows", finished.home.holds_out_test_rows):
-            return ["Its scores are of rows that training was to protect, and are not told."]
+        told = (read_statement(finished.path) or {}).get("scores_tell_of_rows")  # of which earlier versions say nothing
+        if told or (told is None and _tells_of_rows(finished)):
+            return ["Its scores may be of rows that training was to protect, and are not told."]
     last: Mapping[str, Any] = history.last or {}
     names = [name for name in history.metrics if last.get(name) is not None]
     if not names:

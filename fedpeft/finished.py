@@ -15,7 +15,7 @@ from fedpeft.adapters.export import LABELS
 from fedpeft.config import Layer, RunConfig, resolve
 from fedpeft.data.tokens import load_tokenizer
 from fedpeft.errors import ConfigError, RunDirectoryError, nearest
-from fedpeft.models import BaseModel, load_base
+from fedpeft.models import BaseModel, device, load_base
 from fedpeft.resident import Resident
 from fedpeft.runs import ADAPTER, CLIENTS, folder_name, read_config
 from fedpeft.tasks.task import Task
@@ -116,6 +116,8 @@ def open_run(run: Path, overrides: Layer | None = None) -> FinishedRun:
     config = read_config(run)
     if overrides:
         config = resolve([config.model_dump(exclude_none=True), overrides])
+    if config.train.precision == "fp16" and device().type == "cpu":  # to be looked at where it could not be trained
+        config = config.model_copy(update={"train": config.train.model_copy(update={"precision": "fp32"})})
     folders = sorted(run.glob(f"{CLIENTS}/*/{ADAPTER}")) or [run / ADAPTER]
     if not (folders[0] / "adapter_config.json").is_file():
         raise RunDirectoryError(f"'{run}' holds no adapter: the run is still going on, or was killed.")

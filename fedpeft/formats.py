@@ -47,11 +47,29 @@ def duration(seconds: object) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def one_line(value: object, limit: int = 300) -> str:
+JOINERS = "\u200c\u200d"  # which print nothing, and which Persian and families of emojis cannot be written without
+
+
+def printable(text: str, but: str = f"\n\t{JOINERS}") -> str:
+    r"""Show what would steer a terminal rather than be read in it, such as control characters, as ``\x1b``.
+
+    Parameters
+    ----------
+    text : str
+        Foreign: what models, rows and other machines write.
+    but : str
+        What is left as it is though it does not print, such as line breaks.
+    """
+    return "".join(char if char.isprintable() or char in but else ascii(char)[1:-1] for char in text)
+
+
+def one_line(value: object, limit: int = 300, *, ending: bool = False) -> str:
     r"""Put foreign text on one line: white space is folded, control characters are shown as ``\x1b``.
 
-    Client ids and error messages come from other machines, and must neither break lines nor steer a terminal.
+    Client ids and error messages come from other machines, and must neither break lines nor steer a terminal. Of a text
+    that is too long the beginning is kept, or the `ending`.
     """
-    text = " ".join(str(value).split())
-    text = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
-    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+    text = printable(" ".join(str(value).split()), but="")
+    if len(text) <= limit:
+        return text
+    return f"...{text[3 - limit :]}" if ending else f"{text[: limit - 3]}..."

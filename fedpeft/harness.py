@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from fedpeft.bases import first_line
-from fedpeft.errors import ConfigError, DataError
-from fedpeft.finished import open_run
+import torch
+from torch import Tensor
+
+from fedpeft.bases import first_line, positions
+from fedpeft.errors import ConfigError, DataError, FedpeftError
+from fedpeft.finished import FinishedRun, open_run
 from fedpeft.formats import number
-from fedpeft.generation.decoding import own_settings_aside
+from fedpeft.generation.decoding import behind_virtual_tokens, num_virtual_tokens, own_settings_aside
 from fedpeft.jsons import to_json
+from fedpeft.precision import HALVES, arithmetic, dtype_of
 from fedpeft.report.layout import cell, new_table
 from fedpeft.runs.files import write_whole
 
 RESULTS = "lm_eval.json"
 
 
-def evaluate_tasks(run: Path, tasks: str, *, limit: int | None = None, client: str | None = None) -> dict[str, Any]:
+def evaluate_tasks(
+    run: Path, tasks: str, *, limit: int | None = None, client: str | None = None, in_turns: bool = False
+) -> dict[str, Any]:
     """Score the base with the run's adapter by lm-eval, and write what came out to ``lm_eval.json`` of the run.
 
     Parameters
@@ -32,6 +39,8 @@ def evaluate_tasks(run: Path, tasks: str, *, limit: int | None = None, client: s
         Rows of each task; all if not given.
     client : str, optional
         Whose model, where each client has its own.
+    in_turns : bool
+        Whether the run's chat template writes each prompt as a user's turn.
 
     Returns
     -------
@@ -49,8 +58,8 @@ def evaluate_tasks(run: Path, tasks: str, *, limit: int | None = None, client: s
         raise ConfigError("--lm-eval needs the package lm-eval: pip install 'fedpeft[lm-eval]'")
     finished = open_run(run)
     finished.check_writes("--lm-eval")
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
+    if in_turns and finished.tokenizer.chat_template is None:
+        raise ConfigError(f"--apply-chat-template: '{run}' has no chat template; drop it.")
     from lm_eval.tasks import TaskManager
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
@@ -59,21 +68,36 @@ def evaluate_tasks(run: Path, tasks: str, *, limit: int | None = None, client: s
     wanted = [_wanted(name, manager) for name in names]
     model = finished.model(client)
     model.config.use_cache = True
-    size = finished.config.run.evaluate_batch_size
-    judged = HFLM(pretrained=model, tokenizer=finished.tokenizer, batch_size=size)
-    try:
-        with own_settings_aside(model):
-            found = simple_evaluate(
-                judged, tasks=wanted, task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=False
-            )
-    except (OSError, ValueError, ConnectionError) as error:
-        raise DataError(f"lm-eval cannot run '{tasks}': {first_line(error)}.") from None
-    assert found is not None  # it is in this process that it ran
-    results = {name: _numbers(scores) for name, scores in found["results"].items()}
+    found = _found(_judged(finished, model), wanted, manager, limit=limit, in_turns=in_turns)
+    results = {name: _numbers(scores) for name, scores in found.items()}
     facts = {"run": str(run), "tasks": names, "limit": limit, "lm_eval": version("lm-eval"), "results": results}
+    facts |= {"chat_template": True} if in_turns else {}
     facts |= {} if client is None else {"client": client}
     write_whole(run / RESULTS, (to_json(facts, indent=2) + "\n").encode())
     return facts
+
+
+def _found(judged: Any, wanted: Sequence[Any], manager: Any, *, limit: int | None, in_turns: bool) -> dict[str, Any]:
+    """Return the scores by task, as lm-eval gives them."""
+    from lm_eval import simple_evaluate
+
+    try:
+        with own_settings_aside(judged.model):
+            found = simple_evaluate(
+                judged,
+                tasks=list(wanted),
+                task_manager=manager,
+                limit=limit,
+                bootstrap_iters=0,
+                log_samples=False,
+                apply_chat_template=in_turns,
+            )
+    except FedpeftError:
+        raise
+    except Exception as error:  # of a task's own code and templates, of data sets, and of the network
+        raise DataError(f"lm-eval cannot run its tasks: {first_line(error).rstrip('.')}.") from error
+    assert found is not None  # it is in this process that it ran
+    return dict(found["results"])
 
 
 def _wanted(name: str, manager: Any) -> Any:
@@ -91,6 +115,44 @@ def _wanted(name: str, manager: Any) -> Any:
         return load_yaml(path, resolve_func=True)
     except Exception as error:  # of YAML, and whatever functions it names
         raise ConfigError(f"--lm-eval: '{name}' is no task file of lm-eval: {first_line(error)}.") from None
+
+
+def _judged(finished: FinishedRun, model: Any) -> Any:
+    """Return a model as lm-eval asks it."""
+    from lm_eval.models.huggingface import HFLM
+    from transformers import GenerationConfig
+
+    config, tokenizer, count = finished.config, finished.tokenizer, num_virtual_tokens(model)
+    kind = dtype_of(config.train.precision) if config.train.precision in HALVES else None
+    facts = {"tokenizer": tokenizer, "batch_size": config.run.evaluate_batch_size, "mixed_precision_dtype": kind}
+    if not count:
+        return HFLM(pretrained=model, **facts)
+
+    class BehindVirtualTokens(HFLM):  # type: ignore[misc]  # lm-eval has no types
+        """Leaves out what is said at virtual tokens, and generates behind them as no hook of PEFT does."""
+
+        def _model_call(self, inps: Tensor, *masks: Tensor | None, **more: Tensor | None) -> Tensor:
+            logits: Tensor = super()._model_call(inps, *masks, **more)  # (b, v + t, vocabulary), of a prefix (b, t)
+            return logits[:, -inps.shape[1] :]
+
+        def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **settings: Any) -> Tensor:
+            # lm-eval cuts answers at its stops itself: here, that would save time alone
+            inputs = {"input_ids": context, "attention_mask": settings.pop("attention_mask")}
+            if not settings.get("temperature"):
+                settings |= {"do_sample": False, "temperature": None}
+            held = GenerationConfig(
+                **settings,
+                max_new_tokens=max_length - context.shape[1],
+                eos_token_id=self.eot_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+            with torch.no_grad(), arithmetic(context.device, config.train.precision):
+                said = behind_virtual_tokens(model, inputs, held)
+            return torch.cat([context, torch.tensor(said, device=context.device, dtype=context.dtype)], dim=1)
+
+    told = positions(model.get_base_model().config.get_text_config(), type(model.get_base_model()))
+    most = None if told is None else told - count
+    return BehindVirtualTokens(pretrained=model, max_length=most, **facts)
 
 
 def _is_file(name: str) -> bool:

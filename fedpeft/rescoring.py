@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from fedpeft.agreement import agree
@@ -13,7 +14,7 @@ from fedpeft.config import Layer, RunConfig
 from fedpeft.data.splits import EncodedSplit
 from fedpeft.errors import ConfigError, DataError
 from fedpeft.finished import FinishedRun, open_run
-from fedpeft.generation import answer, drawn_rows, judge, with_answers
+from fedpeft.generation import drawn_rows, judge, with_answers
 from fedpeft.models import load_base
 from fedpeft.privacy.overlap import shared_rows, test_rows_of_clients
 from fedpeft.resident import Resident
@@ -96,15 +97,27 @@ def _scores(base: nn.Module, folders: Sequence[Path], split: EncodedSplit, confi
         layers = side_by_side(model, names)
         if layers is not None:
             scores = score_side_by_side(model, layers, len(names), split, config)
-            model.unload()
+            _take_out(model)
             return scores
     scores = [score(model, split, config)]
-    model.unload()
+    _take_out(model)
     for folder in folders[1:]:
         model = PeftModel.from_pretrained(base, str(folder))
         scores.append(score(model, split, config))
-        model.unload()
+        _take_out(model)
     return scores
+
+
+def _take_out(model: PeftModel) -> None:
+    """Take an adapter out of its base, which is then as it was before."""
+    if not model.active_peft_config.is_prompt_learning:
+        model.unload()
+        return
+    # virtual tokens stand beside the base, where PEFT puts nothing but heads that are trained with them
+    base = model.get_base_model()
+    for name, module in list(base.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            base.set_submodule(name, module.original_module)
 
 
 def _answered(base: nn.Module, finished: FinishedRun, split: EncodedSplit, every: Sequence[Scores]) -> list[Scores]:
@@ -113,9 +126,8 @@ def _answered(base: nn.Module, finished: FinishedRun, split: EncodedSplit, every
     rows = drawn_rows(config, split, config.run.generate_rows)
     for folder, scores in zip(finished.folders, every, strict=True):
         model = PeftModel.from_pretrained(base, str(folder))
-        texts = answer(model, finished.tokenizer, split, rows, config)
-        judged.append(with_answers(scores, [judge(split, rows, texts, config)]))
-        model.unload()
+        judged.append(with_answers(scores, [judge(model, finished.tokenizer, split, rows, config)]))
+        _take_out(model)
     return judged
 
 

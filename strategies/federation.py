@@ -178,7 +178,9 @@ def _endings(config: RunConfig, home: Resident, scoring: Scoring) -> list[Watche
     check_ending(config, home)
     run, endings = config.run, list[Watcher]()
     if run.patience is not None:
-        endings.append(Patience(monitored(config), run.patience))
+        patience = Patience(monitored(config), run.patience)
+        scoring.is_over_with = patience.is_over_with
+        endings.append(patience)
     if run.max_megabytes is not None:
         cohort = cohort_of(config, home)
         budget = Budget(run.max_megabytes, lambda number: cohort * sum(volume(config, home, number)))

@@ -21,6 +21,7 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SCRIPTS = {
     "first_run": "round 4: accuracy 0.",
     "own_csv": "3 sites, accuracy ",
+    "tiny_llama": "next: cd capitals && fedpeft simulate run.toml",
     "own_strategy": "one-vote: accuracy 0.",
     "own_adapter_kind": "and averaging it is exact: True",
     "private_run": "guarantee: False\nOver all rounds, each row is protected with epsilon = 2.99",

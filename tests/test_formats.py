@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedpeft.formats import duration, finite, number, one_line, size
+from fedpeft.formats import duration, finite, number, one_line, printable, size
 
 
 @pytest.mark.parametrize(
@@ -57,3 +57,22 @@ def test_foreign_text_stays_on_one_line_and_steers_no_terminal(text: str) -> Non
 
 def test_control_characters_stay_visible() -> None:
     assert one_line("a\x1b[2J\n  b") == r"a\x1b[2J b"
+
+
+def test_of_a_text_that_is_too_long_the_wanted_end_is_kept() -> None:
+    assert one_line("0123456789", 6) == "012..."
+    assert one_line("0123456789", 6, ending=True) == "...789"
+    assert one_line("012345", 6, ending=True) == "012345"
+
+
+@given(st.text())
+def test_what_a_model_writes_keeps_its_lines_and_steers_no_terminal(text: str) -> None:
+    shown = printable(text)
+    assert all(letter.isprintable() or letter in "\n\t\u200c\u200d" for letter in shown)
+    assert printable(shown) == shown
+
+
+def test_lines_and_joined_emojis_stay_and_escapes_are_seen() -> None:
+    family = "\U0001f469\u200d\U0001f467"
+    assert printable(f"one\n\ttwo {family}") == f"one\n\ttwo {family}"
+    assert printable("\x1b[2J\x9b31m\u202e") == r"\x1b[2J\x9b31m\u202e"

@@ -15,11 +15,12 @@ from fedpeft.simulations.simulate import simulate
 Make = Callable[..., RunConfig]
 
 
-@pytest.mark.parametrize("kind", ["lora", "ia3"])  # the second has layers that are scored one model after the other
+@pytest.mark.parametrize("kind", ["lora", "ia3", "prompt-tuning"])  # layers of the others are scored one by one
 def test_personal_models_scored_side_by_side_have_the_scores_that_each_has_alone(
     text_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    own = {"strategy__name": "fedit", "federation__rounds": 1, "train__learning_rate": 0.1}
+    strategy = "local" if kind == "prompt-tuning" else "fedit"  # the first leaves each client all of its own
+    own = {"strategy__name": strategy, "federation__rounds": 1, "train__learning_rate": 0.1, "data__max_length": 64}
     simulate(text_config(adapter__head="local", adapter__kind=kind, **own), tmp_path / "run")
     passes: list[int] = []
     together = rescoring.score_side_by_side

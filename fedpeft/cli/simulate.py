@@ -194,6 +194,9 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Rows of each of lm-eval's tasks; all if not given.")] = None,
     client: Annotated[str | None, typer.Option(help="For lm-eval: whose model, where each client has its own.")] = None,
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="For lm-eval: ask in turns, by the run's chat template.")
+    ] = False,
     json_lines: Json = False,
     verbose: Verbose = False,
 ) -> None:
@@ -204,10 +207,12 @@ def evaluate(
             raise ConfigError(f"'{words[0]}' does not go with --lm-eval, whose tasks have rows of their own; drop it.")
         from fedpeft.harness import evaluate_tasks, results_table
 
-        show(evaluate_tasks(run, lm_eval, limit=limit, client=client), results_table, json_lines)
+        facts = evaluate_tasks(run, lm_eval, limit=limit, client=client, in_turns=apply_chat_template)
+        show(facts, results_table, json_lines)
         return
-    if limit is not None or client is not None:
-        raise ConfigError(f"--{'limit' if limit is not None else 'client'} goes with --lm-eval.")
+    given = {"limit": limit is not None, "client": client is not None, "apply-chat-template": apply_chat_template}
+    if alone := [name for name, is_given in given.items() if is_given]:
+        raise ConfigError(f"--{alone[0]} goes with --lm-eval.")
     from fedpeft.config import parse_overrides
     from fedpeft.report.tables import scores_table
     from fedpeft.rescoring import caution, rescore

@@ -79,7 +79,7 @@ class DataConfig(Section):
     metric: str | None = Field(
         None,
         description="how answers that the model writes are judged, beside the loss: some of exact_match, f1, rouge, "
-        "bleu, choice_accuracy, pass, comma-separated",
+        "bleu, choice_accuracy, choice_likelihood, pass, comma-separated",
     )
     max_new_tokens: int = Field(256, ge=1, description="tokens of an answer that the model writes, at most")
     encoding: str = Field("utf-8", description="of CSV and JSON files, such as cp1252, latin-1, utf-16")

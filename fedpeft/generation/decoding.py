@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+
+from fedpeft.precision import arithmetic
 
 BATCH_TOKENS = 8192  # of prompts and answers together, for each of which a layer keeps keys and values
 BATCH_ROWS = 64
@@ -78,40 +80,69 @@ def generate(
     """
     from fedpeft.data.tokens import end_tokens
 
-    limits = _within(model, limits or Limits())
+    limits = limits_of(model, limits or Limits())
     ends = end_tokens(tokenizer)
     padding = next((each for each in (tokenizer.pad_token_id, tokenizer.eos_token_id, *ends) if each is not None), 0)
     starts = (tokenizer.bos_token_id, tokenizer.eos_token_id, padding)
     start = next(each for each in starts if each is not None)
-    kept = [_kept(prompt, limits, start) for prompt in prompts]
+    kept = [kept_tokens(prompt if len(prompt) else torch.tensor([start]), limits) for prompt in prompts]
     settings = _settings(limits, ends, padding)
     answers: list[list[int]] = [[] for _ in kept]
     with own_settings_aside(model), torch.no_grad():
-        for rows in batches(list(map(len, kept)), limits):
+        for rows in batches(list(map(len, kept)), limits, even=_parts_by_padding(model)):
             batch = [kept[row] for row in rows]
             for row, tokens in zip(rows, _answered(model, batch, padding, settings, precision), strict=True):
                 answers[row] = _turn(tokens, ends)
-    return [tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in answers]
+    return [words_of(tokenizer, tokens, skip_special_tokens=True) for tokens in answers]
+
+
+def words_of(tokenizer: Any, tokens: Sequence[int] | Tensor, **how: Any) -> str:
+    """Return tokens as text, as they stand: some tokenizers' settings take blanks out, before stops and in code too."""
+    return str(tokenizer.decode(tokens, clean_up_tokenization_spaces=False, **how)).strip()
 
 
 def shortened(model: nn.Module, prompts: Sequence[Tensor], limits: Limits) -> int:
     """Return how many prompts lose their beginning, since the model does not read so many tokens."""
-    most = _within(model, limits).prompt_tokens
+    most = limits_of(model, limits).prompt_tokens
     return sum(most is not None and len(prompt) > most for prompt in prompts)
 
 
-def batches(lengths: Sequence[int], limits: Limits) -> Iterator[list[int]]:
-    """Yield the rows of each batch, the longest first: what does not fit in memory fails at once."""
+def batches(lengths: Sequence[int], limits: Limits, *, even: bool = False) -> Iterator[list[int]]:
+    """Yield the rows of each batch, the longest first: what does not fit in memory fails at once.
+
+    Parameters
+    ----------
+    lengths : sequence of int
+        Tokens of each row.
+    limits : Limits
+        Of a batch.
+    even : bool
+        Whether only rows of the same length make a batch, so that none is padded.
+    """
     order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
     start = 0
     while start < len(order):
-        each = lengths[order[start]] + limits.new_tokens
-        count = max(1, min(limits.batch_rows, limits.batch_tokens // each))
-        yield order[start : start + count]
-        start += count
+        longest = lengths[order[start]]
+        count = max(1, min(limits.batch_rows, limits.batch_tokens // (longest + limits.new_tokens)))
+        batch = [row for row in order[start : start + count] if not even or lengths[row] == longest]
+        yield batch
+        start += len(batch)
 
 
-def _within(model: nn.Module, limits: Limits) -> Limits:
+def _parts_by_padding(model: nn.Module) -> bool:
+    """Tell whether padding would part virtual tokens from a prompt: as keys and values, under a window of attention."""
+    from peft import PeftType
+
+    held: Any = model
+    if not num_virtual_tokens(held) or held.active_peft_config.peft_type not in (
+        PeftType.PREFIX_TUNING,
+        PeftType.CARTRIDGE,
+    ):
+        return False
+    return getattr(held.get_base_model().config.get_text_config(), "sliding_window", None) is not None
+
+
+def limits_of(model: nn.Module, limits: Limits) -> Limits:
     """Return the limits with what the model reads, as far as its configuration says so; virtual tokens count."""
     from dataclasses import replace
 
@@ -119,17 +150,15 @@ def _within(model: nn.Module, limits: Limits) -> Limits:
 
     held: Any = model
     base = held.get_base_model() if hasattr(held, "get_base_model") else held
-    adapter = getattr(held, "active_peft_config", None)
-    virtual = getattr(adapter, "num_virtual_tokens", None) or 0
     told = positions(base.config.get_text_config(), type(base))
-    known = [each for each in (limits.max_length, None if told is None else told - virtual) if each is not None]
-    return replace(limits, max_length=min(known, default=None))
+    known = [limits.max_length, None if told is None else told - num_virtual_tokens(model)]
+    return replace(limits, max_length=min((each for each in known if each is not None), default=None))
 
 
-def _kept(prompt: Tensor, limits: Limits, start: int) -> Tensor:
+def kept_tokens(prompt: Tensor, limits: Limits) -> Tensor:
+    """Return what of a prompt is read: its end, where it is too long."""
     most = limits.prompt_tokens
-    kept = prompt.long() if most is None else prompt[-most:].long()
-    return kept if len(kept) else torch.tensor([start])
+    return prompt.long() if most is None else prompt[-most:].long()
 
 
 def _settings(limits: Limits, ends: Sequence[int], padding: int) -> Any:
@@ -178,29 +207,53 @@ def _answered(
     for row, prompt in enumerate(prompts):
         ids[row, longest - len(prompt) :], mask[row, longest - len(prompt) :] = prompt, 1
     inputs = {"input_ids": ids.to(on), "attention_mask": mask.to(on)}
-    with torch.autocast(on.type, torch.bfloat16, enabled=precision == "bf16"):
-        adapter = getattr(model, "active_peft_config", None)
-        if adapter is not None and adapter.is_prompt_learning and not model._adapters_disabled:
-            return _behind_virtual_tokens(model, inputs, settings)
+    with arithmetic(on, precision):
+        if num_virtual_tokens(model):
+            return behind_virtual_tokens(model, inputs, settings)
         generating: Any = model
         found = generating.generate(**inputs, generation_config=settings)
     return cast(list[list[int]], found[:, longest:].tolist())
 
 
-def _behind_virtual_tokens(model: Any, inputs: dict[str, Tensor], settings: Any) -> list[list[int]]:
+def num_virtual_tokens(model: nn.Module) -> int:
+    """Return how many virtual tokens the adapter in use puts before a prompt."""
+    adapter = getattr(model, "active_peft_config", None)
+    if adapter is None or not adapter.is_prompt_learning or cast(Any, model)._adapters_disabled:
+        return 0
+    return int(adapter.num_virtual_tokens)
+
+
+def behind_virtual_tokens(model: Any, inputs: Mapping[str, Tensor], settings: Any) -> list[list[int]]:
     """Generate with an adapter that puts virtual tokens before a prompt.
 
     PEFT's own way, by a hook of transformers that says less than it did, leaves a prefix out and miscounts positions
     (peft 0.21 with transformers 5.24).
+
+    Parameters
+    ----------
+    model : peft.PeftModelForCausalLM
+        With such an adapter in use.
+    inputs : mapping of str to Tensor
+        ``input_ids`` and ``attention_mask``, ``(b, t)``, padded on the left.
+    settings : transformers.GenerationConfig
+        How, with a padding token.
+
+    Returns
+    -------
+    list of list of int
+        The tokens that follow each prompt.
     """
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    virtual = model.get_prompt(batch_size=len(ids))
-    count = model.active_peft_config.num_virtual_tokens
+    virtual, count = model.get_prompt(batch_size=len(ids)), num_virtual_tokens(model)
     seen = torch.cat([mask.new_ones(len(mask), count), mask], dim=1)  # (b, v + t)
     base = model.get_base_model()
     if isinstance(virtual, Tensor):  # embeddings, (b, v, d)
         words = model.word_embeddings(ids)
         embedded = torch.cat([virtual.to(words.dtype), words], dim=1)
+        # padding goes to the front: between both, it would part them where a layer's window is short
+        order = torch.argsort(seen, dim=1, stable=True)  # (b, v + t)
+        embedded = embedded.gather(1, order[..., None].expand_as(embedded))
+        seen = seen.gather(1, order)
         found = base.generate(inputs_embeds=embedded, attention_mask=seen, generation_config=settings)
         return cast(list[list[int]], found.tolist())
     # keys and values of tokens that need ids, which nobody reads

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from fedpeft import tasks
 from fedpeft.config import RunConfig
 from fedpeft.data.splits import EncodedSplit
 from fedpeft.errors import DataError
+from fedpeft.generation.choosing import choose, options_of
 from fedpeft.generation.decoding import Limits, generate
 from fedpeft.seeds import generator
 from fedpeft.tasks.metrics import Scores, asked
@@ -46,7 +47,8 @@ def drawn_rows(config: RunConfig, split: EncodedSplit, most: int | None) -> NDAr
     Raises
     ------
     DataError
-        No row has an answer that could be held against the model's, as rows of raw text have none.
+        No row has an answer that could be held against the model's, as rows of raw text have none; or answers are
+        to be chosen among the rows' own, and these are no options.
     """
     able = [row for row, prompt in enumerate(split.prompts(range(len(split)))) if len(prompt)]
     if not able:
@@ -54,6 +56,8 @@ def drawn_rows(config: RunConfig, split: EncodedSplit, most: int | None) -> NDAr
             "the test rows are raw text and hold no answers, which data.metric and run.generate need; drop these "
             "settings, or give data.test with prompts and completions."
         )
+    if any(metric.chosen for metric in asked(config, tasks.of(config))):
+        options_of(split)
     rows = np.asarray(able, dtype=np.int64)
     if most is None or most >= len(rows):
         return rows
@@ -90,10 +94,16 @@ def answer(
     return generate(model, tokenizer, split.prompts(rows), limits, config.train.precision)
 
 
-def judge(split: EncodedSplit, rows: NDArray[np.int64], texts: Sequence[str], config: RunConfig) -> Answers:
-    """Hold answers against the references of their rows, by the metrics that the run asks for."""
+def judge(model: nn.Module, tokenizer: Any, split: EncodedSplit, rows: NDArray[np.int64], config: RunConfig) -> Answers:
+    """Hold a model's answers against the references of their rows, by the metrics that the run asks for.
+
+    Parameters are those of `answer`.
+    """
     metrics, references = asked(config, tasks.of(config)), split.references(rows)
-    marks = {each.name: each.judge(texts, references) for each in metrics if each.judge is not None}
+    texts: dict[bool, list[str]] = {}  # by whether they are chosen
+    for chosen in {each.chosen for each in metrics}:
+        texts[chosen] = choose(model, split, rows, config) if chosen else answer(model, tokenizer, split, rows, config)
+    marks = {each.name: each.judge(texts[each.chosen], references) for each in metrics if each.judge is not None}
     return Answers(rows, marks=marks)
 
 

@@ -30,17 +30,20 @@ def prompt_tokens(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> Tens
         The template refuses such turns.
     """
     if tokenizer.chat_template is None:
-        start = [tokenizer.bos_token_id] if _starts(tokenizer) else []
         turns = [each for each in messages[:-1] if each["role"] == "system"] + [messages[-1]]
-        text = "".join(f"{each['content']}\n" for each in turns)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        return torch.tensor([*start, *ids], dtype=torch.int64)
+        return text_tokens(tokenizer, "".join(f"{each['content']}\n" for each in turns))
     renderer = Renderer(tokenizer)
     try:
         (text,) = renderer.texts([renderer.folded(messages)], opened=True)
     except Exception as error:  # a template raises whatever it likes
         raise ModelError(f"the chat template refuses these turns: {first_line(error).rstrip('.')}.") from None
     return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
+
+
+def text_tokens(tokenizer: Any, text: str) -> Tensor:
+    """Return the tokens of a text that is to be continued, ``(t,)``."""
+    start = [tokenizer.bos_token_id] if _starts(tokenizer) else []
+    return torch.tensor([*start, *tokenizer(text, add_special_tokens=False)["input_ids"]], dtype=torch.int64)
 
 
 def _starts(tokenizer: Any) -> bool:

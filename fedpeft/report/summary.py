@@ -41,8 +41,10 @@ def say_summary(
         What to type next; ``{run}`` stands for the run directory.
     """
     out.say(_ending(history, f"{history.done} of {config.federation.rounds} rounds in {duration(seconds)}"))
-    for name, value in [*_facts(history, config), *([("run directory", str(run))] if run is not None else [])]:
-        out.say(Text(f"  {name:<13} {value}"))
+    facts = [*_facts(history, config), *([("run directory", str(run))] if run is not None else [])]
+    width = max(13, *(len(name) for name, _ in facts))
+    for name, value in facts:
+        out.say(Text(f"  {name:<{width}} {value}"))
     for words in _samples(history):
         out.say(words)
     if statement := _statement(history, out.width):
@@ -123,7 +125,7 @@ def _samples(history: History) -> list[Text]:
     lines = [Text("sample answers:")]
     for sample in event.get("samples", ()):
         of = ", ".join(one_line(sample[name], 40) for name in ("domain", "client") if name in sample)
-        lines.append(Text(f"  {f'[{of}] ' if of else ''}{one_line(sample.get('prompt'), 300)}", "bold"))
+        lines.append(Text(f"  {f'[{of}] ' if of else ''}{one_line(sample.get('prompt'), 300, ending=True)}", "bold"))
         for name in ("reference", "before", "after"):
             lines.append(Text(f"    {name:<9} {one_line(sample.get(name), 300)}"))
     return lines

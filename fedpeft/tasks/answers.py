@@ -119,6 +119,11 @@ def _letter(text: str) -> str | None:
     return found[1]
 
 
+def same(answers: Sequence[str], references: Sequence[str]) -> Marks:
+    """Return 1 where an answer is the reference, letter for letter, else 0."""
+    return _column([float(a == b) for a, b in zip(answers, references, strict=True)])
+
+
 def passes(answers: Sequence[str], references: Sequence[str]) -> Marks:
     """Return 1 where the code of an answer passes its tests, which are the reference, else 0 (pass@1)."""
     from fedpeft.tasks.code import passes as run

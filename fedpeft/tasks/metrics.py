@@ -48,6 +48,8 @@ class Metric:
         Where it is of texts that the model writes: what each answer is worth, held against its reference, ``(n, k)``.
         It is asked once a row, of whoever wrote the answer; `Scores.marks` has what it returned. Such a metric is
         reported where ``data.metric`` names it.
+    chosen : bool
+        Whether what it judges is not written but chosen, the likeliest of the answers that the test rows have.
     needs : str, optional
         Package that judges, of the extra ``metrics``.
     runs_code : bool
@@ -62,6 +64,7 @@ class Metric:
     whole: Callable[[Scores], float] | None = None
     adds_to: Collection[str] = ()
     judge: Judge | None = None
+    chosen: bool = False
     needs: str | None = None
     runs_code: bool = False
 
@@ -189,6 +192,7 @@ METRICS = Registry(
         _of_answers("rouge", answers.rouge_l, needs="rouge_score"),
         Metric("bleu", "higher", (0.0, 100.0), whole=_bleu, judge=answers.bleu_parts, needs="sacrebleu"),
         _of_answers("choice_accuracy", answers.choice_accuracy),
+        _of_answers("choice_likelihood", answers.same, chosen=True),
         _of_answers("pass", answers.passes, runs_code=True),
         LOSS,
     ),

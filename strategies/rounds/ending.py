@@ -46,6 +46,11 @@ class Patience(Watcher):
         self.best: float | None = None
         self.best_round, self.waited = 0, 0
 
+    def is_over_with(self, server_round: int, metrics: Mapping[str, float]) -> bool:
+        """Tell whether the run ends with a round that is scored so."""
+        better = is_better(self.metric, float(metrics[self.metric]), self.best)
+        return server_round > 0 and not better and self.waited + 1 >= self.rounds
+
     def scored(self, server_round: int, metrics: Mapping[str, Any], details: Mapping[str, Any]) -> None:
         """Compare with the best so far."""
         value = float(metrics[self.metric])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedpeft.adapters.state import AdapterState
 from fedpeft.data.tokens import load_tokenizer
-from fedpeft.generation import drawn_rows
+from fedpeft.generation import drawn_rows, words_of
 from fedpeft.privacy.overlap import in_the_clear
 from fedpeft.runs import Event
 from fedpeft.strategies.rounds.ending import EarlyEndError
@@ -58,7 +58,8 @@ class Samples(Watcher):
         before = self.scoring.texts(self.initial, rows, personal=False)
         after = self.scoring.texts(self.last, rows)
         tokenizer, _ = load_tokenizer(self.home.config, self.home.folder)
-        prompts = [tokenizer.decode(prompt, skip_special_tokens=True).strip() for prompt in test.prompts(rows)]
+        # with the marks of turns, as the model reads them: without, they would run into each other
+        prompts = [words_of(tokenizer, prompt) for prompt in test.prompts(rows)]
         of_rows = {"domain": test.domains, "client": test.clients}
         samples = [
             {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -105,10 +106,8 @@ def answer_part(part: Questions, shared: Mapping[str, NDArray[np.generic]]) -> A
         The adapter, and changes of the base.
     """
     home = _loaded(part.config, {**shared, **part.own})
-    texts = answer(home.adapted.model, home.once(_tokenizer), home.test, part.rows, part.config)
-    if part.keeps_texts:
-        return Answers(part.rows, tuple(texts))
-    return judge(home.test, part.rows, texts, part.config)
+    asked_of = home.adapted.model, home.once(_tokenizer), home.test, part.rows, part.config
+    return Answers(part.rows, tuple(answer(*asked_of))) if part.keeps_texts else judge(*asked_of)
 
 
 def _tokenizer(home: Resident) -> Any:
@@ -152,41 +151,74 @@ class Scoring:
     ) -> None:
         self.config, self.home, self.personal_names, self.personal = config, home, personal_names, personal
         self.map: Map = map or _here
-        self.is_over_after: Callable[[int], bool] = lambda server_round: False  # whether a round is the last after all
+        # whether a round is the last after all: by what was moved, and by the scores that it came to
+        self.is_over_after: Callable[[int], bool] = lambda server_round: False
+        self.is_over_with: Callable[[int, Mapping[str, float]], bool] = lambda server_round, metrics: False
 
     def __call__(self, server_round: int, arrays: ArrayRecord) -> tuple[dict[str, float], dict[str, Any]] | None:
         """Return the test metrics, and those by domain and client; None where this round is not due."""
-        every, last = self.config.run.evaluate_every, self.config.federation.rounds
-        if server_round % every and server_round != last and not self.is_over_after(server_round):
+        every, over = self.config.run.evaluate_every, self._is_last(server_round)
+        if server_round % every and not over:
             return None
-        return self.score(to_tensors(arrays), answers=self._answers(server_round))
+        judges = bool(asked(self.config, tasks.of(self.config)))
+        answers = partial(self._answers, server_round) if judges else None
+        return self.score(to_tensors(arrays), answers=answers)
 
-    def _answers(self, server_round: int) -> bool:
+    def _is_last(self, server_round: int) -> bool:
+        return server_round == self.config.federation.rounds or self.is_over_after(server_round)
+
+    def _answers(self, server_round: int, metrics: Mapping[str, float]) -> bool:
         """Tell whether the model is to answer test rows after a round, for metrics that judge what it writes."""
-        every, last = self.config.run.generate_every, self.config.federation.rounds
-        due = server_round in (0, last) or (every is not None and server_round % every == 0)
-        return due and bool(asked(self.config, tasks.of(self.config)))
+        every = self.config.run.generate_every
+        due = server_round == 0 or (every is not None and server_round % every == 0)
+        return due or self._is_last(server_round) or self.is_over_with(server_round, metrics)
 
-    def score(self, tensors: Mapping[str, Tensor], *, answers: bool = False) -> tuple[dict[str, float], dict[str, Any]]:
-        """Return the test metrics, and those by domain and client; with those of the model's `answers` if asked."""
+    def score(
+        self, tensors: Mapping[str, Tensor], *, answers: Callable[[Mapping[str, float]], bool] | None = None
+    ) -> tuple[dict[str, float], dict[str, Any]]:
+        """Return the test metrics, and those by domain and client.
+
+        Parameters
+        ----------
+        tensors : mapping of str to Tensor
+            The adapter, and changes of the base.
+        answers : callable, optional
+            Tells of these metrics whether the model is to answer rows too, whose metrics are then among them.
+        """
         shared = arrays_of(tensors)
-        rows = drawn_rows(self.config, self.home.test, self.config.run.generate_rows) if answers else None
-        if not self.personal_names:
-            (scores,) = self._scores(self._parts(), shared)
-            if rows is not None:
-                questions = (Questions(self.config, part) for part in parts_of(self.home.test, rows))
-                scores = with_answers(scores, self.map(ANSWER_PART, questions, shared))
-            return scores.metrics(), self.details([scores])
-        personal = self.personal() if self.personal is not None else {}
-        each = personal.values() if personal else [self._drawn()]  # read one by one
-        models = (Part(self.config, 0, self._num_batches, arrays_of(own)) for own in each)
-        every = list(self._scores(models, shared, each=True))
-        if rows is not None:
-            each = personal.values() if personal else [self._drawn()]
-            asked_of = (Questions(self.config, rows, arrays_of(own)) for own in each)
-            found = self.map(ANSWER_PART, asked_of, shared)
-            every = [with_answers(scores, [part]) for scores, part in zip(every, found, strict=True)]
+        personal = self.personal() if self.personal_names and self.personal is not None else {}
+        every = self._models(shared, personal)
+        if answers is not None and answers(mean_metrics([scores.metrics() for scores in every])):
+            every = self._judged(every, shared, personal)
         return mean_metrics([scores.metrics() for scores in every]), self.details(every, list(personal))
+
+    def _models(
+        self, shared: Mapping[str, NDArray[np.generic]], personal: Mapping[str, Mapping[str, Tensor]]
+    ) -> list[Scores]:
+        """Return the scores of the one model, or of each client's own."""
+        if not self.personal_names:
+            return list(self._scores(self._parts(), shared))
+        models = (Part(self.config, 0, self._num_batches, arrays_of(own)) for own in self._owned(personal))
+        return list(self._scores(models, shared, each=True))
+
+    def _judged(
+        self,
+        every: Sequence[Scores],
+        shared: Mapping[str, NDArray[np.generic]],
+        personal: Mapping[str, Mapping[str, Tensor]],
+    ) -> list[Scores]:
+        """Return models' scores with what their answers are worth."""
+        rows = drawn_rows(self.config, self.home.test, self.config.run.generate_rows)
+        if not self.personal_names:
+            questions = (Questions(self.config, part) for part in parts_of(self.home.test, rows))
+            return [with_answers(every[0], self.map(ANSWER_PART, questions, shared))]
+        questions = (Questions(self.config, rows, arrays_of(own)) for own in self._owned(personal))
+        found = self.map(ANSWER_PART, questions, shared)
+        return [with_answers(scores, [part]) for scores, part in zip(every, found, strict=True)]
+
+    def _owned(self, personal: Mapping[str, Mapping[str, Tensor]]) -> Iterable[Mapping[str, Tensor]]:
+        """Return what each model has of its own, read one by one; as it was drawn, where no client has any yet."""
+        return personal.values() if personal else [self._drawn()]
 
     def _drawn(self) -> dict[str, Tensor]:
         initial = self.home.adapted.initial

@@ -11,6 +11,26 @@ import pytest
 from fedpeft.config import RunConfig, nest, resolve
 
 KEYS = 24
+# of lm-eval, that asks the model as a run does; ROWS stands for a file
+TASK = """
+task: table
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: ROWS
+test_split: test
+output_type: generate_until
+doc_to_text: "{{prompt}}\\n"
+doc_to_target: "{{completion}}"
+generation_kwargs:
+  until: ["[EOS]"]
+  max_gen_toks: 4
+  do_sample: false
+metric_list:
+  - metric: exact_match
+    aggregation: mean
+    higher_is_better: true
+"""
 
 
 @pytest.fixture(scope="session")

@@ -8,10 +8,12 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from fedpeft.generation import Limits, generate, shortened
 from fedpeft.generation.decoding import batches
+from tests.adapters.test_families import LANGUAGE
 
 KINDS: dict[str, Any] = {
     "plain": None,
@@ -46,7 +48,7 @@ def prompts() -> list[Tensor]:
 
 @torch.no_grad()
 def one_by_one(model: nn.Module, tokenizer: Any, prompt: Tensor, most: int) -> str:
-    ids, said = prompt[-most:].tolist() or [tokenizer.eos_token_id], []
+    ids, said = prompt[-most:].tolist() or [tokenizer.eos_token_id], list[int]()
     for _ in range(NEW):
         token = int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
         if token == tokenizer.eos_token_id:
@@ -63,6 +65,28 @@ def test_a_batch_is_answered_token_by_token_as_each_prompt_alone(table_llama: Pa
     expected = [one_by_one(model, tokenizer, prompt, most) for prompt in prompts()]
     assert len(set(expected)) > 4
     assert generate(model, tokenizer, prompts(), Limits(NEW)) == expected
+
+
+# where windows of attention are short, whatever parts virtual tokens from their prompt is seen
+CASES = [("mistral", kind) for kind in KINDS] + [("gemma2", "prefix-tuning")]
+CASES += [(family, "plain") for family in LANGUAGE]
+
+
+@pytest.mark.parametrize(("family", "kind"), dict.fromkeys(CASES))
+def test_every_family_answers_a_batch_as_each_prompt_alone(tokenizer: Any, family: str, kind: str) -> None:
+    name, fields, _ = LANGUAGE[family]
+    torch.manual_seed(0)
+    config = getattr(transformers, name)(**{**fields, "vocab_size": 63, "output_router_logits": False})
+    base = transformers.AutoModelForCausalLM.from_config(config)
+    model = (base if kind == "plain" else peft.get_peft_model(base, KINDS[kind]())).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.35)  # else all prompts are answered alike
+    short = [prompt for prompt in prompts() if len(prompt) < 80]
+    expected = [one_by_one(model, tokenizer, prompt, 80) for prompt in short]
+    assert len(set(expected)) > 3
+    assert generate(model, tokenizer, short, Limits(NEW)) == expected
 
 
 def test_an_answer_depends_neither_on_the_batch_nor_on_the_order(table_llama: Path, tokenizer: Any) -> None:
@@ -110,3 +134,5 @@ def test_batches_hold_each_row_once_within_the_budget_and_the_longest_first() ->
     assert sorted(row for batch in found for row in batch) == list(range(6))
     assert all(len(batch) * (lengths[batch[0]] + 10) <= 80 for batch in found[1:])
     assert list(batches([], Limits(10))) == []
+    even = list(batches(lengths, Limits(10, batch_rows=3), even=True))
+    assert even == [[1], [3, 4], [2], [0], [5]]

@@ -12,26 +12,7 @@ from fedpeft.errors import ConfigError
 from fedpeft.harness import evaluate_tasks
 from fedpeft.rescoring import rescore
 from fedpeft.runs import read_events
-
-TASK = """
-task: table
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: ROWS
-test_split: test
-output_type: generate_until
-doc_to_text: "{{prompt}}\\n"
-doc_to_target: "{{completion}}"
-generation_kwargs:
-  until: ["[EOS]"]
-  max_gen_toks: 4
-  do_sample: false
-metric_list:
-  - metric: exact_match
-    aggregation: mean
-    higher_is_better: true
-"""
+from tests.generation.conftest import TASK
 
 
 def test_lm_eval_scores_an_adapter_as_the_run_does_on_the_same_rows(

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,6 +21,7 @@ from fedpeft.rescoring import rescore
 from fedpeft.runs import read_events
 from fedpeft.simulations.simulate import simulate
 from fedpeft.strategies.rounds import samples
+from tests.generation.conftest import TASK
 
 
 def events(run: Path, kind: str) -> list[dict[str, Any]]:
@@ -114,6 +116,56 @@ def test_generate_answers_prompts_of_options_and_of_stdin(
     assert run_command(monkeypatch, "generate", taught, "--max-new-tokens", "1") == 0
     out = capsys.readouterr().out
     assert f"prompt:  {second['prompt']}\nanswer:  {second['completion'].split()[0]}\n" in out
+
+
+def test_a_file_gives_a_prompt_a_line_whatever_else_divides_lines_elsewhere(
+    taught: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffw1\x0cw2\r\n\nw3\u2028w4".encode())
+    assert run_command(monkeypatch, "generate", taught, "--file", file, "--json", "--max-new-tokens", 1) == 0
+    said = [json.loads(line)["prompt"] for line in capsys.readouterr().out.splitlines()]
+    assert said == ["w1\x0cw2", "w3\u2028w4"]
+    file.write_text(" \n")
+    assert run_command(monkeypatch, "generate", taught, "--file", file) == 2
+    assert "has no line with a prompt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_what_is_no_text_on_stdin_is_refused(
+    taught: Path, command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from io import BytesIO, TextIOWrapper
+
+    monkeypatch.setattr("sys.stdin", TextIOWrapper(BytesIO(b"w1 \xff\n"), encoding="utf-8"))
+    assert run_command(monkeypatch, command, taught) == 2
+    assert capsys.readouterr().err == "error: what comes on stdin is no text in utf-8; give UTF-8, or --file FILE.\n"
+
+
+@pytest.mark.parametrize(
+    "words", [("generate", "--prompt", "w1"), ("generate", "--prompt", "w1", "--compare", "base"), ("chat",)]
+)
+def test_an_answer_does_not_steer_the_terminal(
+    taught: Path, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from io import StringIO
+
+    monkeypatch.setattr("fedpeft.generation.generate", lambda *settings: ["\x1b]0;own\x07\nred"])
+    monkeypatch.setattr("sys.stdin", StringIO("w1\n"))
+    assert run_command(monkeypatch, words[0], taught, *words[1:]) == 0
+    assert "\\x1b]0;own\\x07\nred\n" in capsys.readouterr().out
+
+
+def test_a_talk_forgets_its_oldest_exchange_and_never_the_system_or_the_question() -> None:
+    from fedpeft.cli.generate import _forgets
+
+    roles = ["system", "user", "assistant", "user", "assistant", "user"]
+    history = [{"role": role, "content": str(at)} for at, role in enumerate(roles)]
+    assert _forgets(history)
+    assert [turn["content"] for turn in history] == ["0", "3", "4", "5"]
+    assert _forgets(history)
+    assert not _forgets(history)
+    assert [turn["content"] for turn in history] == ["0", "5"]
 
 
 def test_chat_answers_line_by_line_until_it_is_told_to_quit(
@@ -211,7 +263,10 @@ def test_personal_models_are_asked_for_by_their_client(table_config: RunConfig, 
     assert "the client s1" in card(run, "s1", merged=False)
 
 
-def test_a_private_run_withholds_answers_to_rows_that_it_protects(table_config: RunConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("held_out", [True, False])
+def test_a_private_run_withholds_answers_to_rows_that_it_protects(
+    table_config: RunConfig, tmp_path: Path, held_out: bool
+) -> None:
     settings: dict[str, Any] = {
         "federation": {"rounds": 1},
         "run": {"generate": 1, "evaluate_clients": False, "evaluate_every": 1},
@@ -219,12 +274,78 @@ def test_a_private_run_withholds_answers_to_rows_that_it_protects(table_config: 
         "privacy": {"level": "record", "epsilon": 50.0},
     }
     table = table_config.model_dump(exclude_none=True)
-    table["data"].pop("test")
+    if held_out:
+        table["data"].pop("test")  # else it is the clients' own file
     simulate(resolve([merge([table, settings])]), tmp_path / "run")
     (event,) = events(tmp_path / "run", "samples")
     assert event["samples"] == []
     assert "give data.test with rows that may be public" in event["withheld"]
     assert "exact_match" in events(tmp_path / "run", "evaluate")[-1]
+    assert "are not told" in card(open_run(tmp_path / "run"), None, merged=False)
+
+
+def test_a_run_that_ends_early_is_judged_at_its_end_and_shows_turns_by_their_marks(
+    table_config: RunConfig, tmp_path: Path
+) -> None:
+    (tmp_path / "turns.jinja").write_text("{% for turn in messages %}{{ turn['content'] }} [EOS] {% endfor %}")
+    settings: dict[str, Any] = {
+        "data": {"template": str(tmp_path / "turns.jinja")},
+        "federation": {"rounds": 5},
+        "run": {"generate": 1, "evaluate_clients": False, "evaluate_every": 1, "patience": 2},
+        "train": {"local_steps": 1, "learning_rate": 1e-12},
+    }
+    simulate(resolve([merge([table_config.model_dump(exclude_none=True), settings])]), tmp_path / "run")
+    judged = {event["round"]: "exact_match" in event for event in events(tmp_path / "run", "evaluate")}
+    assert judged == {0: True, 1: False, 2: True}
+    (event,) = events(tmp_path / "run", "samples")
+    assert event["samples"][0]["prompt"].endswith("[EOS]")
+
+
+def test_a_run_whose_budget_is_spent_is_judged_at_its_end(table_config: RunConfig, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "federation": {"rounds": 5},
+        "run": {"generate": 0, "evaluate_clients": False, "evaluate_every": 5, "max_megabytes": 0.4},
+        "train": {"local_steps": 1},
+    }
+    simulate(resolve([merge([table_config.model_dump(exclude_none=True), settings])]), tmp_path / "run")
+    judged = [(event["round"], "exact_match" in event) for event in events(tmp_path / "run", "evaluate")]
+    assert len(judged) == 2
+    assert 0 < judged[1][0] < 5
+    assert judged[1][1]
+
+
+@pytest.mark.parametrize("kind", ["prompt-tuning", "prefix-tuning"])
+def test_a_run_of_virtual_tokens_is_scored_anew_and_by_lm_eval(
+    table_config: RunConfig, table_jsonl: Path, tmp_path: Path, kind: str
+) -> None:
+    from fedpeft.generation import answer
+    from fedpeft.harness import evaluate_tasks
+
+    settings: dict[str, Any] = {
+        "adapter": {"kind": kind, "num_virtual_tokens": 3},
+        "data": {"max_length": 64},
+        "federation": {"rounds": 1},
+        "run": {"generate": 0, "evaluate_every": 1},
+        "train": {"local_steps": 1},
+    }
+    table = table_config.model_dump(exclude_none=True)
+    for key in ("rank", "alpha", "targets"):
+        table["adapter"].pop(key)
+    simulate(resolve([merge([table, settings])]), tmp_path / "run")
+    last = events(tmp_path / "run", "evaluate")[-1]
+    scores = rescore(tmp_path / "run", {})
+    assert scores["loss"] == pytest.approx(last["loss"], rel=1e-5)
+    assert scores["exact_match"] == last["exact_match"]
+    # half of the rows have the answer that the model gives, whatever it is
+    run = open_run(tmp_path / "run")
+    said = answer(run.model(), run.tokenizer, run.home.test, np.arange(24), run.config)
+    rows = [
+        {"prompt": row(table_jsonl, at)["prompt"], "completion": said[at] if at % 2 else "other"} for at in range(24)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    (tmp_path / "table.yaml").write_text(TASK.replace("ROWS", str(tmp_path / "rows.jsonl")))
+    facts = evaluate_tasks(tmp_path / "run", str(tmp_path / "table.yaml"))
+    assert facts["results"]["table"]["exact_match"] == 0.5
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,8 @@ def side_by_side(model: PeftModel, adapters: Sequence[str]) -> list[tuple[nn.Mod
     list of tuple of nn.Module and callable, or None
         None where something that differs is no plain linear layer.
     """
+    if model.active_peft_config.is_prompt_learning:
+        return None  # each has virtual tokens of its own, which no layer of the base tells of
     found: list[tuple[nn.Module, Forward]] = []
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
