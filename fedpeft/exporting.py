@@ -212,10 +212,9 @@ def card(finished: FinishedRun, client: str | None, *, merged: bool) -> str:
 def _tells_of_rows(finished: FinishedRun) -> bool:
     """Tell whether scores of a private run may be of rows that it protects; as they may where the rows are gone."""
     try:
-        clear = in_the_clear(finished.home)
+        return in_the_clear(finished.home).in_scores
     except FedpeftError:
         return True
-    return clear.held_out or clear.scored > 0
 
 
 def _scores(finished: FinishedRun, history: History) -> list[str]:
