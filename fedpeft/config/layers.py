@@ -143,7 +143,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         path = at(name)
         return ":".join([str(path.resolve()), *parts]) if os.path.exists(path) else value
 
-    data = config.data
+    data, template = config.data, config.data.template or ""
     named = (data.text, data.image, data.prompt, data.completion, data.messages, data.layout)
     if config.model.task is None and not any(named):
         source = data.source or data.test
@@ -159,7 +159,8 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
                 update={
                     "source": absolute(config.data.source),
                     "test": absolute(config.data.test),
-                    "template": absolute(config.data.template),
+                    # a folder may be called like a template that has a name
+                    "template": absolute(template) if Path(template).suffix else config.data.template,
                 }
             ),
         }

@@ -11,7 +11,7 @@ import pytest
 import trl
 from transformers import PreTrainedTokenizerFast
 
-from fedpeft.config import DataConfig
+from fedpeft.config import DataConfig, configure
 from fedpeft.data.chat.rows import Row, RowEncoder
 from fedpeft.data.chat.templates import TEMPLATES, chosen
 from fedpeft.data.tokens import end_tokens
@@ -263,6 +263,14 @@ def test_a_template_that_raises_whatever_it_likes_is_one_line(what: str) -> None
     with pytest.raises(ModelError, match=r"^the chat template refuses a user's and an assistant's turn: ") as caught:
         encoded(letters(WILD[what]), talk(1))
     assert "\n" not in str(caught.value)
+
+
+def test_a_folder_called_like_a_template_is_not_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "alpaca").mkdir()
+    (tmp_path / "own.jinja").write_text(MARKED)
+    assert configure({"data.template": "alpaca"}).data.template == "alpaca"
+    assert configure({"data.template": "own.jinja"}).data.template == str(tmp_path / "own.jinja")
 
 
 def test_of_several_templates_the_default_is_taken() -> None:
