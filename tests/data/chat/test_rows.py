@@ -278,6 +278,14 @@ def test_a_template_that_raises_whatever_it_likes_is_one_line(what: str) -> None
     assert "\n" not in str(caught.value)
 
 
+def test_a_folder_called_like_a_template_is_not_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "alpaca").mkdir()
+    (tmp_path / "own.jinja").write_text(MARKED)
+    assert configure({"data.template": "alpaca"}).data.template == "alpaca"
+    assert configure({"data.template": "own.jinja"}).data.template == str(tmp_path / "own.jinja")
+
+
 def test_of_several_templates_the_default_is_taken() -> None:
     several: Any = {"default": STYLES[0].template, "tool_use": "{{ 1 / 0 }}"}
     assert told(letters(None), encoded(letters(several), talk(1))) == ["It is 0.\nSo it is.<|im_end|>"]
