@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -87,6 +89,9 @@ def _found(judged: Any, wanted: Sequence[Any], manager: Any, *, limit: int | Non
     """
     from lm_eval import evaluate
 
+    if sys.stderr is None or not sys.stderr.isatty():
+        for name in ("loglikelihood", "loglikelihood_rolling", "generate_until"):  # whose bars nobody would see move
+            setattr(judged, name, partial(getattr(judged, name), disable_tqdm=True))
     random.seed(0)
     np.random.seed(1234)  # noqa: NPY002 - it is what tasks draw from
     torch.manual_seed(1234)
