@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 
 QUIET_ENVIRONMENT = {
@@ -20,6 +21,7 @@ QUIET_ENVIRONMENT = {
 LOUD = (
     *("flwr", "transformers", "datasets", "peft", "ray", "filelock", "huggingface_hub", "matplotlib"),
     *("bitsandbytes", "torchao", "torch.utils._pytree"),  # what they say as they are imported
+    "lm_eval",
 )
 
 
@@ -27,6 +29,8 @@ def silence() -> None:
     """Quieten libraries by environment variables and log levels; call it before they are imported."""
     for name, value in QUIET_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    if sys.stderr is None or not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars that nobody sees move
     for name in LOUD:
         logging.getLogger(name).setLevel(logging.CRITICAL if name == "ray" else logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)

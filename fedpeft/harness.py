@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import random
+import sys
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,7 +66,8 @@ def evaluate_tasks(
         raise ConfigError(f"--apply-chat-template: '{run}' has no chat template; drop it.")
     from lm_eval.tasks import TaskManager
 
-    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    if not (names := [name.strip() for name in tasks.split(",") if name.strip()]):
+        raise ConfigError("--lm-eval names no task; give such as hellaswag,mine.yaml.")
     # a list of all of lm-eval's own tasks takes a while to make
     manager = TaskManager(include_defaults=not all(map(_is_file, names)))
     wanted = [_wanted(name, manager) for name in names]
@@ -78,15 +83,28 @@ def evaluate_tasks(
 
 
 def _found(judged: Any, wanted: Sequence[Any], manager: Any, *, limit: int | None, in_turns: bool) -> dict[str, Any]:
-    """Return the scores by task, as lm-eval gives them."""
-    from lm_eval import simple_evaluate
+    """Return the scores by task, as lm-eval's own command computes them, whose seeds these are.
 
+    Its ``simple_evaluate`` asks git for the commit of the working folder besides, which complains where there is none.
+    """
+    from lm_eval import evaluate
+
+    if sys.stderr is None or not sys.stderr.isatty():
+        for name in ("loglikelihood", "loglikelihood_rolling", "generate_until"):  # whose bars nobody would see move
+            setattr(judged, name, partial(getattr(judged, name), disable_tqdm=True))
+    random.seed(0)
+    np.random.seed(1234)  # noqa: NPY002 - it is what tasks draw from
+    torch.manual_seed(1234)
     try:
+        loaded = manager.load(list(wanted))
+        for task in loaded["tasks"].values():
+            if task.get_config("num_fewshot") is None:
+                task.set_config(key="num_fewshot", value=0)
+            task.set_fewshot_seed(seed=1234)
         with own_settings_aside(judged.model):
-            found = simple_evaluate(
-                judged,
-                tasks=list(wanted),
-                task_manager=manager,
+            found = evaluate(
+                lm=judged,
+                task_dict=loaded,
                 limit=limit,
                 bootstrap_iters=0,
                 log_samples=False,

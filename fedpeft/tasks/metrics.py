@@ -220,10 +220,16 @@ def asked(config: RunConfig, task: Task) -> tuple[Metric, ...]:
         One that judges no texts, for a task whose model writes none, without its package, or that may not run code.
     """
     wanted = tuple(map(find, config.data.metric_names))
+    otherwise = ""
+    if config.model.task is None:  # of rows that are not there, or of no known layout, it is a guess
+        from fedpeft.tasks import TASKS
+
+        writing = " or ".join(name for name, each in TASKS.all().items() if each.continues)
+        otherwise = f", or see whether data.source is there, and set model.task={writing}"
     if config.run.generate and not task.continues:
         raise ConfigError(
             f"run.generate = {config.run.generate} shows answers that a model writes, and that of task '{task.name}' "
-            "writes none; drop it."
+            f"writes none; drop it{otherwise}."
         )
     able = ", ".join(name for name, metric in METRICS.all().items() if metric.judge is not None)
     for metric in wanted:
@@ -231,7 +237,7 @@ def asked(config: RunConfig, task: Task) -> tuple[Metric, ...]:
         if metric.judge is None:
             raise ConfigError(f"{given} judges no answers. Give some of {able}.")
         if not task.continues:
-            raise ConfigError(f"{given} judges answers that a model writes; task '{task.name}' has none.")
+            raise ConfigError(f"{given} judges answers that a model writes; task '{task.name}' has none{otherwise}.")
         if metric.needs is not None and find_spec(metric.needs) is None:
             raise ConfigError(f"{given} needs the package {metric.needs}: pip install 'fedpeft[metrics]'")
         if metric.runs_code and not config.run.execute_code:
