@@ -5,7 +5,7 @@
 
 A Llama of random weights, as large as SmolLM2-135M unless asked otherwise, and rows of full length. Each case is a
 whole `fedpeft simulate --workers 0` of one client and two steps in a process of its own, run once before so that a
-base is converted or quantised already; its peak is what ``environment.json`` says. The prediction is that of
+base is converted or quantised already; its peak is what ``environment.json`` would say. The prediction is that of
 ``--dry-run``. A case that needs a package that is missing is left out, and said.
 """
 
@@ -27,7 +27,6 @@ from fedpeft.config import configure
 from fedpeft.resident import Resident
 from fedpeft.simulations.plan import predicted
 
-WITHIN = 0.2  # of what was measured
 CASES: dict[str, dict[str, Any]] = {
     "fp32": {},
     "fp32, checkpointing": {"train.gradient_checkpointing": True},
@@ -56,8 +55,9 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "scoring": {"train.batch_size": 1},
 }
+PHYSICAL = "privacy.physical_batch_size"  # rows that a private step holds: those of a batch that is drawn vary
 NEEDS = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "int8-weight-only": "torchao"}
-PRIVATE = "fp32, record level"  # of which no peak is on record
+PRIVATE = "fp32, record level"
 ASK = """
 import sys
 from pathlib import Path
@@ -157,6 +157,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         }
         for name in given.only:
             settings = {**shared, **CASES[name]}
+            if name == PRIVATE:
+                settings[PHYSICAL] = given.rows
             if (needed := NEEDS.get(name.partition(",")[0])) and importlib.util.find_spec(needed) is None:
                 print(f"{name}: left out, since {needed} is not installed")
                 continue

@@ -8,11 +8,12 @@ in bytes. Training keeps of each token and block, beside what the vocabulary tak
 
     STATES d + (3 if gated, else 1) m    numbers,
 
-d being the width and m that of the feed-forward part: its gates are what a product of two keeps, the rest was
-counted on SmolLM2 and MiniLM, where it agrees within a tenth. A block that runs again keeps d, and one block at a time
-the rest. Attention in torch's fused kernels keeps nothing of pairs of tokens; the plain one, which bf16 takes on a CPU,
-keeps its weights. Logits are those of one block of positions three times (scores, their softmax, its gradient). Scoring
-holds what one transformer block computes at a time. See docs/memory.md for what was measured.
+d being the width and m that of the feed-forward part: its gates are what a product of two keeps, the rest was counted
+on SmolLM2 and MiniLM, where it agrees within a tenth. A block that runs again keeps AGAIN d, and one block at a time
+the rest: d is its input, and the rest what glibc cannot use again between inputs that stay (measured). Attention in
+torch's fused kernels keeps nothing of pairs of tokens; the plain one, which bf16 takes on a CPU, keeps its weights.
+Logits are those of one block of positions three times (scores, their softmax, its gradient). Scoring holds what one
+transformer block computes at a time. See docs/memory.md for what was measured.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from fedpeft.training.optimizers import OPTIMIZERS
 
 LIBRARIES = 690 * 10**6  # resident bytes of a process that has imported all and read a tokenizer and rows, on Linux
 STATES, WORKING = 16, 6  # numbers a token and unit of width: kept for the gradient, and held by one block that scores
+AGAIN = 7  # numbers a token and unit of width that a block takes which runs again
 COPIES = 3  # of a block of logits at a time
 HELD = 2  # numbers of each one trained: itself and its gradient; an optimiser's come on top
 CLIPPED = 5  # at record level beside each row's gradient: the clipped sum, and noise and noised sum in float64
@@ -154,7 +156,7 @@ def _training(config: RunConfig, sizes: _Sizes, all_tokens: int, tokens: int, nu
     of_block = STATES * sizes.width + (3 if sizes.gated else 1) * sizes.inner + attention
     kept = sizes.depth * of_block
     if config.train.gradient_checkpointing:
-        kept = sizes.depth * sizes.width + of_block
+        kept = AGAIN * sizes.depth * sizes.width + of_block
     return number * all_tokens * kept
 
 
