@@ -209,7 +209,7 @@ class AdaptedModel:
         if not self.kind.resizable:  # whose base no method moves
             return BaseWeights({})
         weights: dict[str, Tensor] = {}
-        transposed = set()
+        transposed: set[str] = set()
         for name, layer in self.model.named_modules():
             if isinstance(layer, expert_layers.StackedExperts):
                 found = {f"{name}#{number}": weight for number, weight in enumerate(layer.weights())}

@@ -59,8 +59,10 @@ def embeddings(base: BaseModel) -> dict[str, tuple[int, int]]:
 def shared_weights(base: BaseModel, names: Collection[str]) -> list[str]:
     """Return which of some modules are a language model's embeddings or output layer, where these are one weight."""
     model: Any = base.model
-    pair = model.get_input_embeddings(), model.get_output_embeddings()
-    weights = [getattr(module, "weight", None) for module in pair]
+    output = model.get_output_embeddings()
+    if output is None:  # many a model for images raises where it is asked for embeddings
+        return []
+    weights = [getattr(module, "weight", None) for module in (model.get_input_embeddings(), output)]
     if weights[0] is None or weights[0] is not weights[1]:
         return []
     # an adapted layer holds the module that it was put around
@@ -154,10 +156,12 @@ def part_shared(model: PeftModel) -> None:
     Merged into a weight that is both, either's update would change the other too.
     """
     inner: Any = model.get_base_model()
+    if inner.get_output_embeddings() is None:
+        return
     pair = [inner.get_input_embeddings(), inner.get_output_embeddings()]
     if not any(isinstance(layer, BaseTunerLayer) for layer in pair):
         return
     given, output = (layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer for layer in pair)
-    if output is not None and output.weight is given.weight:
+    if output.weight is given.weight:
         output.weight = nn.Parameter(given.weight.detach().clone(), requires_grad=False)
         inner.config.tie_word_embeddings = inner.config.get_text_config().tie_word_embeddings = False

@@ -154,8 +154,8 @@ def choose_targets(base: BaseModel, targets: Sequence[str] | None, rank: int, la
             )
         targets = known[0]
     if tuple(targets) == (ALL_LINEAR,):
-        if chosen := [name for name, shape in modules.items() if rank <= min(shape)]:
-            return chosen
+        if fitting := [name for name, shape in modules.items() if rank <= min(shape)]:
+            return fitting
         largest = max(min(shape) for shape in modules.values())
         raise AdapterError(f"adapter.rank = {rank} is larger than every layer of '{base.folder}'; at most {largest}.")
     chosen = _named(base, targets, modules, layers)

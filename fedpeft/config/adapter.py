@@ -42,8 +42,9 @@ class AdapterConfig(Section):
     targets: Targets | None = Field(
         None,
         min_length=1,
-        description="what to adapt: names of modules or of their last parts (q_proj,v_proj, also lm_head), all-linear, "
-        "or re: and a regular expression that matches whole names; query and value if unset",
+        description="what to adapt: names of modules or of their last parts (q_proj,v_proj, lm_head, embed_tokens, "
+        "and experts by module and parameter, experts.down_proj), all-linear, or re: and a regular expression that "
+        "matches whole names of linear layers; query and value if unset",
     )
     layers: Joined | None = Field(
         None,

@@ -170,8 +170,17 @@ def check(adapter: Path, base: Any, target: str) -> Any:
     return PeftModel.from_pretrained(base, str(adapter)).eval()
 
 
-@pytest.mark.parametrize("targets", ["unset", "all-linear"])
-@pytest.mark.parametrize("family", LANGUAGE)
+BESIDE = [  # experts, and embeddings: scaled ones, and such as share their weight with the output layer
+    ("mixtral", "all-linear,experts.gate_up_proj,experts.down_proj,embed_tokens"),
+    ("qwen2-moe", "q_proj,experts.gate_up_proj,experts.down_proj"),
+    ("gemma3", "q_proj,embed_tokens"),
+    ("gpt2", "c_attn,wte"),
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "targets"), [*((family, each) for family in LANGUAGE for each in ("unset", "all-linear")), *BESIDE]
+)
 def test_a_language_models_adapter_scores_in_peft_as_in_the_run(
     family: str, targets: str, rows: Rows, one_thread: None, tmp_path: Path
 ) -> None:

@@ -211,7 +211,7 @@ LAYER = "base_model.model.model.layers.0.self_attn.q_proj"
 @pytest.mark.parametrize(
     ("name", "tensor", "says"),
     [
-        ("base_model.model.model.embed_tokens.lora_embedding_A", torch.zeros(2, 63), "not on embeddings"),
+        ("base_model.model.model.embed_tokens.lora_embedding_A", torch.zeros(2, 63), "or the other one is not there"),
         (f"{LAYER}.lora_magnitude_vector", torch.zeros(16), "without magnitudes"),
         (f"{LAYER}.lora_B.bias", torch.zeros(16), "biases of its own"),
         (f"{LAYER}.conv.lora_A.weight", torch.zeros(2, 3, 1, 1), "no factor of a linear layer"),
