@@ -135,3 +135,13 @@ def test_a_model_that_runs_whole_says_why(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(heads, "_gives", lambda *_: False)
     whole = get_peft_model(model_of("Llama"), frozen)  # type: ignore[arg-type]
     assert "LlamaForCausalLM, with this adapter, cannot be run in two parts" in heads.runs_whole(whole, by_hooks=False)
+
+
+def test_a_model_that_is_first_looked_at_under_noise_is_divided_all_the_same(tiny_llama: Path) -> None:
+    """A worker's first batch is one that it trains on, and its noise draws others for the look."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama).train()
+    inputs = {"input_ids": torch.arange(6).reshape(2, 3), "attention_mask": torch.ones(2, 3, dtype=torch.long)}
+    with torch_seed(3), EmbeddingNoise(model, 5.0).of(inputs):
+        assert divided(model, inputs) is not None
+        assert model.training
+        assert not torch.equal(model(**inputs).logits, model(**inputs).logits)
