@@ -70,6 +70,8 @@ class EmbeddingNoise:
     def _add(self, module: nn.Module, given: Any, embedded: Tensor) -> Tensor:
         if len(embedded) != len(self._lengths):  # such as virtual tokens, which a kind may look up here
             return embedded
+        if not module.training:  # the first batch of a process has a look at the model before it trains it
+            return embedded
         lengths = self._lengths.to(embedded.device)
         size = self._alpha / (lengths * embedded.shape[-1]).sqrt()  # (b,)
         drawn = self._draw(embedded)  # (b, t, d)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +12,10 @@ import transformers
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 
+from fedpeft.models import torch_seed
 from fedpeft.tasks import TASKS, heads
 from fedpeft.tasks.losses import batch_losses, logits_of, next_token_losses
+from fedpeft.training.neftune import EmbeddingNoise
 
 TASK = TASKS.find("causal-lm")
 SMALL: dict[str, Any] = {
@@ -135,3 +138,13 @@ def test_a_model_that_runs_whole_says_why(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(heads, "_gives", lambda *_: False)
     whole = get_peft_model(model_of("Llama"), frozen)  # type: ignore[arg-type]
     assert "LlamaForCausalLM, with this adapter, cannot be run in two parts" in heads.runs_whole(whole, by_hooks=False)
+
+
+def test_a_model_that_is_first_looked_at_under_noise_is_divided_all_the_same(tiny_llama: Path) -> None:
+    """A worker's first batch is one that it trains on, and its noise draws others for the look."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama).train()
+    inputs = {"input_ids": torch.arange(6).reshape(2, 3), "attention_mask": torch.ones(2, 3, dtype=torch.long)}
+    with torch_seed(3), EmbeddingNoise(model, 5.0).of(inputs):
+        assert heads.divided(model, inputs) is not None
+        assert model.training
+        assert not torch.equal(model(**inputs).logits, model(**inputs).logits)
