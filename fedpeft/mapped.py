@@ -12,6 +12,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,15 +65,36 @@ def mapped_folder(folder: Path, dtype: torch.dtype, build: Callable[[], Any]) ->
     if held & FLOATS <= {CALLED[dtype]} or not held <= FLOATS | {"I64", "I32", "BOOL"}:
         return folder
     kept = cache_dir() / "bases" / key_of(files, dtype)
-    if is_whole(kept):
-        return kept
-    with locked(kept):
-        if is_whole(kept):  # another process was faster
-            return kept
+    if not is_whole(kept):
         if not _is_uniform(build(), dtype):
             return folder
-        _convert(folder, files, dtype, kept)
+        publish(kept, partial(_convert, folder, files, dtype))
     return kept
+
+
+def publish(kept: Path, write: Callable[[Path], None]) -> None:
+    """Make a folder of weights in the cache, unless another process is faster, and write down what it holds.
+
+    Parameters
+    ----------
+    kept : Path
+        The folder.
+    write : callable
+        Writes the files into the empty folder that it is given.
+
+    Raises
+    ------
+    DataError
+        The cache cannot be written.
+    """
+    with locked(kept):
+        if is_whole(kept):
+            return
+        with publishing(kept) as draft:
+            write(draft)
+            sizes = {path.name: path.stat().st_size for path in draft.iterdir()}
+            (draft / SUMS).write_text(json.dumps({name: file_sum(draft / name) for name in sizes}), encoding="utf-8")
+            (draft / SIZES).write_text(json.dumps(sizes), encoding="utf-8")
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -122,20 +144,16 @@ def _is_uniform(model: Any, dtype: torch.dtype) -> bool:
     return not strict and kinds == {dtype}
 
 
-def _convert(folder: Path, files: list[Path], dtype: torch.dtype, kept: Path) -> None:
-    with publishing(kept) as draft:
-        for path in files:
-            with safe_open(path, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                for name, tensor in tensors.items():
-                    tensors[name] = (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
-                save_file(tensors, draft / path.name, file.metadata())
-        for name in BESIDES:
-            if (folder / name).is_file():
-                shutil.copyfile(folder / name, draft / name)
-        sizes = {path.name: path.stat().st_size for path in draft.iterdir()}
-        (draft / SUMS).write_text(json.dumps({name: file_sum(draft / name) for name in sizes}), encoding="utf-8")
-        (draft / SIZES).write_text(json.dumps(sizes), encoding="utf-8")
+def _convert(folder: Path, files: list[Path], dtype: torch.dtype, draft: Path) -> None:
+    for path in files:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            for name, tensor in tensors.items():
+                tensors[name] = (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
+            save_file(tensors, draft / path.name, file.metadata())
+    for name in BESIDES:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, draft / name)
 
 
 def file_sum(path: Path) -> str:

@@ -184,11 +184,11 @@ def load_base(config: RunConfig, folder: Path, labels: Sequence[str]) -> BaseMod
     if task.has_head:
         options["ignore_mismatched_sizes"] = True  # a saved head for other labels is drawn anew
     load = partial(_load, config, folder, held, options)
-    method = method_of(config, held, folder, on.type)
+    method, said = method_of(config, held, folder, on.type), list[str]()
     if method is None:
         model, info = load(_shared(config, folder, held, dtype) if on.type == "cpu" else folder)
     else:
-        model, info = _load_quantised(config, folder, held, dtype, method, load)
+        model, info, said = _load_quantised(config, folder, held, dtype, method, load)
     model.name_or_path = model.config.name_or_path = str(folder)
     if dropout != "checkpoint":
         set_dropout(model, dropout)  # of what no configuration names
@@ -201,7 +201,7 @@ def load_base(config: RunConfig, folder: Path, labels: Sequence[str]) -> BaseMod
     model.requires_grad_(False)
     model.eval()
     model = model.to(on) if method is None else model  # which is where it computes, and stays there
-    return BaseModel(model, folder, head, (*_earlier_use(saved, labels), *relabelled))
+    return BaseModel(model, folder, head, (*_earlier_use(saved, labels), *relabelled, *said))
 
 
 def _load(
@@ -222,12 +222,13 @@ def _load(
 
 def _load_quantised(
     config: RunConfig, folder: Path, held: Any, dtype: torch.dtype, method: Quantization, load: Callable[..., Any]
-) -> tuple[Any, dict[str, Any]]:
-    """Load a base whose weights are held in fewer bits, from the cache where it is quantised here."""
+) -> tuple[Any, dict[str, Any], list[str]]:
+    """Load a base whose weights are held in fewer bits, from the cache where it is quantised here; and what to say."""
     on = {"device_map": {"": str(device())}} if device().type != "cpu" else {}
-    weights, settings = folder, {}
+    weights, settings, said = folder, {}, list[str]()
     if method.settings is not None and getattr(held, "quantization_config", None) is None:
-        plain, double = _kept_plain(config, held, dtype), config.model.double_quantization is not False
+        plain, said = _kept_plain(config, held, dtype, method)
+        double = config.model.double_quantization is not False
         settings = {"quantization_config": method.settings(Asked(dtype, plain, double))}
 
         def make() -> tuple[Any, set[str]]:
@@ -250,20 +251,39 @@ def _load_quantised(
     for module in model.modules():
         if method.holds(module):
             method.settle(module)
-    return model, info
+    return model, info, said
 
 
-def _kept_plain(config: RunConfig, held: Any, dtype: torch.dtype) -> tuple[str, ...]:
-    """Name the modules of a model that are not quantised: what gives scores, poolers, and the head of a language model.
+def _kept_plain(
+    config: RunConfig, held: Any, dtype: torch.dtype, method: Quantization
+) -> tuple[tuple[str, ...], list[str]]:
+    """Name the modules of a model that are not quantised, as transformers reads them; and say which ought to have been.
 
-    The names end at a module's own, as transformers reads them.
+    These are what gives scores, poolers, the head of a language model, and layers that the method cannot hold.
     """
+    from transformers.pytorch_utils import Conv1D
+
     model = _skeleton(config, held, dtype)
     output = model.get_output_embeddings()
     names = {name for name, module in model.named_modules() if module is output or name.endswith("pooler.dense")}
     if tasks.of(config).has_head:
         names |= set(_scorers(model))
-    return tuple(sorted(names))
+    inputs = {
+        name: module.weight.shape[0 if isinstance(module, Conv1D) else 1]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and not _inside(name, tuple(names))
+    }
+    odd = {name: width for name, width in inputs.items() if width % method.multiple}
+    if not odd:
+        return tuple(sorted(names)), []
+    widths = ", ".join(map(str, sorted(set(odd.values()))))
+    theirs = f"{widths} inputs, which {method.library} cannot hold as {method.name} (no multiple of {method.multiple})"
+    if len(odd) == len(inputs):
+        raise ModelError(
+            f"model.quantization = '{method.name}': all layers have {theirs}. Take another method, such as int8, or "
+            "leave it unset."
+        )
+    return tuple(sorted({*names, *odd})), [f"{len(odd)} of {len(inputs)} layers stay as they are: {theirs}"]
 
 
 def _skeleton(config: RunConfig, held: Any, dtype: torch.dtype) -> Any:

@@ -16,10 +16,10 @@ from typing import Any
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from fedpeft.cache import cache_dir, locked, publishing
+from fedpeft.cache import cache_dir
 from fedpeft.config import RunConfig
 from fedpeft.errors import ModelError
-from fedpeft.mapped import QUANTISED, SIZES, SUMS, WEIGHTS, file_sum, is_whole, key_of, weight_files
+from fedpeft.mapped import QUANTISED, WEIGHTS, is_whole, key_of, publish, weight_files
 from fedpeft.quantization import QUANTIZATIONS, Quantization, saved_as
 
 VERSION = 1
@@ -98,18 +98,14 @@ def quantised_folder(
     versions = [importlib.metadata.version(name) for name in ("torch", "transformers", method.library)]
     named = json.dumps([VERSION, method.name, [str(fact) for fact in facts], versions])
     kept = cache_dir() / "bases" / QUANTISED / key_of(files) / hashlib.sha256(named.encode()).hexdigest()[:32]
-    if is_whole(kept):
-        return kept
-    with locked(kept):
-        if is_whole(kept):  # another process was faster
-            return kept
+
+    def write(draft: Path) -> None:
         model, drawn = make()
-        with publishing(kept) as draft:
-            model.save_pretrained(draft, max_shard_size="1000000GB")
-            _leave_out(draft / WEIGHTS, drawn)
-            sizes = {path.name: path.stat().st_size for path in draft.iterdir()}
-            (draft / SUMS).write_text(json.dumps({name: file_sum(draft / name) for name in sizes}), encoding="utf-8")
-            (draft / SIZES).write_text(json.dumps(sizes), encoding="utf-8")
+        model.save_pretrained(draft, max_shard_size="1000000GB")
+        _leave_out(draft / WEIGHTS, drawn)
+
+    if not is_whole(kept):
+        publish(kept, write)
     return kept
 
 

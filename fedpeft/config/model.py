@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from fedpeft.config.section import Section
-from fedpeft.errors import ConfigError
+from fedpeft.errors import ConfigError, nearest
 from fedpeft.quantization import QUANTIZATIONS
 
 CHECKPOINT: Literal["checkpoint"] = "checkpoint"
@@ -32,15 +32,17 @@ NONE = "none"  # takes back what an earlier layer asked for
 def _method(value: object) -> object:
     if value is None or value == NONE:
         return None
-    usable = ", ".join([*(name for name, each in QUANTIZATIONS.all().items() if each.settings is not None), NONE])
+    usable = [*(name for name, each in QUANTIZATIONS.all().items() if each.settings is not None), NONE]
     try:
         method = QUANTIZATIONS.find(str(value))
     except ConfigError as error:
-        raise ValueError(str(error)) from None
+        unknown = f"unknown model.quantization '{value}'."  # the registry would name what only saved bases have too
+        said = str(error)
+        raise ValueError(f"{unknown} {nearest(str(value), usable)}" if said.startswith(unknown) else said) from None
     if method.settings is None:
         raise ValueError(
             f"model.quantization = '{value}': only a base that was saved so is held so. Give its folder as model.name "
-            f"and leave this unset, or take one of: {usable}"
+            f"and leave this unset, or take one of: {', '.join(usable)}"
         )
     return method.name
 

@@ -5,6 +5,7 @@ This loads neither torch nor transformers: configurations ask it too.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from fedpeft.quantization.awq import AWQ
@@ -24,9 +25,15 @@ QUANTIZATIONS: Registry[Quantization] = Registry(
 )
 
 
+@cache
+def _methods() -> tuple[Quantization, ...]:
+    # looking for other packages takes 10 ms, and every module of a model is asked
+    return tuple(QUANTIZATIONS.all().values())
+
+
 def held_as(module: nn.Module) -> Quantization | None:
     """Return how a layer holds its weight in fewer bits; None where it does not."""
-    return next((each for each in QUANTIZATIONS.all().values() if each.holds(module)), None)
+    return next((each for each in _methods() if each.holds(module)), None)
 
 
 def saved_as(saved: Saved) -> Quantization | None:

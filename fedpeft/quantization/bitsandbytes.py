@@ -13,11 +13,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from fedpeft.errors import ModelError
 from fedpeft.quantization.record import Asked, Quantization, Saved, of_class
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+# of weights with one scale. They are counted off through the whole matrix, and on a CPU read as if each row began a new
+# one (0.50): right where rows are whole blocks alone
+BLOCK = 64
 LIBRARY, PIP = "bitsandbytes", "'fedpeft[quantization]'"
 _is_4bit, _is_8bit = of_class(LIBRARY, "Linear4bit"), of_class(LIBRARY, "Linear8bitLt")
 
@@ -30,11 +34,17 @@ def _dequantised(module: nn.Module) -> Tensor:
     return dense
 
 
-def _keep_layout(module: nn.Module) -> None:
+def _settle_4_bits(module: nn.Module) -> None:
     # in scoring, a CPU with AVX512-BF16 would pack the weights anew: an order that training does not read, that not all
     # shapes have, and other last digits than elsewhere
     layer: Any = module
     layer.support_avx512bf16_for_cpu = False
+    block, inputs = int(layer.weight.quant_state.blocksize), int(layer.in_features)
+    if layer.weight.device.type == "cpu" and inputs % block:
+        raise ModelError(
+            f"a base saved in 4 bits has layers of {inputs} inputs, which are no multiple of its blocks of {block}: "
+            "bitsandbytes reads their weights wrongly on a CPU. Use a GPU, or give the base that it was made of."
+        )
 
 
 def _of_4_bits(levels: str, bits: float) -> Quantization:
@@ -66,7 +76,8 @@ def _of_4_bits(levels: str, bits: float) -> Quantization:
         dequantise=_dequantised,
         settings=settings,
         doubles=True,
-        settle=_keep_layout,
+        settle=_settle_4_bits,
+        multiple=BLOCK,
     )
 
 
@@ -106,4 +117,5 @@ INT8 = Quantization(
     dequantise=_scaled,
     settings=_settings_of_8_bits,
     settle=_leave_out_outliers,
+    steady=False,
 )

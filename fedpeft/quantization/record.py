@@ -68,7 +68,11 @@ class Quantization:
     devices : tuple of str
         Where it computes.
     settle : callable
-        Called with each of its layers after loading.
+        Called with each of its layers after loading; may raise ModelError where one cannot be computed with.
+    multiple : int
+        Of which a layer's number of inputs has to be a multiple; others stay as they are.
+    steady : bool
+        Whether a layer computes in scoring what it computes in training.
     """
 
     name: str
@@ -83,6 +87,8 @@ class Quantization:
     doubles: bool = False
     devices: tuple[str, ...] = ("cpu", "cuda")
     settle: Callable[[nn.Module], None] = nothing
+    multiple: int = 1
+    steady: bool = True
 
     def check(self, device: str, by: str) -> None:
         """Raise ModelError where this machine cannot hold a base so.

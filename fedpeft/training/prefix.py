@@ -360,6 +360,8 @@ def _divide(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module], int]:
     if packing_of(model) is not None:
         raise UnfitError("is given packed rows (data.packing), whose states belong to a batch")
     inner = _inner(model)
+    if unsteady := [how.name for module in inner.modules() if (how := held_as(module)) is not None and not how.steady]:
+        raise UnfitError(f"is held as {unsteady[0]}, which computes something else in training than in scoring")
     blocks = blocks_of(inner)
     if not blocks:
         raise UnfitError("has no stack of equal blocks")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,50 +12,16 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fedpeft.adapters.adapted import AdaptedModel
-from fedpeft.config import RunConfig, nest, resolve
+from fedpeft.config import RunConfig, nest
 from fedpeft.errors import ConfigError, ModelError
 from fedpeft.models import load_base
 from fedpeft.quantization import QUANTIZATIONS, Asked, dense_weight, held_as, num_weights, saved_as
 from fedpeft.rescoring import rescore
 from fedpeft.simulations.simulate import simulate
 from fedpeft.strategies import available, with_typed_options
-from tests.conftest import WORDS, _tokenizer
 
 METHODS = ("nf4", "fp4", "int8", "int8-weight-only")
 Make = Callable[..., RunConfig]
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("llama")
-    torch.manual_seed(2)
-    shape = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
-    ids = {"pad_token_id": 0, "eos_token_id": 2, "bos_token_id": 2}
-    settings: dict[str, Any] = {"vocab_size": 63, "intermediate_size": 128, "max_position_embeddings": 64} | shape | ids
-    LlamaForCausalLM(LlamaConfig(**settings)).save_pretrained(folder)
-    _tokenizer(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def make(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
-    rows = tmp_path_factory.mktemp("rows") / "rows.csv"
-    with rows.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["prompt", "completion", "site"])
-        writer.writerows([f"{WORDS[i]} {WORDS[i + 1]}", WORDS[2 * i % 50], f"s{i % 2}"] for i in range(24))
-
-    def config(**settings: object) -> RunConfig:
-        base = {"model.name": str(llama), "data.source": str(rows), "partition.by": "site", "adapter.rank": 4}
-        base |= {"data.prompt": "prompt", "data.completion": "completion", "data.max_length": 16}
-        base |= {"federation.rounds": 1, "train.local_steps": 2, "train.batch_size": 4, "simulation.workers": 0}
-        base |= {"train.learning_rate": 0.01}
-        own = {name.replace("__", "."): value for name, value in settings.items()}
-        return resolve([nest(base), nest(own)])
-
-    return config
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -79,6 +43,33 @@ def test_a_layer_computes_with_the_weight_that_is_said_to_be_its_dense_one(
         original = dense_weight(plain.model.get_submodule(name))
         assert 0 < (W - original).norm() / original.norm() < (0.2 if "4" in method else 0.02)
         assert torch.equal(W, dense_weight(again.model.get_submodule(name)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_layers_whose_inputs_are_no_whole_blocks_stay_as_they_are(method: str, make: Make, odd: Path) -> None:
+    base, plain = load_base(make(model__quantization=method), odd, ()), load_base(make(), odd, ())
+    said = "2 of 14 layers stay as they are: 96 inputs, which bitsandbytes cannot hold"
+    assert [note[: len(said)] for note in base.notes] == ([said] if "4" in method else [])
+    for name, layer in plain.model.named_modules():
+        if isinstance(layer, nn.Linear) and name != "lm_head":
+            off = (dense_weight(base.model.get_submodule(name)) - layer.weight).norm() / layer.weight.norm()
+            assert off < {"nf4": 0.1, "fp4": 0.15}.get(method, 0.02)
+            assert (off == 0) == ("4" in method and layer.in_features == 96)
+
+
+def test_a_base_of_which_nothing_could_be_held_in_4_bits_is_refused(
+    make: Make, tiny_llama: Path, odd: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    with pytest.raises(ModelError, match=r"'nf4': all layers have 16, 24 inputs.*such as int8"):
+        load_base(make(model__quantization="nf4"), tiny_llama, ())
+    settings = QUANTIZATIONS.find("nf4").settings
+    assert settings is not None
+    asked = Asked(torch.float32, ("lm_head",), double=True)
+    AutoModelForCausalLM.from_pretrained(odd, quantization_config=settings(asked)).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"layers of 96 inputs.*on a CPU"):
+        load_base(make(), tmp_path, ())
 
 
 def test_a_dense_weight_has_its_outputs_first_whatever_the_layer() -> None:
@@ -169,8 +160,9 @@ def test_a_method_that_is_missing_or_for_other_devices_is_one_line() -> None:
 def test_a_method_of_saved_bases_alone_and_needless_options_are_refused(make: Make) -> None:
     with pytest.raises(ConfigError, match=r"model\.quantization = 'gptq': only a base that was saved so"):
         make(model__quantization="gptq")
-    with pytest.raises(ConfigError, match=r"unknown model\.quantization 'nf5'"):
+    with pytest.raises(ConfigError, match=r"unknown model\.quantization 'nf5'") as caught:
         make(model__quantization="nf5")
+    assert not {"awq", "gptq"} & {*str(caught.value).replace(",", "").replace(".", "").split()}
     with pytest.raises(ConfigError, match=r"model\.double_quantization is for model\.quantization = nf4, fp4"):
         make(model__quantization="int8", model__double_quantization="false")
     assert make(model__quantization="none").model.quantization is None
