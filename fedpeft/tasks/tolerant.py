@@ -81,8 +81,8 @@ def encode_what_can_be(
         found, noted = open_entry(folder, task.name), folder / _LEFT_OUT
         if found is None or not noted.is_file():
             raw = raw_rows(place, config.data, task.columns, DOMAIN)
-            encoded = partial(encode_table, config, model_dir, labels=names or ())
-            left_out = _problems(place, len(raw), lambda only: encoded(rows=table(only).rows))
+            encode = partial(encode_table, config, model_dir, labels=names or ())
+            left_out = _problems(place, len(raw), lambda only: encode(rows=table(only).rows))
             # a damaged row is read as an empty one, which may be among those to skip: then none is a problem alone
             if len(left_out) == len(raw) or not (left_out or config.data.empty == "skip"):
                 raise whole
