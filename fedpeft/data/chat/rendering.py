@@ -229,18 +229,19 @@ class Renderer:
 
     def _head(self, before: Sequence[Message]) -> str | None:
         """Return what is written before an answer, and to open it; None where the template does not write it so."""
-        if not before:  # many templates look at a first turn
-            return None
+        return self._tried(before, opened=True) if before else None  # many templates look at a first turn
+
+    def _tried(self, turns: Sequence[Message], *, opened: bool = False) -> str | None:
+        """Return what is written of some turns; None where the template writes no such ones."""
         try:
-            return self.texts([before], opened=True)[0]
+            return self.texts([turns], opened=opened)[0]
         except _Refused:
             return None
 
     def _opening_of(self, before: Sequence[Message]) -> str:
         """Return what opens an answer behind some turns; empty where nothing does."""
-        (closed,) = self.texts([before])
-        head = self._head(before) or ""
-        return head[len(closed) :] if head.startswith(closed) else ""
+        head, closed = self._head(before), self._tried(before)
+        return head[len(closed) :] if head and closed is not None and head.startswith(closed) else ""
 
     def _opening(self, before: Sequence[Message], head: str | None, text: str, first: int) -> int:
         """Return where an answer starts whose words start at `first`, by what the template opens answers with."""
@@ -250,9 +251,8 @@ class Renderer:
 
     def _called(self, upto: Sequence[Message], text: str, after: int) -> int:
         """Return where the calls of the last of some turns end, if the template writes these turns alone alike."""
-        (alone,) = self.texts([upto])
-        ended = alone.rstrip()
-        if not text.startswith(ended):
+        ended = (self._tried(upto) or "").rstrip()
+        if not ended or not text.startswith(ended):
             return after
         return len(ended.removesuffix(self.ending.lstrip()))
 
