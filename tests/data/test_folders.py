@@ -15,7 +15,7 @@ from fedpeft import tasks
 from fedpeft.cli import app
 from fedpeft.config import DataConfig, configure
 from fedpeft.data.formats import hub
-from fedpeft.data.readers import notes
+from fedpeft.data.readers import cautions
 from fedpeft.data.sources import digest, locate
 from fedpeft.errors import DataError
 from fedpeft.tasks.encoding import encode
@@ -105,7 +105,7 @@ def test_files_and_folders_that_become_no_rows_are_told(
     ]
     for _ in range(2):  # from the cache as well
         app(["partition", *words], standalone_mode=False)
-        assert capsys.readouterr().err == "".join(f"note: {line}\n" for line in told)
+        assert capsys.readouterr().err == "".join(f"warning: {line}\n" for line in told)
     app(["simulate", "--dry-run", "--json", *words], standalone_mode=False)
     assert json.loads(capsys.readouterr().out)["notes"] == told
 
@@ -218,4 +218,4 @@ def test_splits_have_any_case_and_what_belongs_to_none_is_told(pictures: Path, t
     rows = load(divided)
     assert (rows.labels, len(rows.train), len(rows.test)) == (("cat", "dog"), 8, 8)
     told = f"folders of images in '{divided}' that belong to no split and are no rows: 1 (val)"
-    assert notes(locate(divided).train) == (told,)
+    assert cautions(locate(divided).train) == (told,)
