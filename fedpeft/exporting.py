@@ -196,7 +196,7 @@ def card(finished: FinishedRun, client: str | None, *, merged: bool) -> str:
         ("Method", config.strategy.name),
         ("Adapter", f"{config.adapter.kind}, {'merged into the weights' if merged else 'beside the base'}"),
         ("Rounds", str(history.done)),
-        ("Clients", None if config.federation.clients is None else str(config.federation.clients)),
+        ("Clients", str(config.federation.clients or len(history.clients) or "")),
         ("Model of", None if client is None else f"the client {client}"),
         ("Seed", str(config.run.seed)),
     ]

@@ -26,6 +26,7 @@ SCRIPTS = {
     "own_adapter_kind": "and averaging it is exact: True",
     "private_run": "guarantee: False\nOver all rounds, each row is protected with epsilon = 2.99",
 }
+LEFT = {"tiny_llama": "capitals"}  # what it leaves that makes no run
 NOTEBOOKS = {"compare_methods": "lora-fair", "load_the_adapter": "of 200 rows right"}
 
 
@@ -51,7 +52,7 @@ def test_a_script_prints_what_it_is_about(
     monkeypatch.setitem(KINDS.ours, "ffa-rslora", KINDS.ours["lora"])
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
     assert SCRIPTS[name] in capsys.readouterr().out
-    assert any((tmp_path / "runs").iterdir())
+    assert any((tmp_path / LEFT.get(name, "runs")).iterdir())
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
