@@ -283,7 +283,7 @@ def test_a_folder_called_like_a_template_is_not_one(tmp_path: Path, monkeypatch:
     (tmp_path / "alpaca").mkdir()
     (tmp_path / "own.jinja").write_text(MARKED)
     assert configure({"data.template": "alpaca"}).data.template == "alpaca"
-    assert configure({"data.template": "own.jinja"}).data.template == str(tmp_path / "own.jinja")
+    assert configure({"data.template": "own.jinja"}).data.template == MARKED
 
 
 def test_of_several_templates_the_default_is_taken() -> None:
