@@ -150,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        sizes = (997, 64, 64, 2, 1) if given.quick else (given.vocabulary, given.length, 192, 6, given.turns)
+        sizes = (997, 64, 64, 2, 1) if given.quick else (given.vocabulary, given.length, 192, 12, given.turns)
         found = figures(*sizes)
     finally:
         torch.set_num_threads(threads)
