@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -123,7 +124,7 @@ def test_the_names_on_the_wire_are_those_that_older_sites_know() -> None:
 
 @pytest.mark.parametrize("key", ORDER_KEYS)
 def test_an_order_that_lacks_a_key_is_refused_by_its_name(key: str) -> None:
-    content = ORDER.to_record()
+    content = replace(ORDER, control=ArrayRecord(), control_made_in=1).to_record()
     del content.config_records[CONFIG_RECORD][key]
     with pytest.raises(MessageError, match=f"^{key} = None, expected"):
         TrainOrder.from_record(content)

@@ -381,7 +381,10 @@ def test_image_rows_are_checked_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["rows.csv", "./rows", "/no/rows", "a/b/c", "data/rows.jsonl", "../rows", "a b"])
-def test_a_mistyped_path_is_never_asked_for_on_the_hub(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_a_mistyped_path_is_never_asked_for_on_the_hub(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hub, "hub_dataset", lambda name: pytest.fail(f"asked the hub for {name}"))
     with pytest.raises(DataError, match="there is no file or folder"):
         locate(name)

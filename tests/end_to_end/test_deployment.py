@@ -61,7 +61,7 @@ def chats(base: Path, folder: Path) -> RunConfig:
     (folder / "own.jinja").write_text(TEMPLATE)
     common = {
         "model.name": str(base),
-        "model.quantization": "nf4",
+        "model.quantization": "int8",
         "data.source": str(folder / "rows"),
         "data.test": str(folder / "test.jsonl"),
         "data.template": str(folder / "own.jinja"),

@@ -236,7 +236,10 @@ def test_noise_on_embeddings_is_as_large_as_a_rows_own_tokens_allow(chat_home: R
     plain = embeddings(ids)
     torch.manual_seed(0)
     with EmbeddingNoise(model, 5.0).of(batch):
+        assert torch.equal(embeddings(ids), plain), "a look at the model is no training"
+        training_mode(model)
         noise = (embeddings(ids) - plain).abs()
+        scoring_mode(model)
     bound = 5.0 / (lengths * plain.shape[-1]).sqrt()
     largest = noise.flatten(1).amax(1)
     assert (largest <= bound + 1e-6).all()
