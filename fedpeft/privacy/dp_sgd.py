@@ -245,7 +245,7 @@ class RowEngine:
             adapted.parameter(name).grad = None  # tells afterwards whether the loss depends on it at all
         hooks.rows = len(inputs["labels"])
         if adapted.beside:
-            return self._one_by_one(inputs, precision)
+            return self._one_by_one(inputs, precision, noise)
         hooks.enable_hooks()
         try:
             with contextlib.nullcontext() if noise is None else noise.of(inputs):
@@ -261,7 +261,7 @@ class RowEngine:
             hooks.strangers.clear()
         return float(loss.detach())
 
-    def _one_by_one(self, inputs: Mapping[str, Tensor], precision: str) -> float:
+    def _one_by_one(self, inputs: Mapping[str, Tensor], precision: str, noise: EmbeddingNoise | None) -> float:
         """Do what `backward` does without hooks: each row is a batch of its own, and its gradient the batch's.
 
         Hooks see nothing of experts, whose layer is given the tokens of all rows together, nor of embeddings.
@@ -272,7 +272,8 @@ class RowEngine:
         samples = [parameter.new_zeros((self._hooks.rows, *parameter.shape)) for parameter in trained]
         for row in range(self._hooks.rows):
             alone = {name: value[row : row + 1] for name, value in inputs.items()}
-            losses, counted = batch_losses(adapted.task, adapted.model, alone, precision)
+            with contextlib.nullcontext() if noise is None else noise.of(alone):
+                losses, counted = batch_losses(adapted.task, adapted.model, alone, precision)
             loss = (losses / counted.clamp(min=1)).sum()
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())

@@ -30,6 +30,7 @@ from fedpeft.runs import read_events
 from fedpeft.simulations.simulate import simulate
 from fedpeft.strategies import available, with_typed_options
 from fedpeft.strategies.base import AdapterStrategy
+from fedpeft.training.neftune import EmbeddingNoise
 from tests.conftest import WORDS, _tokenizer
 
 SHAPE: dict[str, Any] = {
@@ -218,6 +219,18 @@ def test_a_rows_gradient_is_that_of_the_row_alone_and_a_private_run_trains(mixtu
             for parameter, sample in zip(parameters, found, strict=True):
                 expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 torch.testing.assert_close(sample[place], expected, rtol=1e-4, atol=1e-7)
+    noise, inputs = EmbeddingNoise(adapted.model, 5.0, torch.ones_like), home.data.train.batch([4])
+    engine.reset()
+    engine.backward(inputs, "fp32", noise)
+    noised = [getattr(parameter, "grad_sample", None) for parameter in parameters]
+    adapted.model.zero_grad()
+    with noise.of(inputs):
+        adapted.model(**inputs).loss.backward()
+    for parameter, sample in zip(parameters, noised, strict=True):
+        torch.testing.assert_close(sample[0], parameter.grad, rtol=1e-4, atol=1e-7)
+    adapted.model.zero_grad()
+    adapted.model(**inputs).loss.backward()
+    assert any(not torch.allclose(sample[0], p.grad, rtol=1e-2) for p, sample in zip(parameters, noised, strict=True))
     run = simulate(home.config, tmp_path / "run").path
     assert all(update.abs().max() > 0 for update in changes(mixture, run / "adapter").values())
 
